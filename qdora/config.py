@@ -1,0 +1,390 @@
+"""Every option of qdora, one dataclass a group. YAML in `conf/` overlays these defaults, the command line both.
+
+Values are checked in `__post_init__`, across groups in the three at the end (`RunConfig`, `MergeConfig`,
+`EvaluateConfig`), one a command. All raise `ConfigError`.
+"""
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from qdora.errors import ConfigError
+
+
+class Dtype(Enum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Attention(Enum):
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+    flex_attention = "flex_attention"
+
+
+class QuantMethod(Enum):
+    nf4 = "nf4"
+    none = "none"
+
+
+class AdapterMethod(Enum):
+    dora = "dora"
+    lora = "lora"
+    none = "none"
+
+
+class DataFormat(Enum):
+    auto = "auto"
+    messages = "messages"
+    instruction = "instruction"
+    completion = "completion"
+    text = "text"
+
+
+class Overlong(Enum):
+    truncate = "truncate"
+    drop = "drop"
+
+
+class Schedule(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Plan(Enum):
+    fsdp = "fsdp"
+    hsdp = "hsdp"
+    ddp = "ddp"
+    none = "none"
+
+
+class ActivationCheckpointing(Enum):
+    none = "none"
+    full = "full"
+    selective = "selective"
+
+
+class TrackerKind(Enum):
+    wandb = "wandb"
+    none = "none"
+
+
+class TrackerMode(Enum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+
+
+class Protocol(Enum):
+    loss = "loss"
+    likelihood = "likelihood"
+    generate = "generate"
+
+
+class MergeBase(Enum):
+    nf4 = "nf4"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    path: str | None = None
+    """Folder, `.gguf` file, or hub id of the base model."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    attention: Attention = Attention.sdpa
+    """Attention implementation of transformers."""
+    dtype: Dtype = Dtype.bfloat16
+    """Compute dtype, and storage dtype of every weight that is not quantised."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint."""
+
+
+@dataclass(kw_only=True, slots=True)
+class QuantConfig:
+    method: QuantMethod = QuantMethod.nf4
+    """`nf4` stores the linear layers of the blocks in 4 bits; `none` keeps `model.dtype`."""
+    double_quant: bool = True
+    """Store each block scale in 8 bits too (4.13 instead of 4.5 bits a weight)."""
+    strict: bool = False
+    """Make a layer that cannot be quantised an error instead of a line in the report."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdapterConfig:
+    method: AdapterMethod = AdapterMethod.dora
+    """`dora`, `lora`, or `none` for full fine-tuning."""
+    rank: int = 16
+    """Rank of the low-rank update."""
+    alpha: float | None = None
+    """Scaling numerator, s = alpha / rank; null means 2 * rank, the paper's ratio."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input. Above 0 the layer takes a slower, unfused path."""
+    target_modules: Any = "all-linear"
+    """`all-linear` (the head excluded), or a list of module names or regular expressions."""
+    rank_stabilized: bool = False
+    """s = alpha / sqrt(rank) (rsLoRA) instead of alpha / rank."""
+    path: str | None = None
+    """Folder of an adapter in PEFT format to start from."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"adapter.rank is {self.rank}; it must be at least 1")
+        _require(0.0 <= self.dropout < 1.0, f"adapter.dropout is {self.dropout}; allowed: 0 <= dropout < 1")
+        _require(self.alpha is None or self.alpha > 0, f"adapter.alpha is {self.alpha}; it must be above 0 or null")
+        targets = [self.target_modules] if isinstance(self.target_modules, str) else list(self.target_modules or [])
+        _require(
+            bool(targets) and all(isinstance(target, str) for target in targets),
+            f"adapter.target_modules is {self.target_modules!r}; give all-linear or a list such as [q_proj,v_proj]",
+        )
+        for target in targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ConfigError(
+                    f"adapter.target_modules: {target!r} is not a valid regular expression: {error}"
+                ) from None
+        self.target_modules = targets
+
+    @property
+    def scaling(self) -> float:
+        """s of y = g (W x + s B A x): alpha / rank, or alpha / sqrt(rank) when rank-stabilised."""
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        return alpha / self.rank**0.5 if self.rank_stabilized else alpha / self.rank
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    train: str | None = None
+    """File (jsonl, json, parquet, csv, each also .gz), folder, or hub id (`name#split`, `name:subset#split`)."""
+    eval: str | None = None
+    """The same, held out; null means no evaluation."""
+    format: DataFormat = DataFormat.auto
+    """`messages`, `instruction` (instruction, input, output), `completion` (prompt, completion) or `text`."""
+    max_length: int = 1024
+    """Tokens a sample at most; with packing, tokens a row."""
+    overlong: Overlong = Overlong.truncate
+    """What happens to a sample above `max_length`; counts are reported."""
+    packing: bool = True
+    """Put several samples into a row, without attention across them."""
+    limit: int | None = None
+    """Use only the first N rows."""
+    cache_dir: str | None = None
+    """Folder of tokenised data; null means `qdora` in the user's cache folder."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 2, f"data.max_length is {self.max_length}; it must be at least 2")
+        _require(self.limit is None or self.limit >= 1, f"data.limit is {self.limit}; it must be at least 1 or null")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    learning_rate: float = 2e-4
+    """Peak learning rate of AdamW."""
+    schedule: Schedule = Schedule.cosine
+    """Course of the learning rate after warm-up; cosine and linear end at 0."""
+    warmup_ratio: float = 0.03
+    """Share of the steps during which the learning rate rises linearly."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices; magnitudes, norms and biases have none."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 means never."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; it must be above 0")
+        _require(
+            0 <= self.warmup_ratio <= 1,
+            f"optim.warmup_ratio is {self.warmup_ratio}; a share of the steps, 0 to 1",
+        )
+        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must not be negative")
+        _require(self.max_grad_norm >= 0, f"optim.max_grad_norm is {self.max_grad_norm}; it must not be negative")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name} is {getattr(self, name)}; allowed: 0 <= {name} < 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    num_steps: int | None = None
+    """Optimiser updates; null means by `num_epochs`."""
+    num_epochs: float | None = None
+    """Passes over the data; with `num_steps` null too, one."""
+    micro_batch_size: int = 1
+    """Rows a rank computes at once."""
+    num_accumulation_steps: int = 8
+    """Micro-batches a rank adds up before an update."""
+    log_every: int = 1
+    """Steps between two lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Steps between two evaluations; 0 means only before the first step and after the last."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0 means only at the end."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_steps is None or self.num_epochs is None,
+            f"train.num_steps={self.num_steps} and train.num_epochs={self.num_epochs} contradict each other: set one "
+            "and leave the other null",
+        )
+        _require(self.num_epochs is None or self.num_epochs > 0, f"train.num_epochs is {self.num_epochs}; above 0")
+        for name, minimum in (
+            ("num_steps", 1),
+            ("micro_batch_size", 1),
+            ("num_accumulation_steps", 1),
+            ("log_every", 1),
+            ("eval_every", 0),
+            ("checkpoint_every", 0),
+            ("keep_checkpoints", 1),
+        ):
+            value = getattr(self, name)
+            _require(value is None or value >= minimum, f"train.{name} is {value}; it must be at least {minimum}")
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    plan: Plan = Plan.fsdp
+    """`fsdp` shards over all ranks, `hsdp` within a group, `ddp` replicates, `none` wants a single rank."""
+    shard_size: int | None = None
+    """Ranks a group under `hsdp`; null means the ranks of a node."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward and gather them again for its backward."""
+    cpu_offload: bool = False
+    """Keep the shards in host memory (fsdp and hsdp)."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    """`full` recomputes a block in backward; `selective` recomputes all but its matrix products and attention."""
+    timeout_s: int = 600
+    """Seconds a collective waits before the run fails."""
+
+    def __post_init__(self) -> None:
+        _require(self.timeout_s >= 1, f"parallel.timeout_s is {self.timeout_s}; it must be at least 1")
+        _require(
+            self.shard_size is None or self.plan is Plan.hsdp,
+            f"parallel.shard_size={self.shard_size} means something only with parallel=hsdp, not {self.plan.name}",
+        )
+        _require(
+            not self.cpu_offload or self.plan in (Plan.fsdp, Plan.hsdp),
+            f"parallel.cpu_offload=true needs parallel=fsdp or hsdp, not {self.plan.name}",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackerConfig:
+    kind: TrackerKind = TrackerKind.wandb
+    """`wandb` or `none`; metrics.jsonl is written either way."""
+    mode: TrackerMode = TrackerMode.auto
+    """`auto` goes online where there is a key and a network, else offline with one notice."""
+    project: str = "qdora"
+    entity: str | None = None
+    log_adapter: bool = False
+    """Upload the adapter folder as an artifact at the end."""
+    timeout_s: int = 30
+    """Seconds that starting or finishing the W&B run may take."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """`qdora train`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    seed: int = 0
+    """Fixes initialisation, data order and dropout."""
+    run_id: str | None = None
+    """Name of the run; null means made from the time."""
+    output_dir: str | None = None
+    """The run's own folder; null means `outputs/<run_id>`."""
+    resume: str = "auto"
+    """`auto` goes on if the folder has a checkpoint of the same run; `never`; or the path of a checkpoint."""
+
+    def __post_init__(self) -> None:
+        _require(self.model.path is not None, "model.path is not set: give a folder, a .gguf file or a hub id")
+        _require(self.data.train is not None, "data.train is not set: give a file, a folder or a hub id")
+        _require(
+            self.adapter.method is not AdapterMethod.none or self.quant.method is QuantMethod.none,
+            "adapter=none is full fine-tuning and 4-bit weights cannot be trained: use adapter=none quant=none, or an "
+            "adapter (adapter=dora quant=nf4)",
+        )
+        _require(
+            self.adapter.path is None or self.adapter.method is not AdapterMethod.none,
+            "adapter.path is set but adapter=none trains no adapter",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class MergeConfig:
+    """`qdora merge`."""
+
+    run: str | None = None
+    """Folder of a finished run; or give `adapter` and `model.path`."""
+    adapter: str | None = None
+    """Folder of an adapter in PEFT format."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    output: str | None = None
+    """Folder to write; it must not exist, or be a finished merge."""
+    base: MergeBase = MergeBase.nf4
+    """`nf4`: the dequantised base, exactly what was trained."""
+    max_shard_gib: float = 4.0
+    """Size of each safetensors file at most."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.run is None) != (self.adapter is None),
+            "give one of run=DIR (a finished run) and adapter=DIR (with model.path=...)",
+        )
+        _require(
+            self.adapter is None or self.model.path is not None, "adapter=DIR needs model.path=... (its base model)"
+        )
+        _require(self.output is not None, "output is not set: give the folder to write")
+        _require(self.max_shard_gib > 0, f"max_shard_gib is {self.max_shard_gib}; it must be above 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """`qdora evaluate`."""
+
+    run: str | None = None
+    """Folder of a finished run (its adapter over its base); or give `model.path`."""
+    adapter: str | None = None
+    """Folder of an adapter in PEFT format, over `model.path`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=lambda: QuantConfig(method=QuantMethod.none))
+    data: DataConfig = field(default_factory=DataConfig)
+    protocol: Protocol = Protocol.loss
+    """`loss` on the answers; `likelihood` of each choice; `generate` and match the answer."""
+    limit: int | None = None
+    """Use only the first N samples."""
+    batch_size: int = 16
+    """Samples computed at once."""
+    max_new_tokens: int = 32
+    """Length of a generated answer at most."""
+    seed: int = 0
+    output_dir: str | None = None
+    """Where results.json goes; null means `evaluation` in the run's or the model's folder."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.run is None) != (self.model.path is None),
+            "give one of run=DIR and model.path=DIR (optionally with adapter=DIR)",
+        )
+        _require(self.adapter is None or self.run is None, "adapter=DIR goes with model.path=DIR; a run has its own")
+        _require(self.data.eval is not None, "data.eval is not set: give the file to score")
+        for name in ("limit", "batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
