@@ -1,0 +1,311 @@
+"""DoRA (arXiv:2402.09353, sections 4.1 to 4.3) at the price of LoRA.
+
+    y = g * (W x + s B A x) + bias        g = m / n,   n = || W + s B A || per output row, detached (section 4.3)
+
+    W  (out, in)    frozen, NF4 or model dtype      s  alpha / rank, or alpha / sqrt(rank)
+    A  (rank, in)   `lora_a`, random at first       m  (out,) `magnitude`, the row norm of W at first
+    B  (out, rank)  `lora_b`, zero at first         g  (out,) `gain`, float32, one at first: step 0 is the base model
+
+Folding. g has one number a row of W and a row holds whole NF4 blocks, so g folds into the block scales: dequantising
+with g[:, None] * absmax emits g * W, and with B' = s g B the layer is y = W' x + B' (A x), which is QLoRA's arithmetic.
+Over an unquantised W the product of both is scaled instead. Backward, with y before the bias:
+
+    dx = W'^T dy + A^T (B'^T dy)    dA = (B'^T dy) x^T    dB = s g * (dy (A x)^T)    dm = sum over tokens of dy * y / m
+
+so x, A x and y are kept, and W' is dequantised again into the same buffer.
+
+Norm. n depends on W, A and B only: it is computed once an optimiser step, on each rank's own rows, without forming B A:
+
+    n^2 = |W|^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B (A A^T)) * B)
+
+in float32, |W|^2 once at load. Where this cancels (n^2 < 1e-3 |W|^2) the row is computed densely. A row of zeros gets a
+floor. `gain` is stored as its four bytes, so that it travels in the block's gather without being rounded to bfloat16:
+g - 1 is about 0.0015.
+
+Departures from the paper: the norm is per output row (as in the authors' code and PEFT; the paper writes columns of the
+transposed weight), and the norm of the *dequantised* weight starts m. LoRA (arXiv:2106.09685) is the same layer with
+g = 1 and no m.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from qdora import nf4
+from qdora.parallel import gather_rows, own_rows
+
+NORM_FLOOR = 1e-6
+"""Smallest row norm: real checkpoints have rows of zeros, where m / n would be 0 / 0."""
+CANCELLATION = 1e-3
+"""Below this share of |W|^2 the expanded norm has lost half of float32's digits: the row is computed densely."""
+CHUNK_NUMEL = 2**24
+"""Values of W dequantised to float32 at a time while norms are computed (64 MiB)."""
+
+
+@torch.library.custom_op("qdora::adapted_linear", mutates_args=())
+def adapted_linear(
+    x: Tensor,
+    base: list[Tensor],
+    gain: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """y (tokens, out) and A x (tokens, rank) of x (tokens, in); see the module's docstring.
+
+    Args:
+        base: the frozen weight's tensors, as `nf4.weight_from` takes them.
+        gain: (out, 4) uint8, the bytes of g; None for LoRA. `magnitude` only receives a gradient.
+    """
+    quantised = len(base) > 1
+    g = None if gain is None else gain.view(torch.float32).squeeze(1)
+    weight = nf4.weight_from(base, x.dtype, g if quantised else None)
+    xa = x @ lora_a.to(x.dtype).T
+    y = x @ weight.T
+    y.addmm_(xa, _scaled_b(lora_b, g if quantised else None, scaling, x.dtype).T)
+    if g is not None and not quantised:
+        y.mul_(g)
+    if bias is not None:
+        y.add_(bias)
+    return y, xa
+
+
+def _scaled_b(lora_b: Tensor, g: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
+    """B' = s g B, rounded once."""
+    b = lora_b.to(dtype).float() * scaling
+    return (b if g is None else b.mul_(g[:, None])).to(dtype)
+
+
+@torch.library.custom_op("qdora::adapted_linear_backward", mutates_args=())
+def adapted_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    y: Tensor | None,
+    base: list[Tensor],
+    gain: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dA, dB and dm; dx or dm is empty where it is not wanted."""
+    quantised = len(base) > 1
+    dm = dy.new_empty(0)
+    g = None if gain is None else gain.view(torch.float32).squeeze(1)
+    if magnitude is not None and y is not None:
+        dm = _column_dot(dy, y)
+        if bias is not None:
+            dm -= dy.sum(0, dtype=torch.float32) * bias
+        dm = (dm / magnitude).to(magnitude.dtype)
+    if g is not None and not quantised:
+        dy = dy * g.to(dy.dtype) if dy.dtype == torch.float32 else (dy * g).to(dy.dtype)
+    fold = g if quantised else None
+    dxa = dy @ _scaled_b(lora_b, fold, scaling, dy.dtype)
+    da = (dxa.T @ x).to(lora_a.dtype)
+    db = (dy.T @ xa).float().mul_(scaling)
+    db = (db if fold is None else db.mul_(fold[:, None])).to(lora_b.dtype)
+    dx = dy.new_empty(0)
+    if need_dx:
+        dx = dy @ nf4.weight_from(base, dy.dtype, fold)
+        dx.addmm_(dxa, lora_a.to(dy.dtype))
+    return dx, da, db, dm
+
+
+def _column_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over rows of a * b (rows, columns), float32; the kernel accumulates in float32 and rounds its result once."""
+    return (a * b).sum(0).float()
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, base, gain, lora_a, lora_b, magnitude, bias, scaling = inputs
+    y, xa = output
+    ctx.scaling, ctx.num_base = scaling, len(base)
+    ctx.mark_non_differentiable(xa)
+    ctx.save_for_backward(x, xa, None if magnitude is None else y, gain, lora_a, lora_b, magnitude, bias, *base)
+
+
+def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
+    x, xa, y, gain, lora_a, lora_b, magnitude, bias, *base = ctx.saved_tensors
+    dx, da, db, dm = adapted_linear_backward(
+        dy.contiguous(), x, xa, y, base, gain, lora_a, lora_b, magnitude, bias, ctx.scaling, ctx.needs_input_grad[0]
+    )
+    return (
+        dx if ctx.needs_input_grad[0] else None,
+        [None] * ctx.num_base,
+        None,
+        da,
+        db,
+        None if magnitude is None else dm,
+        None,
+        None,
+    )
+
+
+adapted_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with a DoRA or LoRA adapter; replaces an `nn.Linear`, same input and output dtype.
+
+    Built on the current default device (usually meta). `reset` starts the adapter; `refresh` must follow any change of
+    `lora_a`, `lora_b` or `magnitude` (the optimiser's post-step hook does it in training).
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        scaling: float,
+        dropout: float,
+        dora: bool,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = in_features, out_features
+        self.rank, self.scaling, self.dropout = rank, scaling, dropout
+        self.lora_a = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32))
+        self.lora_b = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32))
+        self.magnitude = nn.Parameter(torch.empty(out_features, dtype=torch.float32)) if dora else None
+        gain = torch.empty(out_features, 4, dtype=torch.uint8)
+        self.gain = nn.Parameter(gain, requires_grad=False) if dora else None
+        self.base_norm_squared: Tensor | None = None
+        """(own rows,) float32: |W|^2 of this rank's rows, set by `measure`."""
+
+    def base_tensors(self) -> list[Tensor]:
+        """What `nf4.weight_from` needs, as they are now."""
+        return self.base.tensors() if isinstance(self.base, nf4.NF4Linear) else [self.base.weight]  # type: ignore[list-item]
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        if self.dropout > 0 and self.training:
+            return self._forward_with_dropout(x, bias)
+        y, _ = adapted_linear(
+            x.reshape(-1, self.in_features),
+            self.base_tensors(),
+            self.gain,
+            self.lora_a,
+            self.lora_b,
+            self.magnitude,
+            bias,
+            self.scaling,
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _forward_with_dropout(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """PEFT's semantics: y = W x + (g - 1) W drop(x) + g s B A drop(x), unfused: three more passes over y."""
+        dropped = nn.functional.dropout(x, self.dropout)
+        update = dropped @ self.lora_a.to(x.dtype).T @ self.lora_b.to(x.dtype).T * self.scaling
+        y = nf4.frozen_linear(x, self.base_tensors())
+        if self.gain is None or self.magnitude is None:
+            y = y + update
+        else:
+            # The quotient is 1; it carries dg/dm = 1 / n = g / m without a gradient to the norm.
+            g = self.gain.view(torch.float32).squeeze(1) * (self.magnitude / self.magnitude.detach()).float()
+            from_base = nf4.frozen_linear(dropped, self.base_tensors())
+            y = y + ((g - 1) * from_base + g * update).to(y.dtype)
+        return y if bias is None else y + bias
+
+    @torch.no_grad()
+    def measure(self, device: torch.device) -> None:
+        """Computes |W|^2 of the own rows; once, after the base weight is loaded."""
+        squares = [rows.square().sum(1) for _, rows in self._own_weight(device)]
+        self.base_norm_squared = torch.cat(squares) if squares else torch.empty(0, device=device)
+
+    @torch.no_grad()
+    def weight_norm(self, lora_a: Tensor) -> Tensor:
+        """n of the own rows, (own rows,) float32. `lora_a` is the whole A (rank, in), as the forward rounds it."""
+        assert self.base_norm_squared is not None, "measure() comes first"
+        a, s = lora_a.float(), self.scaling
+        b = own_rows(self.lora_b)[0].to(a.device, lora_a.dtype).float()
+        if not b.any():
+            return self.base_norm_squared.sqrt().clamp_(min=NORM_FLOOR)
+        norm_squared = self.base_norm_squared + s * s * ((b @ (a @ a.T)) * b).sum(1)
+        for first, rows in self._own_weight(a.device):
+            some = slice(first, first + rows.shape[0])
+            norm_squared[some] += 2 * s * ((rows @ a.T) * b[some]).sum(1)
+            lost = norm_squared[some] < CANCELLATION * self.base_norm_squared[some]
+            if lost.any():
+                dense = rows[lost] + s * (b[some][lost] @ a)
+                norm_squared[some] = norm_squared[some].masked_scatter(lost, dense.square().sum(1))
+        return norm_squared.clamp_(min=0).sqrt_().clamp_(min=NORM_FLOOR)
+
+    def _own_weight(self, device: torch.device) -> Iterable[tuple[int, Tensor]]:
+        """This rank's rows of W in float32, some at a time, each with its place among the own rows."""
+        step = max(1, CHUNK_NUMEL // self.in_features)
+        if isinstance(self.base, nf4.NF4Linear):
+            packed, first_row = own_rows(self.base.packed)
+            absmax, _ = own_rows(self.base.absmax)
+            for first in range(0, packed.shape[0], step):
+                some = slice(first, first + step)
+                scales = nf4.unnest(
+                    absmax[some].to(device), self.base.absmax_scale, self.base.absmax_mean, first_row + first
+                )
+                yield first, nf4.dequantize(packed[some].to(device), scales, torch.float32)
+        else:
+            weight, _ = own_rows(self.base.weight)  # type: ignore[arg-type]
+            for first in range(0, weight.shape[0], step):
+                yield first, weight[first : first + step].to(device, torch.float32)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Every adapted layer of `model` by its name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+@torch.no_grad()
+def refresh(blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+    """Recomputes every DoRA layer's gain from its magnitude, A, B and W, on each rank's own rows. *Collective*.
+
+    Must follow every change of those: the optimiser's step, a load, a switch of adapters. One collective a block.
+
+    Args:
+        blocks: the modules to go through, the same on all ranks.
+        dtype: compute dtype, to which the forward rounds A and B.
+    """
+    for block in blocks:
+        layers = [layer for layer in adapted_layers(block).values() if layer.gain is not None]
+        if not layers:
+            continue
+        for layer, lora_a in zip(layers, gather_rows([layer.lora_a for layer in layers], dtype, device), strict=True):
+            magnitude = own_rows(layer.magnitude)[0]  # type: ignore[arg-type]
+            g = magnitude.to(device) / layer.weight_norm(lora_a)
+            own_rows(layer.gain)[0].copy_(g[:, None].view(torch.uint8))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def reset(model: nn.Module, device: torch.device, seed: int) -> None:
+    """Starts every adapter: A Kaiming-uniform as in LoRA, B zero, m the norm of W. Deterministic in `seed`.
+
+    A's values depend on the layer's order and the seed only, not on the ranks.
+    """
+    for index, layer in enumerate(adapted_layers(model).values()):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        bound = layer.in_features**-0.5
+        whole = torch.empty(layer.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+        own, first = own_rows(layer.lora_a)
+        own.copy_(whole[first : first + own.shape[0]])
+        own_rows(layer.lora_b)[0].zero_()
+        layer.measure(device)
+        if layer.magnitude is not None and layer.base_norm_squared is not None:
+            norm = layer.base_norm_squared.sqrt().clamp_(min=NORM_FLOOR)
+            own_rows(layer.magnitude)[0].copy_(norm)
+
+
+def magnitude_drift(model: nn.Module) -> dict[str, tuple[float, int]]:
+    """Sum over this rank's rows of |m / m_initial - 1|, and their number, a layer: does DoRA train?"""
+    drift = {}
+    for name, layer in adapted_layers(model).items():
+        if layer.magnitude is not None and layer.base_norm_squared is not None:
+            own = own_rows(layer.magnitude)[0]
+            initial = layer.base_norm_squared.sqrt().clamp_(min=NORM_FLOOR).to(own.device)
+            drift[name] = (float((own / initial - 1).abs().sum()), own.numel())
+    return drift

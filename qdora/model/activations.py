@@ -1,0 +1,45 @@
+"""Activation recomputation of a block: all of it (`full`), or all but matrix products and attention (`selective`)."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from qdora.config import ActivationCheckpointing
+
+_KEPT = {
+    torch.ops.qdora.adapted_linear.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_activations(blocks: Sequence[nn.Module], kind: ActivationCheckpointing) -> None:
+    """Makes each block's forward keep less for its backward; mutates the blocks.
+
+    The forward itself is replaced, inside FSDP2's hooks and under the same module names.
+    """
+    if kind is ActivationCheckpointing.none:
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind is ActivationCheckpointing.selective:
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    for block in blocks:
+        block.forward = functools.partial(_forward, block.forward, options)  # type: ignore[method-assign]
+
+
+def _forward(forward: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, **options, **kwargs)

@@ -1,0 +1,137 @@
+"""Reading rows of tensors from safetensors files, and nothing more of them.
+
+The files are read with `pread`, not mapped: pages of a mapped file count as the process's memory until the kernel takes
+them back, and a rank must never be seen to hold the model.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qdora.errors import ModelError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_CHUNK_BYTES = 2**25
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor in a file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class CheckpointFiles:
+    """The tensors of a folder of safetensors files, by the names in the files.
+
+    Raises:
+        ModelError: no safetensors, a pickle-only checkpoint, a file that is missing, damaged or cut short.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            files = [self.folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        else:
+            files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            pickles = [path.name for pattern in _PICKLES for path in self.folder.glob(pattern)]
+            if pickles:
+                raise ModelError(
+                    f"{self.folder} holds only pickled weights ({pickles[0]}), which can run code when read. Convert "
+                    "them once, where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+                )
+            raise ModelError(f"no *.safetensors in {self.folder}")
+        return dict(entry for file in files for entry in _header(file))
+
+    def read_rows(self, name: str, first: int, out: Tensor) -> None:
+        """Fills `out` with the rows of `name` from `first` on, converted to its dtype and device.
+
+        A tensor of one dimension has rows of one value; a scalar is one row.
+        """
+        entry = self.entries[name]
+        if not out.numel():
+            return
+        width = prod(entry.shape[1:])
+        rows = out.view(-1, width)
+        step = max(1, _CHUNK_BYTES // (width * entry.dtype.itemsize))
+        descriptor = os.open(entry.file, os.O_RDONLY)
+        try:
+            for start in range(0, rows.shape[0], step):
+                some = rows[start : start + step]
+                offset = entry.offset + (first + start) * width * entry.dtype.itemsize
+                direct = some.device.type == "cpu" and some.dtype == entry.dtype and some.is_contiguous()
+                buffer = some if direct else torch.empty(some.shape, dtype=entry.dtype)
+                _read_exactly(descriptor, memoryview(buffer.flatten().view(torch.uint8).numpy()), offset)
+                if not direct:
+                    some.copy_(buffer)
+        finally:
+            os.close(descriptor)
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, as stored."""
+        entry = self.entries[name]
+        out = torch.empty(entry.shape, dtype=entry.dtype)
+        self.read_rows(name, 0, out)
+        return out
+
+
+def _read_exactly(descriptor: int, view: memoryview, offset: int) -> None:
+    while view:
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            raise ModelError("a weight file became shorter while it was read")
+        view, offset = view[count:], offset + count
+
+
+def _header(file: Path) -> Iterator[tuple[str, Entry]]:
+    """The tensors that a safetensors file declares; checks that the file is as long as they need."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ModelError(f"{file} is cut short: {size} bytes do not hold its own header; download it again")
+            header = json.loads(stream.read(length))
+    except FileNotFoundError:
+        raise ModelError(f"{file} is missing, though the index names it; download it again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ModelError(f"{file} is not a safetensors file or is damaged; download it again") from None
+    start = 8 + length
+    for name, value in header.items():
+        if name == "__metadata__":
+            continue
+        first, end = value["data_offsets"]
+        if start + end > size:
+            raise ModelError(
+                f"{file} is cut short: {size} bytes where {name} alone needs {start + end}; download it again"
+            )
+        if value["dtype"] not in _DTYPES:
+            raise ModelError(f"{name} in {file} has dtype {value['dtype']}, which qdora does not read")
+        yield name, Entry(file, _DTYPES[value["dtype"]], tuple(value["shape"]), start + first)

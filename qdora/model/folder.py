@@ -1,0 +1,111 @@
+"""From `model.path` to a local folder of safetensors, config and tokenizer."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from qdora.config import ModelConfig
+from qdora.errors import ModelError
+
+_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+def model_folder(config: ModelConfig) -> Path:
+    """The local folder of a model; downloads a hub id, converts a `.gguf` file once. Call it on rank 0 first.
+
+    Raises:
+        ModelError: nothing there, no network, or nothing that can be read.
+    """
+    given = str(config.path)
+    path = Path(given).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _convert_gguf(path)
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if ggufs and not list(path.glob("*.safetensors")):
+            if len(ggufs) > 1:
+                raise ModelError(f"{path} holds {len(ggufs)} .gguf files: give one, such as model.path={ggufs[0]}")
+            return _convert_gguf(ggufs[0])
+        if not (path / "config.json").exists():
+            raise ModelError(f"{path} has no config.json: it is not a model of transformers")
+        return path
+    if path.exists() or given.startswith(("/", ".", "~")) or given.count("/") != 1:
+        raise ModelError(f"model.path={given}: no such folder, and not a hub id such as org/name")
+    try:
+        return Path(snapshot_download(given, revision=config.revision, allow_patterns=_PATTERNS))
+    except LocalEntryNotFoundError:
+        reason = "it is not in the local cache and the hub cannot be reached"
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    raise ModelError(f"model.path={given}: no such folder, and downloading it failed: {reason}")
+
+
+def _convert_gguf(file: Path) -> Path:
+    """A bfloat16 safetensors copy of a GGUF file, made once by transformers' own reader, in the user's cache folder."""
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qdora" / "gguf" / f"{file.stem}-{key}"
+    if not cache.exists():
+        convert_gguf(file, cache)
+    return cache
+
+
+def convert_gguf(file: Path, output: Path) -> None:
+    """Writes `file` as an ordinary transformers folder `output`, weights dequantised to bfloat16.
+
+    Raises:
+        ModelError: transformers cannot read the file.
+    """
+    beside = output.with_name(f"{output.name}.{os.getpid()}.partial")
+    arguments: dict[str, Any] = {"gguf_file": file.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **arguments
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"transformers cannot read {file}: {error}") from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    beside.rename(output)
+
+
+def load_config(folder: Path, config: ModelConfig) -> Any:
+    """The transformers config of a folder.
+
+    Raises:
+        ModelError: unreadable, of no known type, or its code may not be run.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{config.path} brings its own Python code, which is not run unless you say so: read it, then set "
+                "model.trust_remote_code=true"
+            ) from None
+        raise ModelError(f"transformers cannot read the config of {config.path}: {error}") from None
+
+
+def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
+    """The tokenizer of a folder, with a pad token (the end-of-sequence token where the model has none).
+
+    Raises:
+        ModelError: there is none that transformers can read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+        raise ModelError(f"transformers cannot read a tokenizer in {folder}: {error}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

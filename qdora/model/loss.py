@@ -1,0 +1,138 @@
+"""Cross entropy without the (tokens x vocabulary) logits.
+
+Only positions that have a label reach the head, some at a time. The gradient of the hidden states is computed in the
+forward, from logits that are at hand (as in Liger-Kernel, arXiv:2410.10989, section 3.2), so none is kept.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+from qdora.errors import ModelError
+
+CHUNK_NUMEL = 2**24
+"""Logits alive at a time (64 MiB in float32)."""
+IGNORED = -100
+"""Label of a position without a target."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What a model does to its logits: `cap * tanh(scale * z / cap)` (Gemma 2: cap; Cohere, Granite: scale)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "LogitTransform":
+        text = config.get_text_config()
+        scale = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
+        return cls(scale, getattr(text, "final_logit_softcapping", None))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def gradient(self, transformed: Tensor, upstream: Tensor) -> Tensor:
+        """d loss / d z, given what `__call__` returned; in place on `upstream`."""
+        if self.cap is not None:
+            upstream.mul_(1 - (transformed / self.cap).square_())
+        return upstream if self.scale == 1.0 else upstream.mul_(self.scale)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform
+    ) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
+        step = max(1, CHUNK_NUMEL // weight.shape[0])
+        for first in range(0, hidden.shape[0], step):
+            some, targets = hidden[first : first + step], labels[first : first + step, None]
+            logits = transform(nn.functional.linear(some, weight, bias).float())
+            normaliser = logits.logsumexp(1, keepdim=True)
+            total += (normaliser - logits.gather(1, targets)).sum()
+            if not (need_hidden or need_weight):
+                continue
+            d_logits = (logits - normaliser).exp_()
+            d_logits.scatter_add_(1, targets, torch.full_like(normaliser, -1.0))
+            d_logits = transform.gradient(logits, d_logits)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+            rounded = d_logits.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(rounded, weight, out=d_hidden[first : first + step])
+            if d_weight is not None:
+                d_weight += rounded.T @ some
+        ctx.save_for_backward(
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        )
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[no-untyped-def, override]
+        scaled = (None if grad is None else grad * upstream.to(grad.dtype) for grad in ctx.saved_tensors)
+        return (*scaled, None, None)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform
+) -> Tensor:
+    """Sum over label tokens of -log p(label), float32, ().
+
+    Args:
+        hidden: (..., hidden size) the head's input.
+        weight: (vocabulary, hidden size) of the head; may be trained.
+        labels: (...) int64, the target of each position, `IGNORED` where there is none.
+    """
+    labels = labels.flatten()
+    wanted = (labels != IGNORED).nonzero().squeeze(1)
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, wanted)
+    return _ChunkedCrossEntropy.apply(rows, weight, bias, labels[wanted], transform)  # type: ignore[no-any-return]
+
+
+def _token_loss(self: Any, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+    decoder = self.get_decoder()
+    hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    head = self.get_output_embeddings()
+    return chunked_cross_entropy(hidden, head.weight, head.bias, labels, LogitTransform.of(self.config))
+
+
+def attach_token_loss(model: Any) -> None:
+    """Gives the model `token_loss(input_ids, position_ids, labels)`; after sharding, so that FSDP2 gathers for it too.
+
+    All three are (rows, length) int64; the result is `chunked_cross_entropy`'s. No attention mask is passed:
+    transformers separates the samples of a row where `position_ids` restarts, and padding comes last.
+    """
+    model.token_loss = _token_loss.__get__(model)
+    if isinstance(model, FSDPModule):
+        register_fsdp_forward_method(model, "token_loss")
+
+
+@torch.no_grad()
+def check_token_loss(model: Any, device: torch.device) -> None:
+    """Compares `token_loss` with the model's own logits on a few tokens. *Collective* if sharded.
+
+    Raises:
+        ModelError: the model does something to its logits that `LogitTransform` does not know.
+    """
+    tokens = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
+    labels = tokens.roll(-1, 1)
+    positions = torch.arange(8, device=device)[None]
+    ours = model.token_loss(tokens, positions, labels)
+    logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
+    theirs = nn.functional.cross_entropy(logits[0], labels[0], reduction="sum")
+    if not torch.allclose(ours, theirs, rtol=2e-2, atol=1e-2):
+        raise ModelError(
+            f"{type(model).__name__} changes its logits in a way qdora does not know (loss {ours:.4f} against its own "
+            f"{theirs:.4f}); please report this model"
+        )

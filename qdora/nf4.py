@@ -1,0 +1,220 @@
+"""4-bit NormalFloat weights as plain, row-aligned parameters.
+
+A weight W (out, in) is cut into blocks of 64 values along its rows (QLoRA, arXiv:2305.14314, section 3). With block b
+of row o, the scale a_ob = max |W_ob| and the 16-value NF4 code book q,
+
+    W_oj ~ a_ob * q[c_oj],        c_oj in 0..15,
+
+and with double quantisation the scales themselves are stored in 8 bits, 256 of them (in row-major order over the whole
+tensor) sharing one float32: a = scale * code + mean.
+
+    name           shape                            dtype    memory
+    packed         (out, in / 2)                    uint8    two codes a byte, the first in the high half
+    absmax         (out, in / 64)                   uint8    8-bit codes (double_quant)
+                   (out, in / 64 * 4)               uint8    the bytes of float32 scales (otherwise)
+    absmax_scale   (ceil(out * in / 64 / 256),)     float32  replicated on every rank, 0.05 % of the weight
+    absmax_mean    ()                               float32  replicated
+
+Row o of W is row o of `packed` and `absmax`, so FSDP2 shards both on dim 0 without knowing what they are. The float32
+scales travel as bytes because a mixed-precision policy would round them to bfloat16. The values are bit-identical to
+`bitsandbytes.functional.quantize_4bit(W, blocksize=64, quant_type="nf4")` on the whole tensor, whatever the number of
+ranks; both directions run in bitsandbytes' kernels.
+"""
+
+import ctypes
+import logging
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # asks for a package that is not needed
+import bitsandbytes.functional as bnb  # noqa: E402
+from bitsandbytes.cextension import lib  # noqa: E402
+
+BLOCK_SIZE = 64
+"""Values a block; bitsandbytes' CPU kernels are wrong for rows that do not hold whole blocks."""
+NESTED_BLOCK_SIZE = 256
+"""Scales that share one float32 under double quantisation."""
+
+_CPU_KERNELS = {
+    torch.bfloat16: "cdequantize_blockwise_cpu_nf4_bf16",
+    torch.float32: "cdequantize_blockwise_cpu_nf4_fp32",
+}
+
+
+class _Scratch:
+    """One reused output buffer a device and dtype.
+
+    On a CPU a fresh buffer costs four times the dequantisation itself (page faults); on a GPU one buffer bounds the
+    memory of dequantised weights to the largest layer. Its content is valid until the next call.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def get(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        numel = shape[0] * shape[1]
+        buffer = self._buffers.get((device, dtype))
+        if buffer is None or buffer.numel() < numel:
+            self._buffers.pop((device, dtype), None)
+            buffer = self._buffers[device, dtype] = torch.empty(numel, dtype=dtype, device=device)
+        return buffer[:numel].view(shape)
+
+
+scratch = _Scratch()
+_nested_code: dict[torch.device, Tensor] = {}
+
+
+def nested_code(device: torch.device) -> Tensor:
+    """The 256 values (float32, sorted) that 8-bit scale codes stand for."""
+    if device not in _nested_code:
+        _nested_code[device] = bnb.create_dynamic_map().to(device)
+    return _nested_code[device]
+
+
+def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes `packed` (rows, in / 2) uint8 and block scales (rows, in / 64) float32 of `rows` (rows, in)."""
+    out, width = rows.shape
+    if not out:  # a rank that holds no row: the kernels refuse an empty tensor
+        return rows.new_empty(0, width // 2, dtype=torch.uint8), rows.new_empty(0, width // BLOCK_SIZE).float()
+    packed, absmax = torch.ops.bitsandbytes.quantize_4bit(rows.contiguous(), BLOCK_SIZE, "nf4", torch.uint8)
+    return packed.view(out, width // 2), absmax.view(out, width // BLOCK_SIZE)
+
+
+def nest(
+    absmax: Tensor, num_rows: int, first_row: int = 0, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantisation of this rank's block scales: own codes, the whole tensor's `absmax_scale`, `absmax_mean`.
+
+    *Collective* over `group`: the statistics need every rank's scales (1/64 of the values).
+
+    Args:
+        absmax: (own rows, in / 64) float32; ranks hold ceil(num_rows / ranks) rows each, the last ones fewer or none.
+        num_rows: rows of the whole weight; `first_row` is the place of the first own one.
+    """
+    whole = absmax
+    if group is not None and dist.get_world_size(group) > 1:
+        padded = absmax.new_zeros(-(-num_rows // dist.get_world_size(group)), absmax.shape[1])
+        padded[: absmax.shape[0]] = absmax
+        whole = all_gather_tensor(padded, 0, group)[:num_rows]
+    mean = whole.mean()
+    codes, state = bnb.quantize_blockwise((whole - mean).flatten(), blocksize=NESTED_BLOCK_SIZE)
+    own = codes.view_as(whole)[first_row : first_row + absmax.shape[0]]
+    return own, state.absmax, mean
+
+
+def unnest(absmax: Tensor, absmax_scale: Tensor | None, absmax_mean: Tensor | None, first_row: int = 0) -> Tensor:
+    """Float32 block scales (rows, in / 64) of the stored `absmax`.
+
+    Args:
+        absmax: the stored rows, uint8; `first_row` is their place in the whole weight.
+        absmax_scale: the whole weight's, or None where `absmax` holds the bytes of float32 scales.
+    """
+    if absmax_scale is None or absmax_mean is None:
+        return absmax.view(torch.float32)
+    values = nested_code(absmax.device)[absmax.flatten().int()]
+    start = first_row * absmax.shape[1]
+    values.mul_(absmax_scale.repeat_interleave(NESTED_BLOCK_SIZE)[start : start + values.numel()])
+    return values.add_(absmax_mean).view(absmax.shape)
+
+
+def dequantize(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dequantises into the reused buffer of the device and dtype; valid until the next call.
+
+    Args:
+        packed: (rows, in / 2) uint8.
+        absmax: (rows, in / 64) float32, for example row-scaled by DoRA's g.
+
+    Returns:
+        (rows, in) of `dtype` (bfloat16 or float32).
+    """
+    shape = (packed.shape[0], packed.shape[1] * 2)
+    out = scratch.get(shape, dtype, packed.device)
+    if packed.device.type == "cpu":
+        # bitsandbytes 0.50.2 registers no CPU kernel for `dequantize_4bit.out`: call the one behind its functional.
+        kernel = getattr(lib, _CPU_KERNELS[dtype])
+        packed, absmax = packed.contiguous(), absmax.contiguous()
+        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed, absmax, out))
+        kernel(*pointers, *map(ctypes.c_longlong, (BLOCK_SIZE, *shape)))
+    else:
+        torch.ops.bitsandbytes.dequantize_4bit.out(
+            packed, absmax.contiguous(), BLOCK_SIZE, "nf4", shape, dtype, out=out
+        )
+    return out
+
+
+class NF4Linear(nn.Module):
+    """A frozen `nn.Linear` whose weight is NF4; see the module's docstring for the parameters.
+
+    Built empty (on the current default device, usually meta); `qdora.model` fills it with the rank's rows.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, double_quant: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        assert in_features % BLOCK_SIZE == 0, f"{in_features} inputs are not whole blocks of {BLOCK_SIZE}"
+        self.in_features, self.out_features, self.double_quant = in_features, out_features, double_quant
+        blocks = in_features // BLOCK_SIZE
+        width = blocks if double_quant else blocks * 4
+        self.packed = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8))
+        self.absmax = _frozen(torch.empty(out_features, width, dtype=torch.uint8))
+        if double_quant:
+            num_scales = -(-out_features * blocks // NESTED_BLOCK_SIZE)
+            self.register_buffer("absmax_scale", torch.empty(num_scales, dtype=torch.float32))
+            self.register_buffer("absmax_mean", torch.empty((), dtype=torch.float32))
+        else:
+            self.absmax_scale = self.absmax_mean = None
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    def tensors(self) -> list[Tensor]:
+        """What `weight_from` needs, as they are now (gathered inside a forward, this rank's rows outside)."""
+        tensors = [self.packed, self.absmax]
+        return [*tensors, self.absmax_scale, self.absmax_mean] if self.double_quant else tensors
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = frozen_linear(x, self.tensors())
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, double_quant={self.double_quant}"
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def weight_from(tensors: list[Tensor], dtype: torch.dtype, row_scale: Tensor | None = None) -> Tensor:
+    """The weight that `tensors` stand for, each row times `row_scale`; valid until the next call.
+
+    Args:
+        tensors: `NF4Linear.tensors()`, all rows; or `[weight]` of a layer that is not quantised.
+        row_scale: (out,) float32 or None. Of an unquantised weight it is not applied here.
+
+    Returns:
+        (out, in) of `dtype`.
+    """
+    if len(tensors) == 1:
+        assert row_scale is None, "the rows of an unquantised weight are scaled at its output"
+        return tensors[0].to(dtype)
+    scales = unnest(tensors[1], *(tensors[2:] or (None, None)))
+    if row_scale is not None:
+        # Out of place without double quantisation: `scales` is then a view of the stored parameter.
+        scales = scales.mul_(row_scale[:, None]) if len(tensors) == 4 else scales * row_scale[:, None]
+    return dequantize(tensors[0], scales, dtype)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*tensors)
+        return torch.nn.functional.linear(x, weight_from(list(tensors), x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
+        return (dy @ weight_from(list(ctx.saved_tensors), dy.dtype), *(None,) * len(ctx.saved_tensors))
+
+
+def frozen_linear(x: Tensor, tensors: list[Tensor]) -> Tensor:
+    """x W^T of a frozen weight, without keeping the dequantised weight for the backward."""
+    return _FrozenLinear.apply(x, *tensors)  # type: ignore[no-any-return]

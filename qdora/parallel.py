@@ -1,0 +1,243 @@
+"""Ranks, their mesh, and how a model's blocks are sharded over them. Knows nothing of NF4 or DoRA.
+
+Every block becomes one FSDP2 group, gathered in one collective before its forward and again before its backward; what
+is left (embedding, final norm, head) is the root's group. Trainable parameters are float32 shards: the master weights
+that the optimiser steps. FSDP2 casts them to the compute dtype for the gather and reduces their gradients in float32.
+Frozen parameters are stored in the dtype they are gathered in; a frozen float32 parameter would be rounded in silence,
+so `shard` refuses it.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from qdora.config import ParallelConfig, Plan
+from qdora.errors import ConfigError, QdoraError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among all ranks of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    plan: Plan
+    mesh: DeviceMesh | None
+    """One axis under `fsdp`, (replicate, shard) under `hsdp`, None where nothing is sharded."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def shard_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share one copy of the weights, or None where each has its own."""
+        return None if self.mesh is None else self.mesh.get_group(self.mesh.ndim - 1)
+
+
+def start(config: ParallelConfig, trains_base: bool = False) -> World:
+    """Joins the ranks that torchrun (or `accelerate launch`) started; *collective*. A lone process is a world of one.
+
+    On one rank, and under `ddp`, nothing is wrapped: `fully_shard` would copy each parameter at each use. Where the
+    base itself is trained that copy is wanted (float32 master to compute dtype): there a shard axis of one is made.
+
+    Raises:
+        ConfigError: the plan does not fit the number of ranks.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if config.plan is Plan.none and size > 1:
+        raise ConfigError(f"parallel=none runs on one rank, but {size} were started: use parallel=fsdp or ddp")
+    shard_size = config.shard_size or local_size
+    if config.plan is Plan.hsdp and size % shard_size:
+        raise ConfigError(f"parallel.shard_size={shard_size} does not divide the {size} ranks that were started")
+    use_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if size > 1 or trains_base:
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "cpu:gloo"
+        store = None if size > 1 else dist.HashStore()
+        ranks = {} if size > 1 else {"rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s), store=store, **ranks)
+    mesh = None
+    if trains_base or (size > 1 and config.plan is not Plan.ddp):
+        groups = {Plan.fsdp: size, Plan.none: 1, Plan.ddp: 1, Plan.hsdp: min(shard_size, size)}[config.plan]
+        shape, axes = ((size // groups, groups), ("replicate", "shard"))
+        if groups == size:
+            shape, axes = (size,), ("shard",)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=axes)
+    return World(rank, size, local_rank, local_size, device, config.plan, mesh)
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def failing_together(world: World) -> Iterator[None]:
+    """A `QdoraError` inside, on any rank, is raised on every rank at the end of the block. *Collective*.
+
+    For stretches without collectives of their own (reading files, checking names): no rank is left waiting.
+    """
+    error: QdoraError | None = None
+    try:
+        yield
+    except QdoraError as raised:
+        error = raised
+    if world.size > 1:
+        errors: list[QdoraError | None] = [None] * world.size
+        dist.all_gather_object(errors, error)
+        error = next((found for found in errors if found is not None), None)
+    if error is not None:
+        raise error
+
+
+def main_first(world: World, function: Callable[[], T]) -> T:
+    """Calls `function` on rank 0 alone, then on the others, for work that is cached on disk. *Collective*."""
+    result: T | None = None
+    for turn in (world.is_main, not world.is_main):
+        with failing_together(world):
+            if turn:
+                result = function()
+    return result  # type: ignore[return-value]
+
+
+def broadcast(world: World, value: T) -> T:
+    """Rank 0's `value` on every rank. *Collective*."""
+    values = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def all_sum(world: World, *values: float) -> list[float]:
+    """Sums of float64 values over the ranks. *Collective*."""
+    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total.tolist()  # type: ignore[no-any-return]
+
+
+def gather(world: World, value: T) -> list[T]:
+    """Every rank's `value`, in rank order. *Collective*."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def shard(
+    model: nn.Module, blocks: Sequence[nn.Module], world: World, config: ParallelConfig, dtype: torch.dtype
+) -> None:
+    """Shards `model` (on the meta device or not) by `world.mesh`; mutates it, does nothing without a mesh.
+
+    Args:
+        blocks: the modules that become a group each, in order of execution.
+        dtype: compute dtype of the trainable parameters.
+    """
+    if world.mesh is None:
+        return
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad or parameter.dtype in (dtype, torch.uint8), f"{name} would be rounded"
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in blocks:
+        fully_shard(
+            block,
+            mesh=world.mesh,
+            reshard_after_forward=config.reshard_after_forward,
+            mp_policy=policy,
+            offload_policy=offload,
+        )
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
+
+
+def own_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """This rank's rows of a parameter (a view, in place writes reach the model) and the place of the first one."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach(), 0
+    local = parameter.to_local().detach()
+    mesh = parameter.device_mesh
+    chunk = -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
+    return local, min(chunk * mesh.get_local_rank(mesh.ndim - 1), parameter.shape[0])
+
+
+def gather_rows(parameters: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """The whole of several sharded parameters in one collective, as `dtype` on `device`. *Collective* if sharded."""
+    first = parameters[0]
+    if not isinstance(first, DTensor):
+        return [parameter.detach().to(device, dtype) for parameter in parameters]
+    mesh = first.device_mesh
+    ranks, group = mesh.size(mesh.ndim - 1), mesh.get_group(mesh.ndim - 1)
+    shapes = [(-(-parameter.shape[0] // ranks), parameter[0].numel()) for parameter in parameters]
+    own = torch.zeros(sum(rows * width for rows, width in shapes), dtype=dtype, device=device)
+    offset = 0
+    for parameter, (rows, width) in zip(parameters, shapes, strict=True):
+        local = own_rows(parameter)[0].flatten()
+        own[offset : offset + local.numel()] = local
+        offset += rows * width
+    everyone = all_gather_tensor(own, 0, group).view(ranks, -1)
+    wholes, offset = [], 0
+    for parameter, (rows, width) in zip(parameters, shapes, strict=True):
+        whole = everyone[:, offset : offset + rows * width].reshape(-1, width)[: parameter.shape[0]]
+        wholes.append(whole.view(parameter.shape))
+        offset += rows * width
+    return wholes
+
+
+def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
+    """Whether the next backward reduces gradients over the ranks (the last micro-batch of a step) or adds them up."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+
+
+def average_gradients(model: nn.Module, world: World) -> None:
+    """Under `ddp`: replaces each gradient by its mean over the ranks, in one collective. *Collective*.
+
+    FSDP2 does the same inside its backward (and divides by the ranks too), so the caller's loss is the same for both.
+    """
+    if world.mesh is not None or world.size == 1:
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world.size
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees every gathered parameter; the root's stay gathered after a forward otherwise."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def weight_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the parameters this rank holds, and of all of them once."""
+    own = total = 0
+    for parameter in model.parameters():
+        total += parameter.numel() * parameter.element_size()
+        own += own_rows(parameter)[0].numel() * parameter.element_size()
+    return own, total
