@@ -27,7 +27,6 @@ import logging
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # asks for a package that is not needed
 import bitsandbytes.functional as bnb  # noqa: E402
@@ -98,7 +97,9 @@ def nest(
     if group is not None and dist.get_world_size(group) > 1:
         padded = absmax.new_zeros(-(-num_rows // dist.get_world_size(group)), absmax.shape[1])
         padded[: absmax.shape[0]] = absmax
-        whole = all_gather_tensor(padded, 0, group)[:num_rows]
+        shares = padded.new_empty(dist.get_world_size(group), *padded.shape)
+        dist.all_gather(list(shares), padded, group=group)
+        whole = shares.flatten(0, 1)[:num_rows]
     mean = whole.mean()
     codes, state = bnb.quantize_blockwise((whole - mean).flatten(), blocksize=NESTED_BLOCK_SIZE)
     own = codes.view_as(whole)[first_row : first_row + absmax.shape[0]]

@@ -17,7 +17,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -197,7 +196,8 @@ def gather_rows(parameters: Sequence[Tensor], dtype: torch.dtype, device: torch.
         local = own_rows(parameter)[0].flatten()
         own[offset : offset + local.numel()] = local
         offset += rows * width
-    everyone = all_gather_tensor(own, 0, group).view(ranks, -1)
+    everyone = torch.empty(ranks, own.numel(), dtype=dtype, device=device)
+    dist.all_gather(list(everyone), own, group=group)
     wholes, offset = [], 0
     for parameter, (rows, width) in zip(parameters, shapes, strict=True):
         whole = everyone[:, offset : offset + rows * width].reshape(-1, width)[: parameter.shape[0]]

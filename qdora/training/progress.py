@@ -58,22 +58,24 @@ class Progress:
         eval_loss: float | None = None,
         learning_rate: float | None = None,
     ) -> None:
-        """Shows the state after `step` (0: before the first). What is None is left out."""
+        """Shows the state after `step` (0: before the first), an evaluation always. What is None is left out."""
         if not self._enabled:
             return
-        parts = [
-            f"loss {loss:.3f}" if loss is not None else "",
-            f"eval_loss {eval_loss:.3f}" if eval_loss is not None else "",
-            f"learning_rate {learning_rate:.1e}" if learning_rate is not None else "",
-            f"{tokens_per_second:,.0f} tokens/s" if tokens_per_second is not None else "",
-            self._time_left(step),
-        ]
-        text = "  ".join(part for part in parts if part)
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, description=text)
-        elif eval_loss is not None or self._line_is_due(step):
+        course = [f"loss {loss:.3f}"] if loss is not None else []
+        if tokens_per_second is not None:
+            course.append(f"{tokens_per_second:,.0f} tokens/s")
+        if left := self._time_left(step):
+            course.append(left)
+        rare = [f"eval_loss {eval_loss:.3f}"] if eval_loss is not None else []
+        if self._bar is not None:  # 80 columns hold no more than the course
+            self._bar.update(self._bar.task_ids[0], completed=step, description="  ".join(course))
+            if rare:
+                self.message("  ".join([f"step {step}/{self._total_steps}", *rare]))
+        elif rare or self._line_is_due(step):
             self._last_line = (step, time.monotonic())
-            self.message(f"step {step}/{self._total_steps}  {text}")
+            if learning_rate is not None:
+                rare.append(f"learning_rate {learning_rate:.1e}")
+            self.message("  ".join([f"step {step}/{self._total_steps}", *rare, *course]))
 
     def message(self, text: str) -> None:
         """Prints a line of its own, above the bar if there is one."""

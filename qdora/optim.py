@@ -1,0 +1,79 @@
+"""AdamW over the float32 master shards, the course of the learning rate, and gradient clipping."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from qdora.config import OptimConfig, Schedule
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) over the trainable parameters; weight decay on matrices only."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        foreach=True,
+    )
+
+
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """The learning rate of update `step` (0 to num_steps - 1): linear warm-up, then the schedule towards 0."""
+    warmup = round(config.warmup_ratio * num_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    factor = {
+        Schedule.constant: 1.0,
+        Schedule.linear: 1.0 - progress,
+        Schedule.cosine: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[config.schedule]
+    return config.learning_rate * factor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Sets the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scales the gradients down to a global L2 norm of `max_norm` (0: not at all) and returns the norm before.
+
+    *Collective* if sharded. Not finite if any gradient is not.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm: Tensor = nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if max_norm > 0:
+        trainable = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        nn.utils.clip_grads_with_norm_(trainable, max_norm, norm)
+    return float(norm)
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor that training changes, by name: trainable parameters and AdamW's moments and step counts.
+
+    Moments that do not exist before the first update are created as zeros, so that a checkpoint can be read into them.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        tensors[f"model.{name}"] = parameter.detach()
+        tensors |= {f"optimizer.{name}.{kind}": value for kind, value in state.items()}
+    return tensors

@@ -1,0 +1,131 @@
+"""A run's own folder: config.yaml, metrics.jsonl, summary.json, adapter/, checkpoints/, report.png."""
+
+import json
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qdora import checkpoint
+from qdora.checkpoint import Manifest
+from qdora.config import RunConfig
+from qdora.errors import CheckpointError, ConfigError
+
+_IDENTITY = ("model", "quant", "adapter", "data", "seed")
+"""Groups that make a run what it is: a checkpoint continues only under the same values."""
+_HARMLESS = {"data.cache_dir", "data.eval"}
+
+
+def plain(value: Any) -> Any:
+    """A config as dictionaries, lists, numbers and words."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+def config_values(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as YAML and JSON hold it."""
+    values: dict[str, Any] = plain(asdict(config))
+    return values
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups as dotted options."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+class RunFolder:
+    """Paths and files of one run; the methods that write are for rank 0."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.adapter = path / "adapter"
+        self.model = path / "model"
+        self.checkpoints = path / "checkpoints"
+        self.report = path / "report.png"
+        self.summary = path / "summary.json"
+        self.config = path / "config.yaml"
+
+    def find_checkpoint(self, config: RunConfig) -> tuple[Path, Manifest] | None:
+        """The checkpoint to go on from under `config.resume`, or None for a fresh start.
+
+        Raises:
+            ConfigError: the folder is of another run, or not empty where a new one is wanted.
+            CheckpointError: `resume` names a path without a checkpoint.
+        """
+        if config.resume == "never":
+            if self.path.exists() and any(self.path.iterdir()):
+                raise ConfigError(f"resume=never wants a new folder, but {self.path} is not empty")
+            return None
+        if config.resume != "auto":
+            found = Path(config.resume)
+            if not (found / checkpoint.MANIFEST).exists():
+                raise CheckpointError(f"resume={config.resume}: no checkpoint there (no {checkpoint.MANIFEST})")
+        else:
+            self._check_same_run(config)
+            checkpoints = checkpoint.complete(self.checkpoints)
+            if not checkpoints:
+                return None
+            found = checkpoints[-1]
+        manifest = checkpoint.read_manifest(found)
+        _check_identity(config_values(config), manifest.config, str(found))
+        return found, manifest
+
+    def _check_same_run(self, config: RunConfig) -> None:
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self.config.exists():
+            raise ConfigError(f"output_dir={self.path} holds files that are not of a run: give another folder")
+        stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        _check_identity(config_values(config), stored, str(self.path))
+
+    def start(self, config: RunConfig, first_step: int) -> None:
+        """Writes config.yaml and drops metrics of steps after `first_step`, which will be made again."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(config_values(config), sort_keys=False, allow_unicode=True)
+        _write(self.config, text)
+        kept = []
+        if self.metrics.exists() and first_step > 0:
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the torn line of a run that was killed
+                if record["step"] <= first_step:
+                    kept.append(line)
+        _write(self.metrics, "".join(f"{line}\n" for line in kept))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends a line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json."""
+        _write(self.summary, json.dumps(summary, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _check_identity(wanted: dict[str, Any], stored: dict[str, Any], where: str) -> None:
+    ours = flatten({key: wanted[key] for key in _IDENTITY})
+    theirs = flatten({key: stored.get(key) for key in _IDENTITY})
+    different = [name for name in ours if name not in _HARMLESS and ours[name] != theirs.get(name)]
+    if different:
+        pairs = ", ".join(f"{name}={theirs.get(name)} (now {ours[name]})" for name in different)
+        raise ConfigError(
+            f"{where} belongs to another run: it has {pairs}. Use those values, or another output_dir (or resume=never)"
+        )
