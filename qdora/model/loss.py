@@ -4,14 +4,16 @@ Only positions that have a label reach the head, some at a time. The gradient of
 forward, from logits that are at hand (as in Liger-Kernel, arXiv:2410.10989, section 3.2), so none is kept.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from qdora.errors import ModelError
+from qdora.parallel import World, all_sum
 
 CHUNK_NUMEL = 2**24
 """Logits alive at a time (64 MiB in float32)."""
@@ -136,3 +138,37 @@ def check_token_loss(model: Any, device: torch.device) -> None:
             f"{type(model).__name__} changes its logits in a way qdora does not know (loss {ours:.4f} against its own "
             f"{theirs:.4f}); please report this model"
         )
+
+
+class TokenBatch(Protocol):
+    """What the loss needs of a micro-batch; `qdora.data.Batch` is one."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def position_ids(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def num_label_tokens(self) -> int: ...
+
+
+def batch_loss(model: Any, batch: TokenBatch, device: torch.device) -> Tensor:
+    """Sum over the micro-batch's label tokens of -log p, float32, (). *Collective* if sharded."""
+    tensors = (batch.input_ids, batch.position_ids, batch.labels)
+    return model.token_loss(*(tensor.to(device, non_blocking=True) for tensor in tensors))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def mean_loss(model: Any, steps: Iterable[Iterable[TokenBatch]], world: World) -> float:
+    """Mean loss a label token over all micro-batches of all ranks, without dropout. *Collective*."""
+    training = model.training
+    model.eval()
+    total, num_label_tokens = 0.0, 0
+    for batches in steps:
+        for batch in batches:
+            total += float(batch_loss(model, batch, world.device))
+            num_label_tokens += batch.num_label_tokens
+    model.train(training)
+    total, count = all_sum(world, total, num_label_tokens)
+    return total / max(1.0, count)

@@ -1,0 +1,254 @@
+"""A run from start to end: data, model, resume, training, and what it leaves in its folder."""
+
+import platform
+import secrets
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdora import checkpoint, parallel
+from qdora.adapter import peft_format
+from qdora.checkpoint import Manifest
+from qdora.config import AdapterMethod, Plan, RunConfig
+from qdora.data import BatchLoader, TokenDataset, prepare
+from qdora.errors import EXIT_INTERRUPTED, ModelError
+from qdora.model import LoadedModel, load_model, load_tokenizer, model_folder
+from qdora.model.checkpoint_files import CheckpointFiles
+from qdora.model.export import export_model
+from qdora.model.loss import check_token_loss
+from qdora.optim import state_tensors
+from qdora.parallel import World
+from qdora.tracking import make_tracker
+from qdora.training.progress import summary_table
+from qdora.training.report import write_report
+from qdora.training.run_folder import RunFolder, config_values
+from qdora.training.trainer import Trainer, memory_gib
+
+PACKAGES = ("qdora", "torch", "bitsandbytes", "transformers", "accelerate", "datasets", "wandb")
+
+
+def train(config: RunConfig) -> int:
+    """Trains as `config` says on every rank that was started; returns the exit status. *Collective*.
+
+    Raises:
+        QdoraError: something the user can mend; on every rank.
+    """
+    world = parallel.start(config.parallel, trains_base=config.adapter.method is AdapterMethod.none)
+    try:
+        return _train(config, world)
+    finally:
+        parallel.stop()
+
+
+def _train(config: RunConfig, world: World) -> int:
+    run_id = config.run_id or time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    run_id = parallel.broadcast(world, run_id)
+    config = replace(config, run_id=run_id, output_dir=config.output_dir or f"outputs/{run_id}")
+    folder = RunFolder(Path(str(config.output_dir)))
+    with parallel.failing_together(world):
+        found = folder.find_checkpoint(config)
+    torch.manual_seed(config.seed * 1000 + world.rank)  # dropout; every rank its own
+
+    base = parallel.main_first(world, lambda: model_folder(config.model))
+    with parallel.failing_together(world):
+        tokenizer = load_tokenizer(base, config.model)
+        check_vocabulary(base, tokenizer)
+    train_data = parallel.main_first(world, lambda: prepare(config.data, str(config.data.train), tokenizer))
+    eval_data = None
+    if config.data.eval is not None:
+        eval_data = parallel.main_first(world, lambda: prepare(config.data, str(config.data.eval), tokenizer))
+    loaded = load_model(base, config.model, config.quant, config.adapter, config.parallel, world, seed=config.seed)
+    check_token_loss(loaded.model, world.device)
+    train_loader = _loader(config, world, train_data, tokenizer.pad_token_id, shuffle=True)
+    eval_loader = None
+    if eval_data is not None:
+        held_out = eval_data
+
+        def eval_loader() -> BatchLoader:
+            return _loader(config, world, held_out, tokenizer.pad_token_id, shuffle=False)
+
+    manifest = found[1] if found else None
+    if world.is_main:
+        folder.start(config, manifest.step if manifest else 0)
+    tracker = make_tracker(
+        config.tracker,
+        output_dir=folder.path,
+        run_id=run_id,
+        settings=dict(config_values(config)),
+        resume_id=manifest.tracker_id if manifest else None,
+        is_main=world.is_main,
+    )
+    trainer = Trainer(config, world, loaded, train_loader, eval_loader, folder, tracker)
+    fingerprints = {"data_fingerprint": train_data.fingerprint, "model_fingerprint": model_fingerprint(base)}
+    if found is not None:
+        _resume(trainer, *found, fingerprints)
+    if world.is_main:
+        _announce(config, world, loaded, train_data, eval_data, trainer, tracker.notice)
+
+    def save(trainer: Trainer) -> None:
+        state = Manifest(
+            step=trainer.step,
+            num_tokens=trainer.num_tokens,
+            loader=trainer.train_loader.state_dict(),
+            world_size=world.size,
+            run_id=run_id,
+            tracker_id=tracker.id,
+            config=config_values(config),
+            versions=versions(),
+            **fingerprints,
+        )
+        tensors = state_tensors(trainer.model, trainer.optimizer)
+        checkpoint.save(folder.checkpoints, tensors, state, world, config.train.keep_checkpoints)
+
+    status = "failed"
+    try:
+        status = trainer.run(save)
+        _write_results(config, world, loaded, trainer, folder, status, tokenizer, base)
+        if world.is_main and config.adapter.method is not AdapterMethod.none and status == "finished":
+            tracker.log_adapter(folder.adapter)
+    finally:
+        tracker.finish(status)
+    if world.is_main:
+        _conclude(config, folder, status, tracker.location)
+    return EXIT_INTERRUPTED if status == "interrupted" else 0
+
+
+def check_vocabulary(base: Path, tokenizer: Any) -> None:
+    """Raises `ModelError` if the tokenizer makes ids that the checkpoint's embedding has no row for."""
+    shapes = {name: entry.shape for name, entry in CheckpointFiles(base).entries.items() if "embed" in name}
+    rows = max((shape[0] for shape in shapes.values() if len(shape) == 2), default=None)
+    highest = max(tokenizer.get_vocab().values())
+    if rows is not None and highest >= rows:
+        raise ModelError(
+            f"the tokenizer in {base} makes token ids up to {highest}, but the model's embedding has {rows} rows: "
+            "they do not belong together"
+        )
+
+
+def model_fingerprint(base: Path) -> str:
+    """Names, shapes and sizes of the base model's tensors, hashed."""
+    import hashlib
+
+    entries = CheckpointFiles(base).entries
+    text = repr(sorted((name, str(entry.dtype), entry.shape) for name, entry in entries.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def _loader(config: RunConfig, world: World, data: TokenDataset, pad_token_id: int, *, shuffle: bool) -> BatchLoader:
+    return BatchLoader(
+        data,
+        micro_batch_size=config.train.micro_batch_size,
+        num_accumulation_steps=config.train.num_accumulation_steps if shuffle else 1,
+        max_length=config.data.max_length,
+        packing=config.data.packing,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        shuffle=shuffle,
+        pad_token_id=pad_token_id,
+    )
+
+
+def _resume(trainer: Trainer, path: Path, manifest: Manifest, fingerprints: dict[str, str]) -> None:
+    """Puts the trainer where the checkpoint stands. *Collective*."""
+    for name, now in fingerprints.items():
+        if getattr(manifest, name) != now:
+            what = name.removesuffix("_fingerprint")
+            raise ModelError(f"the {what} has changed since {path} was written: restore it, or use another output_dir")
+    checkpoint.load(path, state_tensors(trainer.model, trainer.optimizer), manifest, trainer.world)
+    trainer.loaded.refresh(trainer.world.device)
+    trainer.step, trainer.num_tokens = manifest.step, manifest.num_tokens
+    trainer.train_loader.load_state_dict(manifest.loader)
+
+
+def _announce(
+    config: RunConfig,
+    world: World,
+    loaded: LoadedModel,
+    train_data: TokenDataset,
+    eval_data: TokenDataset | None,
+    trainer: Trainer,
+    notice: str | None,
+) -> None:
+    trainable = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
+    plan = config.parallel.plan.name if world.size > 1 else Plan.none.name
+    print(f"model: {config.model.path}, {'; '.join(loaded.report.lines())}; {trainable:,} trainable parameters")
+    print(f"ranks: {world.size} on {world.device.type}, parallel={plan}; loaded in {loaded.load_s:.1f} s")
+    print(f"train: {train_data.report.describe()}")
+    if eval_data is not None:
+        print(f"eval:  {eval_data.report.describe()}")
+    if notice:
+        print(notice)
+    if trainer.step:
+        print(f"going on from step {trainer.step} of {trainer.num_steps}", flush=True)
+
+
+def _write_results(
+    config: RunConfig,
+    world: World,
+    loaded: LoadedModel,
+    trainer: Trainer,
+    folder: RunFolder,
+    status: str,
+    tokenizer: Any,
+    base: Path,
+) -> None:
+    """Writes the adapter (or the model), summary.json and report.png. *Collective*."""
+    parallel.reshard(loaded.model)
+    if status == "finished" and config.adapter.method is AdapterMethod.none:
+        export_model(loaded.model, folder.model, base, loaded.dtype, world)
+    elif status == "finished":
+        peft_format.save(loaded.model, folder.adapter, loaded.adapter, str(config.model.path), loaded.dtype, world)
+    peaks = parallel.gather(world, memory_gib(world))
+    own_bytes, total_bytes = parallel.weight_bytes(loaded.model)
+    all_bytes = parallel.gather(world, own_bytes)
+    if not world.is_main:
+        return
+    folder.write_summary(
+        {
+            "status": status,
+            "run_id": config.run_id,
+            "steps": trainer.step,
+            "num_steps": trainer.num_steps,
+            "num_tokens": trainer.num_tokens,
+            "first_loss": trainer.losses[0] if trainer.losses else None,
+            "last_loss": trainer.losses[-1] if trainer.losses else None,
+            "eval_losses": dict(trainer.eval_losses),
+            "tokens_per_second": trainer.tokens_per_second(),
+            "peak_memory_gib": peaks,
+            "weight_bytes_per_rank": all_bytes,
+            "weight_bytes_total": total_bytes,
+            "num_trainable_parameters": sum(
+                parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad
+            ),
+            "load_s": loaded.load_s,
+            "not_quantised": loaded.report.not_quantised,
+            "not_adapted": loaded.report.not_adapted,
+            "device": world.device.type,
+            "world_size": world.size,
+            "versions": versions(),
+        }
+    )
+    write_report(folder.metrics, folder.report, f"{config.run_id}: {config.adapter.method.name} on {config.model.path}")
+
+
+def _conclude(config: RunConfig, folder: RunFolder, status: str, tracker_location: str | None) -> None:
+    if status == "interrupted":
+        print(f"interrupted and saved; go on with the same command and output_dir={folder.path}")
+        return
+    result = folder.model if config.adapter.method is AdapterMethod.none else folder.adapter
+    rows = [("result", str(result)), ("figure", str(folder.report)), ("metrics", str(folder.metrics))]
+    if tracker_location:
+        rows.append(("W&B run", tracker_location))
+    if config.adapter.method is not AdapterMethod.none:
+        rows.append(("next", f"qdora merge run={folder.path} output={folder.path}/merged"))
+    summary_table(rows, f"run {config.run_id}: {status}")

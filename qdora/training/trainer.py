@@ -1,0 +1,225 @@
+"""The training loop: one optimiser step is `Trainer.train_step`."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+
+from qdora.adapter.dora import magnitude_drift
+from qdora.config import RunConfig
+from qdora.data import Batch, BatchLoader
+from qdora.errors import TrainingError
+from qdora.model import LoadedModel
+from qdora.model.loss import batch_loss, mean_loss
+from qdora.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from qdora.parallel import World, all_sum, average_gradients, gather, set_gradient_sync
+from qdora.tracking import Tracker
+from qdora.training.progress import Progress
+from qdora.training.run_folder import RunFolder
+
+DRIFT_EVERY = 10
+"""Logged steps between two records of how far the magnitudes have moved."""
+SIGNAL_WINDOW_S = 5.0
+"""A terminal's Ctrl-C reaches a rank twice, from the terminal and from torchrun; only a later one is a second one."""
+
+
+@dataclass(slots=True)
+class StepMetrics:
+    """One optimiser step, over all ranks."""
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    seconds: float
+
+
+class Interrupt:
+    """Notes SIGINT and SIGTERM, so that the step is finished and saved first. A second Ctrl-C ends the process."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._at = 0.0
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and time.monotonic() - self._at > SIGNAL_WINDOW_S:
+            raise KeyboardInterrupt
+        if self.received is None:
+            self.received, self._at = signal.Signals(number).name, time.monotonic()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles the signals inside the block (in a main thread; nothing elsewhere)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class Trainer:
+    """Runs the steps of one run from where `step` stands; `save` is called when a checkpoint is due."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        loaded: LoadedModel,
+        train_loader: BatchLoader,
+        eval_loader: Callable[[], BatchLoader] | None,
+        folder: RunFolder,
+        tracker: Tracker,
+    ) -> None:
+        self.config, self.world, self.loaded, self.model = config, world, loaded, loaded.model
+        self.train_loader, self.eval_loader = train_loader, eval_loader
+        self.folder, self.tracker = folder, tracker
+        self.optimizer = build_optimizer(self.model, config.optim)
+        # DoRA's row norms follow the weights here and nowhere else in training.
+        self.optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
+        self.num_steps = num_steps(config, train_loader)
+        self.step = 0
+        self.num_tokens = 0
+        self.losses: list[float] = []
+        self.eval_losses: list[tuple[int, float]] = []
+        self.step_seconds: list[tuple[int, float]] = []
+
+    def run(self, save: Callable[["Trainer"], None]) -> str:
+        """Trains to `num_steps`; returns the run's status, `finished` or `interrupted`. *Collective*.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; the last checkpoint stays as it is.
+        """
+        train = self.config.train
+        interrupt = Interrupt()
+        steps = iter(self.train_loader)
+        self.model.train()
+        with (
+            interrupt.listening(),
+            Progress(self.num_steps, enabled=self.world.is_main, first_step=self.step) as progress,
+        ):
+            if self.step == 0:
+                self._log(progress, None, self.evaluate())
+            while self.step < self.num_steps:
+                metrics = self.train_step(next(steps))
+                self.step += 1
+                last = self.step == self.num_steps
+                stop = any(gather(self.world, interrupt.received is not None))
+                due = train.eval_every and self.step % train.eval_every == 0
+                eval_loss = self.evaluate() if (last or due) and not stop else None
+                if last or stop or eval_loss is not None or self.step % train.log_every == 0:
+                    self._log(progress, metrics, eval_loss)
+                if last or stop or (train.checkpoint_every and self.step % train.checkpoint_every == 0):
+                    save(self)
+                if stop and not last:
+                    return "interrupted"
+        return "finished"
+
+    def train_step(self, batches: list[Batch]) -> StepMetrics:
+        """One optimiser update from this rank's micro-batches. *Collective*.
+
+        The loss is the sum over label tokens divided by their number over all ranks and micro-batches. Reducing the
+        gradients divides by the ranks, which the loss makes up for.
+        """
+        started = time.perf_counter()
+        own = (sum(batch.num_label_tokens for batch in batches), sum(batch.num_tokens for batch in batches))
+        num_label_tokens, num_tokens = all_sum(self.world, *own)
+        total = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(batches):
+            set_gradient_sync(self.model, enabled=index == len(batches) - 1)
+            loss = batch_loss(self.model, batch, self.world.device) / num_label_tokens
+            (loss * self.world.size).backward()
+            total += loss.detach()
+        average_gradients(self.model, self.world)
+        grad_norm = clip_gradients(self.model, self.config.optim.max_grad_norm)
+        (loss_value,) = all_sum(self.world, float(total))
+        self._check_finite(loss_value, grad_norm)
+        set_learning_rate(self.optimizer, learning_rate(self.config.optim, self.step, self.num_steps))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_tokens += int(num_tokens)
+        metrics = StepMetrics(loss_value, grad_norm, int(num_tokens), time.perf_counter() - started)
+        self.losses.append(loss_value)
+        self.step_seconds.append((metrics.num_tokens, metrics.seconds))
+        return metrics
+
+    def _check_finite(self, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        state = self.train_loader.state_dict()
+        raise TrainingError(
+            f"step {self.step + 1}: the loss is {loss} and the gradient norm {grad_norm}. Its batch ends at row "
+            f"{state['position']} of epoch {state['epoch']}. Nothing was updated; checkpoints before it are good. Lower "
+            "optim.learning_rate, or look at that data"
+        )
+
+    def evaluate(self) -> float | None:
+        """Mean loss a label token of the held-out data, or None where there is none. *Collective*."""
+        if self.eval_loader is None:
+            return None
+        loss = mean_loss(self.model, self.eval_loader().epoch(), self.world)
+        self.eval_losses.append((self.step, loss))
+        return loss
+
+    def _log(self, progress: Progress, metrics: StepMetrics | None, eval_loss: float | None) -> None:
+        """Records the step; *collective* where the magnitudes are due."""
+        record: dict[str, Any] = {"step": self.step}
+        if metrics is not None:
+            record |= {
+                "loss": metrics.loss,
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "grad_norm": metrics.grad_norm,
+                "tokens_per_second": metrics.num_tokens / metrics.seconds,
+            }
+        record |= {"num_tokens": self.num_tokens, "memory_gib": memory_gib(self.world)}
+        if eval_loss is not None:
+            record["eval_loss"] = eval_loss
+        drift: dict[str, float] = {}
+        if eval_loss is not None or self.step % (DRIFT_EVERY * self.config.train.log_every) == 0:
+            drift = self._magnitude_drift()
+        if not self.world.is_main:
+            return
+        if metrics is not None or eval_loss is not None:
+            self.folder.log(record | ({"magnitude_drift": sum(drift.values()) / len(drift)} if drift else {}))
+            layers = {f"magnitude_drift/{name}": value for name, value in drift.items()}
+            self.tracker.log({**record, **layers}, self.step)
+        rate, current = record.get("tokens_per_second"), record.get("learning_rate")
+        progress.update(self.step, record.get("loss"), rate, eval_loss, current)
+
+    def _magnitude_drift(self) -> dict[str, float]:
+        """Mean |magnitude / initial - 1| a layer. *Collective*."""
+        own = magnitude_drift(self.model)
+        totals = all_sum(self.world, *(number for pair in own.values() for number in pair)) if own else []
+        return {name: totals[2 * i] / totals[2 * i + 1] for i, name in enumerate(own)}
+
+    def tokens_per_second(self) -> float:
+        """Over this process's steps without the first, which holds warm-up; evaluation and saving left out."""
+        steps = self.step_seconds[1:] or self.step_seconds
+        seconds = sum(pair[1] for pair in steps)
+        return sum(pair[0] for pair in steps) / seconds if seconds else 0.0
+
+
+def num_steps(config: RunConfig, loader: BatchLoader) -> int:
+    """Optimiser updates of the whole run."""
+    if config.train.num_steps is not None:
+        return config.train.num_steps
+    epochs = 1.0 if config.train.num_epochs is None else config.train.num_epochs
+    return max(1, math.ceil(epochs * loader.steps_per_epoch))
+
+
+def memory_gib(world: World) -> float:
+    """Peak memory of this rank: allocated on its GPU, else resident on the host."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
