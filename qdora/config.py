@@ -138,7 +138,8 @@ class AdapterConfig:
         _require(self.rank >= 1, f"adapter.rank is {self.rank}; it must be at least 1")
         _require(0.0 <= self.dropout < 1.0, f"adapter.dropout is {self.dropout}; allowed: 0 <= dropout < 1")
         _require(self.alpha is None or self.alpha > 0, f"adapter.alpha is {self.alpha}; it must be above 0 or null")
-        targets = [self.target_modules] if isinstance(self.target_modules, str) else list(self.target_modules or [])
+        given = self.target_modules
+        targets = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else []
         _require(
             bool(targets) and all(isinstance(target, str) for target in targets),
             f"adapter.target_modules is {self.target_modules!r}; give all-linear or a list such as [q_proj,v_proj]",

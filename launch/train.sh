@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# launch/train.sh [overrides]: `qdora train` on all GPUs of this machine, or on 2 CPU ranks where there is none.
+# NPROC=N chooses the number of ranks. Ctrl-C saves a checkpoint; the same command with output_dir=... goes on.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="${PYTHON:-$root/.venv/bin/python}"
+[[ -x "$python" ]] || python="$(command -v python3)"
+
+gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
+nproc="${NPROC:-$((gpus > 0 ? gpus : 2))}"
+
+if ((gpus == 0)); then
+    cores="$(nproc)"
+    # One thread a core and rank: spinning threads of several ranks on the same cores cost ten times the work.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}"
+    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+else
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+    export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+fi
+
+if ((nproc == 1)); then
+    exec "$python" -m qdora train "$@"
+fi
+exec "$python" -m qdora.commands.launch --standalone --nproc-per-node "$nproc" -m qdora train "$@"

@@ -1,0 +1,167 @@
+"""From the command line to a typed configuration: the only code that knows Hydra and OmegaConf.
+
+A command is a name, the dataclass of its options, its YAML in `conf/` and the function that does it. Hydra composes the
+YAML over the dataclasses and applies the overrides; what is passed on is the dataclass alone.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qdora import config
+from qdora.commands.explain import check_known, explain
+from qdora.errors import EXIT_USER_ERROR, ConfigError, QdoraError, nearest
+
+
+EXIT_KEYBOARD = 130
+"""What a shell shows for a Ctrl-C; during training it saves and ends in `EXIT_INTERRUPTED` instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One word after `qdora`."""
+
+    config_class: type
+    target: str
+    """`module:function`, imported only when it is called; takes the dataclass, returns the exit status."""
+    summary: str
+
+
+COMMANDS = {
+    "train": Command(config.RunConfig, "qdora.training:train", "fine-tune a model"),
+    "merge": Command(config.MergeConfig, "qdora.merging:merge", "write base and adapter as one ordinary checkpoint"),
+    "evaluate": Command(config.EvaluateConfig, "qdora.evaluation:evaluate", "score a run or a model on held-out data"),
+}
+EXIT_KEYBOARD = 130
+"""What a shell shows for a Ctrl-C; during training it saves and ends in `EXIT_INTERRUPTED` instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One word after `qdora`."""
+
+    config_class: type
+    target: str
+    """`module:function`, imported only when it is called; takes the dataclass, returns the exit status."""
+    summary: str
+
+
+COMMANDS = {
+    "train": Command(config.RunConfig, "qdora.training:train", "fine-tune a model"),
+    "merge": Command(config.MergeConfig, "qdora.merging:merge", "write base and adapter as one ordinary checkpoint"),
+    "evaluate": Command(config.EvaluateConfig, "qdora.evaluation:evaluate", "score a run or a model on held-out data"),
+}
+GROUPS = {
+    "model": config.ModelConfig,
+    "quant": config.QuantConfig,
+    "adapter": config.AdapterConfig,
+    "data": config.DataConfig,
+    "optim": config.OptimConfig,
+    "train": config.TrainConfig,
+    "parallel": config.ParallelConfig,
+    "tracker": config.TrackerConfig,
+}
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command on this rank and returns the exit status; a user's mistake is one message on rank 0."""
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_usage())
+            return 0 if arguments else EXIT_USER_ERROR
+        name = arguments[0]
+        if name not in COMMANDS:
+            raise ConfigError(f"unknown command {name!r}{nearest(name, COMMANDS)}; there are: {', '.join(COMMANDS)}")
+        values = compose(name, arguments[1:])
+        return 0 if values is None else _call(COMMANDS[name], values)
+    except QdoraError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"qdora: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_KEYBOARD
+
+
+def conf_folder() -> Path:
+    """`conf/` of a checkout, or the copy inside an installed package."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def compose(name: str, arguments: list[str]) -> DictConfig | None:
+    """The configuration of a command under the given overrides; None where Hydra had another wish (`--help`, `--cfg`).
+
+    Raises:
+        ConfigError: an override names nothing, or has a value of the wrong type.
+    """
+    config_class = COMMANDS[name].config_class
+    ConfigStore.instance().store(name=f"{name}_schema", node=config_class)
+    composed: list[DictConfig] = []
+    with _environment(sys.argv, [f"qdora {name}", *arguments]):
+        try:
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(composed.append)()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(explain(error, config_class, conf_folder(), arguments)) from None
+    if len(composed) > 1:
+        raise ConfigError(f"{len(composed)} configurations were given (--multirun); one process does one run")
+    return composed[0] if composed else None
+
+
+def typed(values: DictConfig, config_class: type) -> Any:
+    """The dataclass of a composed configuration; its checks run here.
+
+    Raises:
+        ConfigError: an option that does not exist, a value that is not allowed, values that contradict each other.
+    """
+    check_known(values, config_class)
+    try:
+        return OmegaConf.to_object(values)
+    except OmegaConfBaseException as error:
+        cause = error.__cause__
+        raise (cause if isinstance(cause, ConfigError) else ConfigError(str(error).splitlines()[0])) from None
+
+
+@contextmanager
+def _environment(argv: list[str], replacement: list[str]) -> Iterator[None]:
+    """Hydra reads `sys.argv`; without HYDRA_FULL_ERROR it prints its own errors, traceback and all, and exits with 1."""
+    before, full_error = list(argv), os.environ.get("HYDRA_FULL_ERROR")
+    argv[:] = replacement
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        argv[:] = before
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _call(command: Command, values: DictConfig) -> int:
+    typed_config = typed(values, command.config_class)
+    module, function = command.target.split(":")
+    target: Callable[[Any], int] = getattr(importlib.import_module(module), function)
+    return target(typed_config)
+
+
+def _usage() -> str:
+    lines = [f"  {name:10}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: qdora COMMAND [option=value ...]",
+            *lines,
+            "",
+            "qdora COMMAND --help lists its options; --cfg job prints the configuration instead of running.",
+        ]
+    )

@@ -1,0 +1,83 @@
+"""What Hydra and OmegaConf complain about, as one line that says what to type instead."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from qdora.errors import ConfigError, nearest
+
+
+def option_names(config_class: type, prefix: str = "") -> Iterator[str]:
+    """Every option of a command, groups dotted."""
+    hints = get_type_hints(config_class)
+    for item in fields(config_class):
+        kind = hints[item.name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from option_names(kind, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}"
+
+
+def check_known(values: DictConfig, config_class: type, prefix: str = "") -> None:
+    """Raises `ConfigError` for a key that `config_class` has no field for; OmegaConf lets `+key=value` add one."""
+    hints = get_type_hints(config_class)
+    for key in values:
+        name = f"{prefix}{key}"
+        if key not in hints:
+            raise ConfigError(f"there is no option {name}{nearest(name, option_names(config_class, prefix))}")
+        if is_dataclass(hints[str(key)]):
+            check_known(values[key], hints[str(key)], f"{name}.")
+
+
+def explain(error: Exception, config_class: type, conf: Path, arguments: list[str]) -> str:
+    """One message for an error that composing the command's configuration raised."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)  # type: ignore[arg-type]
+    for link in chain:
+        if isinstance(link, OverrideParseException):
+            return f"{link.override!r} is not an option: write name=value, and quote values with blanks or brackets"
+        if isinstance(link, MissingConfigException):
+            return _missing(link, conf)
+        if isinstance(link, ValidationError):
+            return _wrong_value(link)
+    text = str(error)
+    named = re.search(r"override '([^']+)'", text) or re.search(r"Key '([^']+)'", text)
+    if named:
+        return _unknown(named[1].lstrip("+~"), config_class, conf, chain, arguments)
+    return text.splitlines()[0]
+
+
+def _missing(error: MissingConfigException, conf: Path) -> str:
+    wanted = str(error.missing_cfg_file or "")
+    group, _, name = wanted.rpartition("/")
+    choices = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+    if not group or not choices:
+        groups = sorted(path.name for path in conf.iterdir() if path.is_dir())
+        return f"there is no option group {group or wanted!r}{nearest(group or wanted, groups)}"
+    return f"{group}={name}: no such choice{nearest(name, choices)}; there are: {', '.join(choices)}"
+
+
+def _wrong_value(error: OmegaConfBaseException) -> str:
+    said = str(error.msg or error).splitlines()[0]
+    option = error.full_key or "a value"
+    return f"{option}: {said}"
+
+
+def _unknown(name: str, config_class: type, conf: Path, chain: list[Exception], arguments: list[str]) -> str:
+    key_error = next((link for link in chain if isinstance(link, ConfigKeyError)), None)
+    if key_error is not None and key_error.full_key:
+        name = key_error.full_key
+    typed = next((argument for argument in arguments if re.match(rf"\+*{re.escape(name)}", argument)), None)
+    options = list(option_names(config_class))
+    groups = sorted(path.name for path in conf.iterdir() if path.is_dir())
+    hint = nearest(name, [*options, *groups])
+    if typed and name in groups and name == "experiment":
+        return f"{typed}: a recipe is added with a plus sign: +{typed.lstrip('+')}"
+    return f"there is no option {name}{hint}. --help lists them all"
