@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from qdora.errors import CheckpointError
 from qdora.parallel import World, failing_together, gather, main_first
@@ -61,7 +63,7 @@ def save(folder: Path, tensors: dict[str, Tensor], manifest: Manifest, world: Wo
     main_first(world, clear)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on one rank: "torch.distributed is not initialized, assuming single process"
-        dcp.save(tensors | _rng_state(world), checkpoint_id=partial)
+        dcp_save(tensors | _rng_state(world), checkpoint_id=partial)
 
     def publish() -> None:
         if world.is_main:
@@ -108,8 +110,8 @@ def load(checkpoint: Path, tensors: dict[str, Tensor], manifest: Manifest, world
     with failing_together(world), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            dcp.load(tensors | rng, checkpoint_id=checkpoint)
-        except (RuntimeError, KeyError, ValueError, OSError, dcp.api.CheckpointException) as error:
+            dcp_load(tensors | rng, checkpoint_id=checkpoint)
+        except (RuntimeError, KeyError, ValueError, OSError, CheckpointException) as error:
             raise CheckpointError(f"{checkpoint} cannot be read into this model: {_first_line(error)}") from None
     for name, state in rng.items():
         if ".cpu." in name:

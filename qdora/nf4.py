@@ -152,6 +152,9 @@ class NF4Linear(nn.Module):
     Built empty (on the current default device, usually meta); `qdora.model` fills it with the rank's rows.
     """
 
+    absmax_scale: Tensor | None
+    absmax_mean: Tensor | None
+
     def __init__(self, in_features: int, out_features: int, bias: bool, double_quant: bool, dtype: torch.dtype) -> None:
         super().__init__()
         assert in_features % BLOCK_SIZE == 0, f"{in_features} inputs are not whole blocks of {BLOCK_SIZE}"
@@ -165,13 +168,14 @@ class NF4Linear(nn.Module):
             self.register_buffer("absmax_scale", torch.empty(num_scales, dtype=torch.float32))
             self.register_buffer("absmax_mean", torch.empty((), dtype=torch.float32))
         else:
-            self.absmax_scale = self.absmax_mean = None
+            self.register_buffer("absmax_scale", None)
+            self.register_buffer("absmax_mean", None)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     def tensors(self) -> list[Tensor]:
         """What `weight_from` needs, as they are now (gathered inside a forward, this rank's rows outside)."""
-        tensors = [self.packed, self.absmax]
-        return [*tensors, self.absmax_scale, self.absmax_mean] if self.double_quant else tensors
+        nested = (self.absmax_scale, self.absmax_mean)
+        return [self.packed, self.absmax, *(tensor for tensor in nested if tensor is not None)]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = frozen_linear(x, self.tensors())

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -72,15 +73,16 @@ def start(config: ParallelConfig, trains_base: bool = False) -> World:
         torch.cuda.set_device(device)
     if size > 1 or trains_base:
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "cpu:gloo"
-        store = None if size > 1 else dist.HashStore()
-        ranks = {} if size > 1 else {"rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s), store=store, **ranks)
+        timeout = timedelta(seconds=config.timeout_s)
+        if size > 1:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout, store=HashStore(), rank=0, world_size=1)
     mesh = None
     if trains_base or (size > 1 and config.plan is not Plan.ddp):
         groups = {Plan.fsdp: size, Plan.none: 1, Plan.ddp: 1, Plan.hsdp: min(shard_size, size)}[config.plan]
-        shape, axes = ((size // groups, groups), ("replicate", "shard"))
-        if groups == size:
-            shape, axes = (size,), ("shard",)
+        shape = (size,) if groups == size else (size // groups, groups)
+        axes = ("replicate", "shard")[-len(shape) :]
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=axes)
     return World(rank, size, local_rank, local_size, device, config.plan, mesh)
 

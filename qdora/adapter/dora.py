@@ -198,7 +198,7 @@ class AdaptedLinear(nn.Module):
             bias,
             self.scaling,
         )
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
 
     def _forward_with_dropout(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """PEFT's semantics: y = W x + (g - 1) W drop(x) + g s B A drop(x), unfused: three more passes over y."""
@@ -237,6 +237,22 @@ class AdaptedLinear(nn.Module):
                 dense = rows[lost] + s * (b[some][lost] @ a)
                 norm_squared[some] = norm_squared[some].masked_scatter(lost, dense.square().sum(1))
         return norm_squared.clamp_(min=0).sqrt_().clamp_(min=NORM_FLOOR)
+
+    @torch.no_grad()
+    def merged_weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(m / n) (W + s B A) in float32, rounded once to `dtype`; (out, in). For a layer that is not sharded.
+
+        A and B are taken as the forward rounds them, so that full rank and float32 give its outputs exactly.
+        """
+        a, b = (matrix.detach().to(device, dtype).float() for matrix in (self.lora_a, self.lora_b))
+        g = torch.ones(self.out_features, device=device)
+        if self.magnitude is not None:
+            g = self.magnitude.detach().to(device) / self.weight_norm(a)
+        merged = torch.empty(self.out_features, self.in_features, dtype=dtype, device=device)
+        for first, rows in self._own_weight(device):
+            some = slice(first, first + rows.shape[0])
+            merged[some] = g[some, None] * (rows + self.scaling * (b[some] @ a))
+        return merged
 
     def _own_weight(self, device: torch.device) -> Iterable[tuple[int, Tensor]]:
         """This rank's rows of W in float32, some at a time, each with its place among the own rows."""

@@ -23,7 +23,6 @@ from qdora import config
 from qdora.commands.explain import check_known, explain
 from qdora.errors import EXIT_USER_ERROR, ConfigError, QdoraError, nearest
 
-
 EXIT_KEYBOARD = 130
 """What a shell shows for a Ctrl-C; during training it saves and ends in `EXIT_INTERRUPTED` instead."""
 
@@ -42,35 +41,6 @@ COMMANDS = {
     "train": Command(config.RunConfig, "qdora.training:train", "fine-tune a model"),
     "merge": Command(config.MergeConfig, "qdora.merging:merge", "write base and adapter as one ordinary checkpoint"),
     "evaluate": Command(config.EvaluateConfig, "qdora.evaluation:evaluate", "score a run or a model on held-out data"),
-}
-EXIT_KEYBOARD = 130
-"""What a shell shows for a Ctrl-C; during training it saves and ends in `EXIT_INTERRUPTED` instead."""
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One word after `qdora`."""
-
-    config_class: type
-    target: str
-    """`module:function`, imported only when it is called; takes the dataclass, returns the exit status."""
-    summary: str
-
-
-COMMANDS = {
-    "train": Command(config.RunConfig, "qdora.training:train", "fine-tune a model"),
-    "merge": Command(config.MergeConfig, "qdora.merging:merge", "write base and adapter as one ordinary checkpoint"),
-    "evaluate": Command(config.EvaluateConfig, "qdora.evaluation:evaluate", "score a run or a model on held-out data"),
-}
-GROUPS = {
-    "model": config.ModelConfig,
-    "quant": config.QuantConfig,
-    "adapter": config.AdapterConfig,
-    "data": config.DataConfig,
-    "optim": config.OptimConfig,
-    "train": config.TrainConfig,
-    "parallel": config.ParallelConfig,
-    "tracker": config.TrackerConfig,
 }
 
 
@@ -135,7 +105,7 @@ def typed(values: DictConfig, config_class: type) -> Any:
 
 @contextmanager
 def _environment(argv: list[str], replacement: list[str]) -> Iterator[None]:
-    """Hydra reads `sys.argv`; without HYDRA_FULL_ERROR it prints its own errors, traceback and all, and exits with 1."""
+    """Hydra reads `sys.argv`; without HYDRA_FULL_ERROR it prints its errors itself and exits with 1."""
     before, full_error = list(argv), os.environ.get("HYDRA_FULL_ERROR")
     argv[:] = replacement
     os.environ["HYDRA_FULL_ERROR"] = "1"

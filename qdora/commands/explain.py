@@ -28,7 +28,7 @@ def check_known(values: DictConfig, config_class: type, prefix: str = "") -> Non
     """Raises `ConfigError` for a key that `config_class` has no field for; OmegaConf lets `+key=value` add one."""
     hints = get_type_hints(config_class)
     for key in values:
-        name = f"{prefix}{key}"
+        name = f"{prefix}{key!s}"
         if key not in hints:
             raise ConfigError(f"there is no option {name}{nearest(name, option_names(config_class, prefix))}")
         if is_dataclass(hints[str(key)]):

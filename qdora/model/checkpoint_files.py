@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,8 @@ class CheckpointFiles:
                 offset = entry.offset + (first + start) * width * entry.dtype.itemsize
                 direct = some.device.type == "cpu" and some.dtype == entry.dtype and some.is_contiguous()
                 buffer = some if direct else torch.empty(some.shape, dtype=entry.dtype)
-                _read_exactly(descriptor, memoryview(buffer.flatten().view(torch.uint8).numpy()), offset)
+                raw: Any = buffer.flatten().view(torch.uint8).numpy()
+                _read_exactly(descriptor, memoryview(raw), offset)
                 if not direct:
                     some.copy_(buffer)
         finally:

@@ -4,22 +4,31 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from qdora.model.load import LoadedModel
 from qdora.parallel import World, gather_rows
 
+MAX_SHARD_BYTES = 4 * 2**30
+"""Size of a safetensors file at most; a single larger tensor gets its own."""
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 _SKIPPED = ("*.index.json", "adapter_config.json", "trainer_state.json", "training_args.json")
 
 
-def write_checkpoint(tensors: Iterable[tuple[str, Tensor]], output: Path, base: Path, max_shard_bytes: int) -> None:
+def write_checkpoint(
+    tensors: Iterable[tuple[str, Tensor]],
+    output: Path,
+    base: Path,
+    max_shard_bytes: int,
+    records: dict[str, Any] | None = None,
+) -> None:
     """Writes (name, tensor) pairs as sharded safetensors with an index, beside and then renamed.
 
     Config (without a quantisation), tokenizer, chat template and generation config are copied from `base`. At most
-    `max_shard_bytes` and one tensor are in memory at a time.
+    `max_shard_bytes` and one tensor are in memory at a time. `records` are JSON files to lie with them.
     """
     beside = output.with_name(output.name + ".partial")
     if beside.exists():
@@ -56,6 +65,8 @@ def write_checkpoint(tensors: Iterable[tuple[str, Tensor]], output: Path, base: 
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
         (beside / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
     _copy_rest(base, beside)
+    for name, record in (records or {}).items():
+        (beside / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     beside.rename(output)
 
 
@@ -70,18 +81,19 @@ def _copy_rest(base: Path, output: Path) -> None:
     config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def export_model(model: nn.Module, output: Path, base: Path, dtype: torch.dtype, world: World) -> None:
-    """Writes every weight of a fully fine-tuned model as `dtype`; an older `output` is replaced. *Collective*."""
+def export_model(loaded: LoadedModel, output: Path, base: Path, world: World) -> None:
+    """Writes every weight of a fully fine-tuned model in its compute dtype; replaces `output`. *Collective*."""
 
     def tensors() -> Iterable[tuple[str, Tensor]]:
-        for name, parameter in model.named_parameters():
-            (whole,) = gather_rows([parameter], dtype, world.device)
-            yield name, whole.cpu()
+        for name, stored_as in loaded.checkpoint_names.items():
+            module, _, kind = name.rpartition(".")
+            (whole,) = gather_rows([getattr(loaded.model.get_submodule(module), kind)], loaded.dtype, world.device)
+            yield stored_as, whole.cpu()
 
     if world.is_main:
         if output.exists():
             shutil.rmtree(output)
-        write_checkpoint(tensors(), output, base, 4 * 2**30)
+        write_checkpoint(tensors(), output, base, MAX_SHARD_BYTES)
     else:
         for _ in tensors():
             pass

@@ -117,7 +117,7 @@ def attach_token_loss(model: Any) -> None:
     """
     model.token_loss = _token_loss.__get__(model)
     if isinstance(model, FSDPModule):
-        register_fsdp_forward_method(model, "token_loss")
+        register_fsdp_forward_method(model, "token_loss")  # type: ignore[arg-type]
 
 
 @torch.no_grad()

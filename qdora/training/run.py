@@ -1,5 +1,6 @@
 """A run from start to end: data, model, resume, training, and what it leaves in its folder."""
 
+import hashlib
 import platform
 import secrets
 import time
@@ -22,10 +23,10 @@ from qdora.model.export import export_model
 from qdora.model.loss import check_token_loss
 from qdora.optim import state_tensors
 from qdora.parallel import World
+from qdora.run_folder import RunFolder, config_values
 from qdora.tracking import make_tracker
 from qdora.training.progress import summary_table
 from qdora.training.report import write_report
-from qdora.training.run_folder import RunFolder, config_values
 from qdora.training.trainer import Trainer, memory_gib
 
 PACKAGES = ("qdora", "torch", "bitsandbytes", "transformers", "accelerate", "datasets", "wandb")
@@ -131,8 +132,6 @@ def check_vocabulary(base: Path, tokenizer: Any) -> None:
 
 def model_fingerprint(base: Path) -> str:
     """Names, shapes and sizes of the base model's tensors, hashed."""
-    import hashlib
-
     entries = CheckpointFiles(base).entries
     text = repr(sorted((name, str(entry.dtype), entry.shape) for name, entry in entries.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -205,7 +204,7 @@ def _write_results(
     """Writes the adapter (or the model), summary.json and report.png. *Collective*."""
     parallel.reshard(loaded.model)
     if status == "finished" and config.adapter.method is AdapterMethod.none:
-        export_model(loaded.model, folder.model, base, loaded.dtype, world)
+        export_model(loaded, folder.model, base, world)
     elif status == "finished":
         peft_format.save(loaded.model, folder.adapter, loaded.adapter, str(config.model.path), loaded.dtype, world)
     peaks = parallel.gather(world, memory_gib(world))

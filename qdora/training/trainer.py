@@ -1,6 +1,7 @@
 """The training loop: one optimiser step is `Trainer.train_step`."""
 
 import math
+import resource
 import signal
 import threading
 import time
@@ -20,9 +21,9 @@ from qdora.model import LoadedModel
 from qdora.model.loss import batch_loss, mean_loss
 from qdora.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from qdora.parallel import World, all_sum, average_gradients, gather, set_gradient_sync
+from qdora.run_folder import RunFolder
 from qdora.tracking import Tracker
 from qdora.training.progress import Progress
-from qdora.training.run_folder import RunFolder
 
 DRIFT_EVERY = 10
 """Logged steps between two records of how far the magnitudes have moved."""
@@ -158,8 +159,8 @@ class Trainer:
         state = self.train_loader.state_dict()
         raise TrainingError(
             f"step {self.step + 1}: the loss is {loss} and the gradient norm {grad_norm}. Its batch ends at row "
-            f"{state['position']} of epoch {state['epoch']}. Nothing was updated; checkpoints before it are good. Lower "
-            "optim.learning_rate, or look at that data"
+            f"{state['position']} of epoch {state['epoch']}. Nothing was updated; checkpoints before it are good. "
+            "Lower optim.learning_rate, or look at that data"
         )
 
     def evaluate(self) -> float | None:
@@ -220,6 +221,4 @@ def memory_gib(world: World) -> float:
     """Peak memory of this rank: allocated on its GPU, else resident on the host."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 2**30
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,10 +1,10 @@
 """A run's own folder: config.yaml, metrics.jsonl, summary.json, adapter/, checkpoints/, report.png."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
@@ -13,6 +13,7 @@ from qdora.checkpoint import Manifest
 from qdora.config import RunConfig
 from qdora.errors import CheckpointError, ConfigError
 
+T = TypeVar("T")
 _IDENTITY = ("model", "quant", "adapter", "data", "seed")
 """Groups that make a run what it is: a checkpoint continues only under the same values."""
 _HARMLESS = {"data.cache_dir", "data.eval"}
@@ -31,6 +32,28 @@ def config_values(config: RunConfig) -> dict[str, Any]:
     """The resolved config as YAML and JSON hold it."""
     values: dict[str, Any] = plain(asdict(config))
     return values
+
+
+def config_from_values(kind: type[T], values: dict[str, Any]) -> T:
+    """The dataclass that `config_values` was made from.
+
+    Raises:
+        ConfigError: an option of another version of qdora.
+    """
+    hints = get_type_hints(kind)
+    unknown = sorted(values.keys() - hints.keys())
+    if unknown:
+        raise ConfigError(f"{kind.__name__} has no option {unknown[0]}; it was written by another version of qdora")
+    typed: dict[str, Any] = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            typed[name] = config_from_values(hint, value)
+        elif isinstance(hint, type) and issubclass(hint, Enum):
+            typed[name] = hint[value]
+        else:
+            typed[name] = value
+    return kind(**typed)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -87,6 +110,30 @@ class RunFolder:
             raise ConfigError(f"output_dir={self.path} holds files that are not of a run: give another folder")
         stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         _check_identity(config_values(config), stored, str(self.path))
+
+    def read_config(self) -> RunConfig:
+        """The configuration that the run in this folder was started with.
+
+        Raises:
+            ConfigError: there is no run here.
+        """
+        if not self.config.exists():
+            raise ConfigError(f"run={self.path}: no run there (no {self.config.name})")
+        return config_from_values(RunConfig, yaml.safe_load(self.config.read_text(encoding="utf-8")))
+
+    def finished_adapter(self) -> Path:
+        """The folder of the run's adapter.
+
+        Raises:
+            ConfigError: the run has none, because it is not finished or trained every weight.
+        """
+        if self.adapter.exists():
+            return self.adapter
+        if self.model.exists():
+            raise ConfigError(
+                f"run={self.path} trained every weight: model.path={self.model} is an ordinary checkpoint already"
+            )
+        raise ConfigError(f"run={self.path} has no adapter: it is not finished; start it again to go on")
 
     def start(self, config: RunConfig, first_step: int) -> None:
         """Writes config.yaml and drops metrics of steps after `first_step`, which will be made again."""

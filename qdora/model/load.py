@@ -1,0 +1,159 @@
+"""Loading in the order that never holds a model whole: build on meta, shard, read own rows, start the adapters.
+
+Each rank reads only its own rows of each tensor (QLoRA's weights, arXiv:2305.14314, sharded by PyTorch FSDP2).
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdora.adapter import dora, peft_format
+from qdora.adapter.dora import AdaptedLinear
+from qdora.config import AdapterConfig, AdapterMethod, ModelConfig, ParallelConfig, QuantConfig
+from qdora.model.activations import checkpoint_activations
+from qdora.model.build import EmptyModel, LayerReport, build_model, holders
+from qdora.model.loss import attach_token_loss
+from qdora.model.sources import convert
+from qdora.nf4 import BLOCK_SIZE, NF4Linear, nest, quantize
+from qdora.parallel import World, own_rows, shard
+
+QUANTISE_NUMEL = 2**24
+"""Values read and quantised at a time."""
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model ready to compute, with what the rest of qdora needs to know of it."""
+
+    model: Any
+    blocks: list[nn.Module]
+    report: LayerReport
+    dtype: torch.dtype
+    adapter: AdapterConfig
+    checkpoint_names: dict[str, str]
+    """Parameter or buffer to its name in the base checkpoint, under which an export writes it."""
+    load_s: float
+
+    def refresh(self, device: torch.device) -> None:
+        """Recomputes DoRA's row norms; must follow every change of the adapters. *Collective*."""
+        dora.refresh(self.blocks, device, self.dtype)
+
+
+def load_model(
+    folder: Path,
+    config: ModelConfig,
+    quant: QuantConfig,
+    adapter: AdapterConfig,
+    parallel: ParallelConfig,
+    world: World,
+    *,
+    seed: int = 0,
+    trainable: bool = True,
+) -> LoadedModel:
+    """Builds, quantises, adapts, shards and loads the model of `folder`. *Collective*.
+
+    Args:
+        adapter: with `path`, the layers and values of that folder; else fresh adapters, deterministic in `seed`.
+        trainable: with `adapter.method` none, whether every weight is trained (kept as a float32 master shard).
+
+    Raises:
+        ModelError, AdapterError: the checkpoint, a layer, or the adapter does not fit.
+    """
+    started = time.perf_counter()
+    empty = build_model(folder, config, quant, adapter, trainable=trainable)
+    model = empty.model
+    checkpoint_activations(empty.blocks, parallel.activation_checkpointing)
+    shard(model, empty.blocks, world, parallel, empty.dtype)
+    materialise(model, torch.device("cpu") if parallel.cpu_offload else world.device, world.device)
+    for name, module in base_modules(model):
+        fill(empty, name, module, world)
+    if empty.adapter.method is not AdapterMethod.none:
+        dora.reset(model, world.device, seed)
+        if adapter.path is not None:
+            peft_format.load(model, Path(adapter.path))
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    assert not left, f"still on meta: {left[:3]}"
+    attach_token_loss(model)
+    names = {name: empty.sources.keys.get(name, name) for name in (empty.sources.keys | empty.sources.conversions)}
+    loaded = LoadedModel(model, empty.blocks, empty.report, empty.dtype, empty.adapter, names, 0.0)
+    loaded.refresh(world.device)
+    loaded.load_s = time.perf_counter() - started
+    return loaded
+
+
+def materialise(module: nn.Module, device: torch.device, buffer_device: torch.device) -> None:
+    """Replaces meta parameters by empty ones on `device`, keeping ties, and moves buffers; mutates `module`."""
+    for parameter, where in holders(module).values():
+        new = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+        for holder, kind in where:
+            setattr(holder, kind, new)
+    for part in module.modules():
+        for kind, buffer in part.named_buffers(recurse=False):
+            moved = torch.empty_like(buffer, device=buffer_device) if buffer.is_meta else buffer.to(buffer_device)
+            setattr(part, kind, moved)
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that holds base weights, by its name in the untouched model."""
+    inner = {f"{name}.base": name for name in dora.adapted_layers(model)}
+    for name, module in model.named_modules():
+        if not isinstance(module, AdaptedLinear):
+            yield inner.get(name, name), module
+
+
+@torch.no_grad()
+def fill(empty: EmptyModel, name: str, module: nn.Module, world: World) -> None:
+    """Reads this rank's rows of the module's own parameters and persistent buffers. *Collective*.
+
+    Args:
+        name: the module's, in the untouched model (as `base_modules` gives it).
+    """
+    if isinstance(module, NF4Linear):
+        _fill_nf4(empty, f"{name}.weight", module, world)
+    for kind, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        full_name = f"{name}.{kind}" if name else kind
+        if full_name in empty.sources.keys or full_name in empty.sources.conversions:
+            own, first = own_rows(tensor)
+            _read_rows(empty, full_name, first, own)
+
+
+def _read_rows(empty: EmptyModel, name: str, first: int, out: Tensor) -> None:
+    if name in empty.sources.keys:
+        empty.files.read_rows(empty.sources.keys[name], first, out)
+    else:
+        out.copy_(convert(empty.model, name, empty.sources, empty.files)[first : first + out.shape[0]])
+
+
+def _fill_nf4(empty: EmptyModel, name: str, module: NF4Linear, world: World) -> None:
+    packed, first = own_rows(module.packed)
+    absmax, _ = own_rows(module.absmax)
+    rows, width = packed.shape[0], module.in_features
+    if name in empty.sources.quantised:
+        stored = empty.sources.quantised[name]
+        # Stored flat, two codes a byte in row-major order: this rank's bytes are one range of it.
+        empty.files.read_rows(stored.key, first * width // 2, packed.view(-1, 1))
+        scales = absmax if stored.double_quant else absmax.view(torch.float32)
+        empty.files.read_rows(f"{stored.key}.absmax", first * width // BLOCK_SIZE, scales.view(-1))
+        if module.absmax_scale is not None and module.absmax_mean is not None:
+            empty.files.read_rows(f"{stored.key}.nested_absmax", 0, module.absmax_scale)
+            module.absmax_mean.fill_(stored.absmax_mean)
+        return
+    scales = torch.empty(rows, width // BLOCK_SIZE, dtype=torch.float32, device=world.device)
+    step = max(1, QUANTISE_NUMEL // width)
+    for start in range(0, rows, step):
+        some = torch.empty(min(step, rows - start), width, dtype=empty.dtype, device=world.device)
+        _read_rows(empty, name, first + start, some)
+        codes, scales[start : start + step] = quantize(some)
+        packed[start : start + step] = codes
+    if module.absmax_scale is None or module.absmax_mean is None:
+        absmax.copy_(scales.view(torch.uint8))
+        return
+    codes, absmax_scale, absmax_mean = nest(scales, module.out_features, first, world.shard_group)
+    absmax.copy_(codes)
+    module.absmax_scale.copy_(absmax_scale)
+    module.absmax_mean.copy_(absmax_mean)
