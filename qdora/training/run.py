@@ -84,7 +84,10 @@ def _train(config: RunConfig, world: World) -> int:
         is_main=world.is_main,
     )
     trainer = Trainer(config, world, loaded, train_loader, eval_loader, folder, tracker)
-    fingerprints = {"data_fingerprint": train_data.fingerprint, "model_fingerprint": model_fingerprint(base)}
+    fingerprints: dict[str, Any] = {
+        "data_fingerprint": train_data.fingerprint,
+        "model_fingerprint": model_fingerprint(base),
+    }
     if found is not None:
         _resume(trainer, *found, fingerprints)
     if world.is_main:

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# launch/test.sh [pytest arguments]: the whole test suite. Sets up .venv and the model first, if need be.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+launch/setup.sh dev
+# Ranks of a test share few cores: threads that wait must not spin.
+export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,180 @@
+"""Tokenised data, made once and kept on disk as plain arrays."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qdora.config import DataConfig, DataFormat, Overlong
+from qdora.data.encode import DEFAULT_TEMPLATE, detect, encode
+from qdora.data.sources import fingerprint, load_rows
+from qdora.errors import DataError
+
+CACHE_VERSION = 1
+"""Counts up when the same data would be tokenised differently."""
+IGNORED = -100
+"""Label of a position without a target."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataReport:
+    """What became of the rows of a source."""
+
+    source: str
+    format: str
+    num_rows: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    num_label_tokens: int = 0
+    num_truncated: int = 0
+    num_dropped_overlong: int = 0
+    num_dropped_without_labels: int = 0
+
+    def describe(self) -> str:
+        """One line for people."""
+        text = (
+            f"{self.source}: {self.num_samples:,} samples ({self.format}), {self.num_tokens:,} tokens, "
+            f"{self.num_label_tokens:,} learned"
+        )
+        for count, what in (
+            (self.num_truncated, "truncated"),
+            (self.num_dropped_overlong, "dropped as too long"),
+            (self.num_dropped_without_labels, "dropped without a token to learn"),
+        ):
+            text += f"; {count:,} {what}" if count else ""
+        return text
+
+
+class TokenDataset:
+    """Samples of token ids and shifted labels, memory-mapped from a cache folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+        self._learned = np.load(folder / "learned.npy", mmap_mode="r")
+        self._starts = np.load(folder / "starts.npy")
+        values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        self.report = DataReport(**values)
+        self.fingerprint = folder.name
+
+    @property
+    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Tokens of each sample, (samples,) int64."""
+        lengths: np.ndarray[Any, np.dtype[np.int64]] = np.diff(self._starts)
+        return lengths
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Token ids and labels of a sample, (length,) int64 each; a label is the next token or `IGNORED`."""
+        some = slice(self._starts[index], self._starts[index + 1])
+        ids = torch.from_numpy(self._tokens[some].astype(np.int64))
+        learned = torch.from_numpy(self._learned[some].copy())
+        labels = torch.full_like(ids, IGNORED)
+        labels[:-1] = torch.where(learned[1:], ids[1:], IGNORED)
+        return ids, labels
+
+
+def prepare(config: DataConfig, source: str, tokenizer: Any) -> TokenDataset:
+    """The tokenised `source`; made on the first call, read from `config.cache_dir` afterwards.
+
+    Raises:
+        DataError: the source cannot be read, a row is not as its format wants it, or nothing is left to learn.
+    """
+    folder = _cache_folder(config) / _key(config, source, tokenizer)
+    if not folder.exists():
+        beside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
+            _tokenise(config, source, tokenizer, beside)
+            beside.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was first
+                raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return TokenDataset(folder)
+
+
+def _cache_folder(config: DataConfig) -> Path:
+    if config.cache_dir is not None:
+        return Path(config.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qdora" / "data"
+
+
+def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
+    if tokenizer.is_fast:
+        vocabulary = tokenizer.backend_tokenizer.to_str()
+    else:
+        vocabulary = repr(sorted(tokenizer.get_vocab().items()))
+    parts = (
+        CACHE_VERSION,
+        source,
+        fingerprint(source),
+        config.format.name,
+        config.max_length,
+        config.overlong.name,
+        config.limit,
+        vocabulary,
+        tokenizer.chat_template or DEFAULT_TEMPLATE,
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def _samples(config: DataConfig, source: str, tokenizer: Any, report: DataReport) -> Iterator[tuple[Any, Any]]:
+    """Ids and mask of each sample that stays; counts in `report`."""
+    form = config.format
+    for row in load_rows(source, config.limit):
+        if form is DataFormat.auto:
+            form = detect(row)
+            report.format = form.name
+        report.num_rows += 1
+        ids, learned = encode(row, form, tokenizer)
+        if len(ids) > config.max_length:
+            if config.overlong is Overlong.drop:
+                report.num_dropped_overlong += 1
+                continue
+            report.num_truncated += 1
+            ids, learned = ids[: config.max_length], learned[: config.max_length]
+        num_labels = sum(learned[1:])
+        if not num_labels:
+            report.num_dropped_without_labels += 1
+            continue
+        report.num_samples += 1
+        report.num_tokens += len(ids)
+        report.num_label_tokens += num_labels
+        yield ids, learned
+
+
+def _tokenise(config: DataConfig, source: str, tokenizer: Any, folder: Path) -> None:
+    report = DataReport(source=source, format=config.format.name)
+    starts = [0]
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "learned.bin").open("wb") as mask:
+        for ids, learned in _samples(config, source, tokenizer, report):
+            tokens.write(np.asarray(ids, dtype=np.int32).tobytes())
+            mask.write(np.asarray(learned, dtype=np.bool_).tobytes())
+            starts.append(starts[-1] + len(ids))
+    if not report.num_rows:
+        raise DataError(f"{source} is empty: it has no row")
+    if not report.num_samples:
+        raise DataError(
+            f"{source}: none of its {report.num_rows} rows has a token left to learn within data.max_length="
+            f"{config.max_length} ({report.num_truncated} were truncated, {report.num_dropped_overlong} dropped as too "
+            "long): raise data.max_length"
+        )
+    for name, kind in (("tokens", np.int32), ("learned", np.bool_)):
+        np.save(folder / f"{name}.npy", np.fromfile(folder / f"{name}.bin", dtype=kind))
+        (folder / f"{name}.bin").unlink()
+    np.save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))
+    (folder / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
