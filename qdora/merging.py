@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qdora import nf4, parallel
 from qdora.adapter import peft_format
 from qdora.adapter.dora import adapted_layers
-from qdora.config import MergeConfig, ModelConfig, ParallelConfig, Plan, QuantConfig
+from qdora.config import MergeConfig, ModelConfig, QuantConfig
 from qdora.errors import ConfigError
 from qdora.model import model_folder
 from qdora.model.build import EmptyModel, build_model
@@ -40,7 +40,7 @@ def merge(config: MergeConfig) -> int:
         QdoraError: the run, the adapter or the base do not fit, or `output` holds something else.
     """
     started = time.perf_counter()
-    world = parallel.start(ParallelConfig(plan=Plan.none))
+    world = parallel.start_alone("qdora merge")
     model_config, quant, adapter_folder = _parts(config)
     adapter = peft_format.read_config(adapter_folder)
     output = Path(str(config.output))

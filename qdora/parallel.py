@@ -72,7 +72,7 @@ def start(config: ParallelConfig, trains_base: bool = False) -> World:
     if use_cuda:
         torch.cuda.set_device(device)
     if size > 1 or trains_base:
-        backend = "cpu:gloo,cuda:nccl" if use_cuda else "cpu:gloo"
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         timeout = timedelta(seconds=config.timeout_s)
         if size > 1:
             dist.init_process_group(backend, timeout=timeout)
@@ -85,6 +85,18 @@ def start(config: ParallelConfig, trains_base: bool = False) -> World:
         axes = ("replicate", "shard")[-len(shape) :]
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=axes)
     return World(rank, size, local_rank, local_size, device, config.plan, mesh)
+
+
+def start_alone(what: str) -> World:
+    """A world of one, for a command that is not distributed.
+
+    Raises:
+        ConfigError: several ranks were started.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:
+        raise ConfigError(f"{what} runs as one process, but {size} ranks were started: start it without torchrun")
+    return start(ParallelConfig(plan=Plan.none))
 
 
 def stop() -> None:

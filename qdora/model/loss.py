@@ -109,6 +109,20 @@ def _token_loss(self: Any, input_ids: Tensor, position_ids: Tensor, labels: Tens
     return chunked_cross_entropy(hidden, head.weight, head.bias, labels, LogitTransform.of(self.config))
 
 
+@torch.no_grad()
+def log_likelihoods(model: Any, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+    """Sum of log p(label) of each row, (rows,) float32; all three are (rows, length) int64. For a model not sharded."""
+    hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    head, transform = model.get_output_embeddings(), LogitTransform.of(model.config)
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    totals = torch.zeros(labels.shape[0], device=labels.device)
+    for some in torch.arange(len(rows), device=labels.device).split(max(1, CHUNK_NUMEL // head.weight.shape[0])):
+        logits = transform(head(hidden[rows[some], columns[some]]).float())
+        targets = labels[rows[some], columns[some], None]
+        totals.index_add_(0, rows[some], logits.gather(1, targets)[:, 0] - logits.logsumexp(1))
+    return totals
+
+
 def attach_token_loss(model: Any) -> None:
     """Gives the model `token_loss(input_ids, position_ids, labels)`; after sharding, so that FSDP2 gathers for it too.
 
