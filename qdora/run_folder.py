@@ -1,6 +1,7 @@
 """A run's own folder: config.yaml, metrics.jsonl, summary.json, adapter/, checkpoints/, report.png."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -140,16 +141,18 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config_values(config), sort_keys=False, allow_unicode=True)
         _write(self.config, text)
-        kept = []
-        if self.metrics.exists() and first_step > 0:
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the torn line of a run that was killed
-                if record["step"] <= first_step:
-                    kept.append(line)
-        _write(self.metrics, "".join(f"{line}\n" for line in kept))
+        kept = [record for record in self.read_metrics() if record["step"] <= first_step] if first_step else []
+        _write(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl; a line that a killed run left half written is passed over."""
+        if not self.metrics.exists():
+            return []
+        records = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""

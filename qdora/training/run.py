@@ -5,6 +5,7 @@ import platform
 import secrets
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from qdora.adapter import peft_format
 from qdora.checkpoint import Manifest
 from qdora.config import AdapterMethod, Plan, RunConfig
 from qdora.data import BatchLoader, TokenDataset, prepare
-from qdora.errors import EXIT_INTERRUPTED, ModelError
+from qdora.errors import EXIT_INTERRUPTED, CheckpointError, ModelError
 from qdora.model import LoadedModel, load_model, load_tokenizer, model_folder
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.export import export_model
@@ -27,7 +28,7 @@ from qdora.run_folder import RunFolder, config_values
 from qdora.tracking import make_tracker
 from qdora.training.progress import summary_table
 from qdora.training.report import write_report
-from qdora.training.trainer import Trainer, memory_gib
+from qdora.training.trainer import Trainer, memory_gib, num_steps
 
 PACKAGES = ("qdora", "torch", "bitsandbytes", "transformers", "accelerate", "datasets", "wandb")
 
@@ -59,19 +60,20 @@ def _train(config: RunConfig, world: World) -> int:
         tokenizer = load_tokenizer(base, config.model)
         check_vocabulary(base, tokenizer)
     train_data = parallel.main_first(world, lambda: prepare(config.data, str(config.data.train), tokenizer))
+    train_loader = _loader(config, world, train_data, tokenizer.pad_token_id, shuffle=True)
+    if found is not None and found[1].step >= num_steps(config, train_loader) and folder.summary.exists():
+        if world.is_main:
+            print(f"{folder.path} is finished already ({found[1].step} steps); raise train.num_steps to go on")
+        return 0
     eval_data = None
     if config.data.eval is not None:
         eval_data = parallel.main_first(world, lambda: prepare(config.data, str(config.data.eval), tokenizer))
-    loaded = load_model(base, config.model, config.quant, config.adapter, config.parallel, world, seed=config.seed)
-    check_token_loss(loaded.model, world.device)
-    train_loader = _loader(config, world, train_data, tokenizer.pad_token_id, shuffle=True)
     eval_loader = None
     if eval_data is not None:
-        held_out = eval_data
+        eval_loader = partial(_loader, config, world, eval_data, tokenizer.pad_token_id, shuffle=False)
 
-        def eval_loader() -> BatchLoader:
-            return _loader(config, world, held_out, tokenizer.pad_token_id, shuffle=False)
-
+    loaded = load_model(base, config.model, config.quant, config.adapter, config.parallel, world, seed=config.seed)
+    check_token_loss(loaded.model, world.device)
     manifest = found[1] if found else None
     if world.is_main:
         folder.start(config, manifest.step if manifest else 0)
@@ -84,41 +86,41 @@ def _train(config: RunConfig, world: World) -> int:
         is_main=world.is_main,
     )
     trainer = Trainer(config, world, loaded, train_loader, eval_loader, folder, tracker)
-    fingerprints: dict[str, Any] = {
-        "data_fingerprint": train_data.fingerprint,
-        "model_fingerprint": model_fingerprint(base),
-    }
+    fingerprints = {"data": train_data.fingerprint, "model": model_fingerprint(base)}
     if found is not None:
         _resume(trainer, *found, fingerprints)
     if world.is_main:
         _announce(config, world, loaded, train_data, eval_data, trainer, tracker.notice)
-
-    def save(trainer: Trainer) -> None:
-        state = Manifest(
-            step=trainer.step,
-            num_tokens=trainer.num_tokens,
-            loader=trainer.train_loader.state_dict(),
-            world_size=world.size,
-            run_id=run_id,
-            tracker_id=tracker.id,
-            config=config_values(config),
-            versions=versions(),
-            **fingerprints,
-        )
-        tensors = state_tensors(trainer.model, trainer.optimizer)
-        checkpoint.save(folder.checkpoints, tensors, state, world, config.train.keep_checkpoints)
-
     status = "failed"
     try:
-        status = trainer.run(save)
-        _write_results(config, world, loaded, trainer, folder, status, tokenizer, base)
-        if world.is_main and config.adapter.method is not AdapterMethod.none and status == "finished":
+        status = trainer.run(partial(_save, fingerprints))
+        _write_results(trainer, status, base)
+        if world.is_main and status == "finished" and folder.adapter.exists():
             tracker.log_adapter(folder.adapter)
     finally:
         tracker.finish(status)
     if world.is_main:
         _conclude(config, folder, status, tracker.location)
     return EXIT_INTERRUPTED if status == "interrupted" else 0
+
+
+def _save(fingerprints: dict[str, str], trainer: Trainer) -> None:
+    """Writes a checkpoint of where the trainer stands. *Collective*."""
+    config, world = trainer.config, trainer.world
+    state = Manifest(
+        step=trainer.step,
+        num_tokens=trainer.num_tokens,
+        loader=trainer.train_loader.state_dict(),
+        world_size=world.size,
+        run_id=str(config.run_id),
+        tracker_id=trainer.tracker.id,
+        config=config_values(config),
+        versions=versions(),
+        data_fingerprint=fingerprints["data"],
+        model_fingerprint=fingerprints["model"],
+    )
+    tensors = state_tensors(trainer.model, trainer.optimizer)
+    checkpoint.save(trainer.folder.checkpoints, tensors, state, world, config.train.keep_checkpoints)
 
 
 def check_vocabulary(base: Path, tokenizer: Any) -> None:
@@ -162,10 +164,11 @@ def _loader(config: RunConfig, world: World, data: TokenDataset, pad_token_id: i
 
 def _resume(trainer: Trainer, path: Path, manifest: Manifest, fingerprints: dict[str, str]) -> None:
     """Puts the trainer where the checkpoint stands. *Collective*."""
-    for name, now in fingerprints.items():
-        if getattr(manifest, name) != now:
-            what = name.removesuffix("_fingerprint")
-            raise ModelError(f"the {what} has changed since {path} was written: restore it, or use another output_dir")
+    for what, then in (("data", manifest.data_fingerprint), ("model", manifest.model_fingerprint)):
+        if then != fingerprints[what]:
+            raise CheckpointError(
+                f"the {what} has changed since {path} was written: restore it, or use another output_dir"
+            )
     checkpoint.load(path, state_tensors(trainer.model, trainer.optimizer), manifest, trainer.world)
     trainer.loaded.refresh(trainer.world.device)
     trainer.step, trainer.num_tokens = manifest.step, manifest.num_tokens
@@ -181,7 +184,7 @@ def _announce(
     trainer: Trainer,
     notice: str | None,
 ) -> None:
-    trainable = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
+    trainable = num_trainable(loaded)
     plan = config.parallel.plan.name if world.size > 1 else Plan.none.name
     print(f"model: {config.model.path}, {'; '.join(loaded.report.lines())}; {trainable:,} trainable parameters")
     print(f"ranks: {world.size} on {world.device.type}, parallel={plan}; loaded in {loaded.load_s:.1f} s")
@@ -194,17 +197,9 @@ def _announce(
         print(f"going on from step {trainer.step} of {trainer.num_steps}", flush=True)
 
 
-def _write_results(
-    config: RunConfig,
-    world: World,
-    loaded: LoadedModel,
-    trainer: Trainer,
-    folder: RunFolder,
-    status: str,
-    tokenizer: Any,
-    base: Path,
-) -> None:
+def _write_results(trainer: Trainer, status: str, base: Path) -> None:
     """Writes the adapter (or the model), summary.json and report.png. *Collective*."""
+    config, world, loaded, folder = trainer.config, trainer.world, trainer.loaded, trainer.folder
     parallel.reshard(loaded.model)
     if status == "finished" and config.adapter.method is AdapterMethod.none:
         export_model(loaded, folder.model, base, world)
@@ -215,6 +210,8 @@ def _write_results(
     all_bytes = parallel.gather(world, own_bytes)
     if not world.is_main:
         return
+    records = folder.read_metrics()
+    losses = [record["loss"] for record in records if "loss" in record]
     folder.write_summary(
         {
             "status": status,
@@ -222,16 +219,14 @@ def _write_results(
             "steps": trainer.step,
             "num_steps": trainer.num_steps,
             "num_tokens": trainer.num_tokens,
-            "first_loss": trainer.losses[0] if trainer.losses else None,
-            "last_loss": trainer.losses[-1] if trainer.losses else None,
-            "eval_losses": dict(trainer.eval_losses),
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+            "eval_losses": {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record},
             "tokens_per_second": trainer.tokens_per_second(),
             "peak_memory_gib": peaks,
             "weight_bytes_per_rank": all_bytes,
             "weight_bytes_total": total_bytes,
-            "num_trainable_parameters": sum(
-                parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad
-            ),
+            "num_trainable_parameters": num_trainable(loaded),
             "load_s": loaded.load_s,
             "not_quantised": loaded.report.not_quantised,
             "not_adapted": loaded.report.not_adapted,
@@ -241,6 +236,11 @@ def _write_results(
         }
     )
     write_report(folder.metrics, folder.report, f"{config.run_id}: {config.adapter.method.name} on {config.model.path}")
+
+
+def num_trainable(loaded: LoadedModel) -> int:
+    """Numbers that the optimiser changes, over all ranks."""
+    return sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
 
 
 def _conclude(config: RunConfig, folder: RunFolder, status: str, tracker_location: str | None) -> None:

@@ -90,8 +90,6 @@ class Trainer:
         self.num_steps = num_steps(config, train_loader)
         self.step = 0
         self.num_tokens = 0
-        self.losses: list[float] = []
-        self.eval_losses: list[tuple[int, float]] = []
         self.step_seconds: list[tuple[int, float]] = []
 
     def run(self, save: Callable[["Trainer"], None]) -> str:
@@ -149,7 +147,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.num_tokens += int(num_tokens)
         metrics = StepMetrics(loss_value, grad_norm, int(num_tokens), time.perf_counter() - started)
-        self.losses.append(loss_value)
         self.step_seconds.append((metrics.num_tokens, metrics.seconds))
         return metrics
 
@@ -168,7 +165,6 @@ class Trainer:
         if self.eval_loader is None:
             return None
         loss = mean_loss(self.model, self.eval_loader().epoch(), self.world)
-        self.eval_losses.append((self.step, loss))
         return loss
 
     def _log(self, progress: Progress, metrics: StepMetrics | None, eval_loss: float | None) -> None:

@@ -1,94 +1,27 @@
-"""Every option of qdora, one dataclass a group. YAML in `conf/` overlays these defaults, the command line both.
-
-Values are checked in `__post_init__`, across groups in the three at the end (`RunConfig`, `MergeConfig`,
-`EvaluateConfig`), one a command. All raise `ConfigError`.
-"""
+"""The option groups, one dataclass each; every value is checked here."""
 
 import re
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
+from qdora.config.words import (
+    ActivationCheckpointing,
+    AdapterMethod,
+    Attention,
+    DataFormat,
+    Dtype,
+    Overlong,
+    Plan,
+    QuantMethod,
+    Schedule,
+    TrackerKind,
+    TrackerMode,
+)
 from qdora.errors import ConfigError
 
 
-class Dtype(Enum):
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-class Attention(Enum):
-    sdpa = "sdpa"
-    eager = "eager"
-    flash_attention_2 = "flash_attention_2"
-    flex_attention = "flex_attention"
-
-
-class QuantMethod(Enum):
-    nf4 = "nf4"
-    none = "none"
-
-
-class AdapterMethod(Enum):
-    dora = "dora"
-    lora = "lora"
-    none = "none"
-
-
-class DataFormat(Enum):
-    auto = "auto"
-    messages = "messages"
-    instruction = "instruction"
-    completion = "completion"
-    text = "text"
-
-
-class Overlong(Enum):
-    truncate = "truncate"
-    drop = "drop"
-
-
-class Schedule(Enum):
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant"
-
-
-class Plan(Enum):
-    fsdp = "fsdp"
-    hsdp = "hsdp"
-    ddp = "ddp"
-    none = "none"
-
-
-class ActivationCheckpointing(Enum):
-    none = "none"
-    full = "full"
-    selective = "selective"
-
-
-class TrackerKind(Enum):
-    wandb = "wandb"
-    none = "none"
-
-
-class TrackerMode(Enum):
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-
-
-class Protocol(Enum):
-    loss = "loss"
-    likelihood = "likelihood"
-    generate = "generate"
-
-
-class MergeBase(Enum):
-    nf4 = "nf4"
-
-
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises `ConfigError` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
 
@@ -135,12 +68,12 @@ class AdapterConfig:
     """Folder of an adapter in PEFT format to start from."""
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"adapter.rank is {self.rank}; it must be at least 1")
-        _require(0.0 <= self.dropout < 1.0, f"adapter.dropout is {self.dropout}; allowed: 0 <= dropout < 1")
-        _require(self.alpha is None or self.alpha > 0, f"adapter.alpha is {self.alpha}; it must be above 0 or null")
+        require(self.rank >= 1, f"adapter.rank is {self.rank}; it must be at least 1")
+        require(0.0 <= self.dropout < 1.0, f"adapter.dropout is {self.dropout}; allowed: 0 <= dropout < 1")
+        require(self.alpha is None or self.alpha > 0, f"adapter.alpha is {self.alpha}; it must be above 0 or null")
         given = self.target_modules
         targets = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else []
-        _require(
+        require(
             bool(targets) and all(isinstance(target, str) for target in targets),
             f"adapter.target_modules is {self.target_modules!r}; give all-linear or a list such as [q_proj,v_proj]",
         )
@@ -180,8 +113,8 @@ class DataConfig:
     """Folder of tokenised data; null means `qdora` in the user's cache folder."""
 
     def __post_init__(self) -> None:
-        _require(self.max_length >= 2, f"data.max_length is {self.max_length}; it must be at least 2")
-        _require(self.limit is None or self.limit >= 1, f"data.limit is {self.limit}; it must be at least 1 or null")
+        require(self.max_length >= 2, f"data.max_length is {self.max_length}; it must be at least 2")
+        require(self.limit is None or self.limit >= 1, f"data.limit is {self.limit}; it must be at least 1 or null")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -201,15 +134,15 @@ class OptimConfig:
     """Gradients are scaled down to this global norm; 0 means never."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; it must be above 0")
-        _require(
+        require(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; it must be above 0")
+        require(
             0 <= self.warmup_ratio <= 1,
             f"optim.warmup_ratio is {self.warmup_ratio}; a share of the steps, 0 to 1",
         )
-        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must not be negative")
-        _require(self.max_grad_norm >= 0, f"optim.max_grad_norm is {self.max_grad_norm}; it must not be negative")
+        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must not be negative")
+        require(self.max_grad_norm >= 0, f"optim.max_grad_norm is {self.max_grad_norm}; it must not be negative")
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optim.{name} is {getattr(self, name)}; allowed: 0 <= {name} < 1")
+            require(0 <= getattr(self, name) < 1, f"optim.{name} is {getattr(self, name)}; allowed: 0 <= {name} < 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -232,12 +165,12 @@ class TrainConfig:
     """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.num_steps is None or self.num_epochs is None,
             f"train.num_steps={self.num_steps} and train.num_epochs={self.num_epochs} contradict each other: set one "
             "and leave the other null",
         )
-        _require(self.num_epochs is None or self.num_epochs > 0, f"train.num_epochs is {self.num_epochs}; above 0")
+        require(self.num_epochs is None or self.num_epochs > 0, f"train.num_epochs is {self.num_epochs}; above 0")
         for name, minimum in (
             ("num_steps", 1),
             ("micro_batch_size", 1),
@@ -248,7 +181,7 @@ class TrainConfig:
             ("keep_checkpoints", 1),
         ):
             value = getattr(self, name)
-            _require(value is None or value >= minimum, f"train.{name} is {value}; it must be at least {minimum}")
+            require(value is None or value >= minimum, f"train.{name} is {value}; it must be at least {minimum}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -267,12 +200,12 @@ class ParallelConfig:
     """Seconds a collective waits before the run fails."""
 
     def __post_init__(self) -> None:
-        _require(self.timeout_s >= 1, f"parallel.timeout_s is {self.timeout_s}; it must be at least 1")
-        _require(
+        require(self.timeout_s >= 1, f"parallel.timeout_s is {self.timeout_s}; it must be at least 1")
+        require(
             self.shard_size is None or self.plan is Plan.hsdp,
             f"parallel.shard_size={self.shard_size} means something only with parallel=hsdp, not {self.plan.name}",
         )
-        _require(
+        require(
             not self.cpu_offload or self.plan in (Plan.fsdp, Plan.hsdp),
             f"parallel.cpu_offload=true needs parallel=fsdp or hsdp, not {self.plan.name}",
         )
@@ -290,102 +223,3 @@ class TrackerConfig:
     """Upload the adapter folder as an artifact at the end."""
     timeout_s: int = 30
     """Seconds that starting or finishing the W&B run may take."""
-
-
-@dataclass(kw_only=True, slots=True)
-class RunConfig:
-    """`qdora train`."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    quant: QuantConfig = field(default_factory=QuantConfig)
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    seed: int = 0
-    """Fixes initialisation, data order and dropout."""
-    run_id: str | None = None
-    """Name of the run; null means made from the time."""
-    output_dir: str | None = None
-    """The run's own folder; null means `outputs/<run_id>`."""
-    resume: str = "auto"
-    """`auto` goes on if the folder has a checkpoint of the same run; `never`; or the path of a checkpoint."""
-
-    def __post_init__(self) -> None:
-        _require(self.model.path is not None, "model.path is not set: give a folder, a .gguf file or a hub id")
-        _require(self.data.train is not None, "data.train is not set: give a file, a folder or a hub id")
-        _require(
-            self.adapter.method is not AdapterMethod.none or self.quant.method is QuantMethod.none,
-            "adapter=none is full fine-tuning and 4-bit weights cannot be trained: use adapter=none quant=none, or an "
-            "adapter (adapter=dora quant=nf4)",
-        )
-        _require(
-            self.adapter.path is None or self.adapter.method is not AdapterMethod.none,
-            "adapter.path is set but adapter=none trains no adapter",
-        )
-
-
-@dataclass(kw_only=True, slots=True)
-class MergeConfig:
-    """`qdora merge`."""
-
-    run: str | None = None
-    """Folder of a finished run; or give `adapter` and `model.path`."""
-    adapter: str | None = None
-    """Folder of an adapter in PEFT format."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    quant: QuantConfig = field(default_factory=QuantConfig)
-    output: str | None = None
-    """Folder to write; it must not exist, or be a finished merge."""
-    base: MergeBase = MergeBase.nf4
-    """`nf4`: the dequantised base, exactly what was trained."""
-    max_shard_gib: float = 4.0
-    """Size of each safetensors file at most."""
-
-    def __post_init__(self) -> None:
-        _require(
-            (self.run is None) != (self.adapter is None),
-            "give one of run=DIR (a finished run) and adapter=DIR (with model.path=...)",
-        )
-        _require(
-            self.adapter is None or self.model.path is not None, "adapter=DIR needs model.path=... (its base model)"
-        )
-        _require(self.output is not None, "output is not set: give the folder to write")
-        _require(self.max_shard_gib > 0, f"max_shard_gib is {self.max_shard_gib}; it must be above 0")
-
-
-@dataclass(kw_only=True, slots=True)
-class EvaluateConfig:
-    """`qdora evaluate`."""
-
-    run: str | None = None
-    """Folder of a finished run (its adapter over its base); or give `model.path`."""
-    adapter: str | None = None
-    """Folder of an adapter in PEFT format, over `model.path`."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    quant: QuantConfig = field(default_factory=lambda: QuantConfig(method=QuantMethod.none))
-    data: DataConfig = field(default_factory=DataConfig)
-    protocol: Protocol = Protocol.loss
-    """`loss` on the answers; `likelihood` of each choice; `generate` and match the answer."""
-    limit: int | None = None
-    """Use only the first N samples."""
-    batch_size: int = 16
-    """Samples computed at once."""
-    max_new_tokens: int = 32
-    """Length of a generated answer at most."""
-    seed: int = 0
-    output_dir: str | None = None
-    """Where results.json goes; null means `evaluation` in the run's or the model's folder."""
-
-    def __post_init__(self) -> None:
-        _require(
-            (self.run is None) != (self.model.path is None),
-            "give one of run=DIR and model.path=DIR (optionally with adapter=DIR)",
-        )
-        _require(self.adapter is None or self.run is None, "adapter=DIR goes with model.path=DIR; a run has its own")
-        _require(self.data.eval is not None, "data.eval is not set: give the file to score")
-        for name in ("limit", "batch_size", "max_new_tokens"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")

@@ -1,0 +1,115 @@
+"""All options of a command; what contradicts each other across groups is found here."""
+
+from dataclasses import dataclass, field
+
+from qdora.config.groups import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    QuantConfig,
+    TrackerConfig,
+    TrainConfig,
+    require,
+)
+from qdora.config.words import AdapterMethod, MergeBase, Protocol, QuantMethod
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """`qdora train`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    seed: int = 0
+    """Fixes initialisation, data order and dropout."""
+    run_id: str | None = None
+    """Name of the run; null means made from the time."""
+    output_dir: str | None = None
+    """The run's own folder; null means `outputs/<run_id>`."""
+    resume: str = "auto"
+    """`auto` goes on if the folder has a checkpoint of the same run; `never`; or the path of a checkpoint."""
+
+    def __post_init__(self) -> None:
+        require(self.model.path is not None, "model.path is not set: give a folder, a .gguf file or a hub id")
+        require(self.data.train is not None, "data.train is not set: give a file, a folder or a hub id")
+        require(
+            self.adapter.method is not AdapterMethod.none or self.quant.method is QuantMethod.none,
+            "adapter=none is full fine-tuning and 4-bit weights cannot be trained: use adapter=none quant=none, or an "
+            "adapter (adapter=dora quant=nf4)",
+        )
+        require(
+            self.adapter.path is None or self.adapter.method is not AdapterMethod.none,
+            "adapter.path is set but adapter=none trains no adapter",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class MergeConfig:
+    """`qdora merge`."""
+
+    run: str | None = None
+    """Folder of a finished run; or give `adapter` and `model.path`."""
+    adapter: str | None = None
+    """Folder of an adapter in PEFT format."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    output: str | None = None
+    """Folder to write; it must not exist, or be a finished merge."""
+    base: MergeBase = MergeBase.nf4
+    """`nf4`: the dequantised base, exactly what was trained."""
+    max_shard_gib: float = 4.0
+    """Size of each safetensors file at most."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.run is None) != (self.adapter is None),
+            "give one of run=DIR (a finished run) and adapter=DIR (with model.path=...)",
+        )
+        require(
+            self.adapter is None or self.model.path is not None, "adapter=DIR needs model.path=... (its base model)"
+        )
+        require(self.output is not None, "output is not set: give the folder to write")
+        require(self.max_shard_gib > 0, f"max_shard_gib is {self.max_shard_gib}; it must be above 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """`qdora evaluate`."""
+
+    run: str | None = None
+    """Folder of a finished run (its adapter over its base); or give `model.path`."""
+    adapter: str | None = None
+    """Folder of an adapter in PEFT format, over `model.path`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=lambda: QuantConfig(method=QuantMethod.none))
+    data: DataConfig = field(default_factory=DataConfig)
+    protocol: Protocol = Protocol.loss
+    """`loss` on the answers; `likelihood` of each choice; `generate` and match the answer."""
+    limit: int | None = None
+    """Use only the first N samples."""
+    batch_size: int = 16
+    """Samples computed at once."""
+    max_new_tokens: int = 32
+    """Length of a generated answer at most."""
+    seed: int = 0
+    output_dir: str | None = None
+    """Where results.json goes; null means `evaluation` in the run's or the model's folder."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.run is None) != (self.model.path is None),
+            "give one of run=DIR and model.path=DIR (optionally with adapter=DIR)",
+        )
+        require(self.adapter is None or self.run is None, "adapter=DIR goes with model.path=DIR; a run has its own")
+        require(self.run is not None or self.data.eval is not None, "data.eval is not set: give the file to score on")
+        for name in ("limit", "batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")

@@ -1,0 +1,79 @@
+"""The words that options take, as YAML and the command line spell them."""
+
+from enum import Enum
+
+
+class Dtype(Enum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Attention(Enum):
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+    flex_attention = "flex_attention"
+
+
+class QuantMethod(Enum):
+    nf4 = "nf4"
+    none = "none"
+
+
+class AdapterMethod(Enum):
+    dora = "dora"
+    lora = "lora"
+    none = "none"
+
+
+class DataFormat(Enum):
+    auto = "auto"
+    messages = "messages"
+    instruction = "instruction"
+    completion = "completion"
+    text = "text"
+
+
+class Overlong(Enum):
+    truncate = "truncate"
+    drop = "drop"
+
+
+class Schedule(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Plan(Enum):
+    fsdp = "fsdp"
+    hsdp = "hsdp"
+    ddp = "ddp"
+    none = "none"
+
+
+class ActivationCheckpointing(Enum):
+    none = "none"
+    full = "full"
+    selective = "selective"
+
+
+class TrackerKind(Enum):
+    wandb = "wandb"
+    none = "none"
+
+
+class TrackerMode(Enum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+
+
+class Protocol(Enum):
+    loss = "loss"
+    likelihood = "likelihood"
+    generate = "generate"
+
+
+class MergeBase(Enum):
+    nf4 = "nf4"

@@ -1,0 +1,28 @@
+"""Fixtures of every test: the real model, and the path of the repository."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a transformers folder; launch/setup.sh makes it."""
+    folder = ROOT / "models" / "SmolLM2-135M-Instruct"
+    assert (folder / "config.json").exists(), f"{folder} is missing: run launch/test.sh, which makes it"
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenised data of tests does not land in, or come from, the user's cache; W&B never goes online."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
