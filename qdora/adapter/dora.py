@@ -102,7 +102,8 @@ def adapted_linear_backward(
         dm = _column_dot(dy, y)
         if bias is not None:
             dm -= dy.sum(0, dtype=torch.float32) * bias
-        dm = (dm / magnitude).to(magnitude.dtype)
+        # A magnitude of exactly 0 (a row of zeros, from another tool) leaves nothing in y to find its gradient by.
+        dm = (dm / magnitude).masked_fill(magnitude == 0, 0.0).to(magnitude.dtype)
     if g is not None and not quantised:
         dy = dy * g.to(dy.dtype) if dy.dtype == torch.float32 else (dy * g).to(dy.dtype)
     fold = g if quantised else None

@@ -1,0 +1,185 @@
+"""Adapters that go to PEFT and come from PEFT compute the same logits on the same NF4 base."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qdora.adapter import peft_format
+from qdora.adapter.dora import adapted_layers
+from qdora.config import AdapterConfig, AdapterMethod, Dtype, ModelConfig, ParallelConfig, Plan, QuantConfig
+from qdora.errors import AdapterError
+from qdora.model import LoadedModel, load_model
+from qdora.parallel import start_alone
+from tests.support import make_model
+
+IDS = torch.arange(4, 68).view(2, 32)
+WORLD = start_alone("tests")
+LOGIT_TOLERANCE = 1e-4
+"""Relative to the norm of the logits: float32 through up to 30 layers. In bfloat16 two equal models differ by a third
+after 30 layers of a random perturbation, so nothing could be told apart."""
+SEEN = 0.02
+"""The adapter must change the logits by more than this, else agreement says nothing."""
+
+
+@pytest.fixture(params=["llama", "smollm2"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, and the real one."""
+    if request.param == "smollm2":
+        real: Path = request.getfixturevalue("smollm2")
+        return real
+    return make_model(tmp_path_factory.mktemp("model"), request.param)
+
+
+def load_ours(folder: Path, adapter: AdapterConfig) -> LoadedModel:
+    """Our model over NF4."""
+    plan = ParallelConfig(plan=Plan.none)
+    loaded = load_model(folder, ModelConfig(path=str(folder), dtype=Dtype.float32), QuantConfig(), adapter, plan, WORLD)
+    loaded.model.eval()
+    return loaded
+
+
+def load_theirs(folder: Path) -> Any:
+    """transformers' model over the same NF4 bytes."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # else repacked in place at the first evaluation
+    model.is_loaded_in_4bit = True
+    return model.eval()
+
+
+def perturb(tensors: dict[str, Tensor]) -> None:
+    """Random values for B, and magnitudes that have moved."""
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in sorted(tensors.items()):
+        noise = torch.randn(tensor.shape, generator=generator)
+        if "lora_B" in name or "lora_b" in name:
+            tensor.data.copy_(0.02 * noise)
+        elif "magnitude" in name:
+            tensor.data.mul_(1 + 0.05 * noise)
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> Tensor:
+    """(rows, length, vocabulary) float32."""
+    logits: Tensor = model(input_ids=IDS).logits
+    return logits.float()
+
+
+def assert_same(ours: Tensor, theirs: Tensor, base: Tensor) -> None:
+    """Equal to rounding, and not because the adapter does nothing."""
+    assert (theirs - base).norm() > SEEN * theirs.norm(), "the adapter changes too little to be seen"
+    assert (ours - theirs).norm() <= LOGIT_TOLERANCE * theirs.norm()
+
+
+@pytest.mark.parametrize("method", [AdapterMethod.dora, AdapterMethod.lora])
+@pytest.mark.parametrize("targets", ["all-linear", "[qv]_proj|.*[.](q|v|up|down)_proj"])
+def test_our_adapter_gives_the_same_logits_in_peft(
+    folder: Path, method: AdapterMethod, targets: str, tmp_path: Path
+) -> None:
+    ours = load_ours(folder, AdapterConfig(method=method, rank=4, target_modules=targets))
+    perturb({name: parameter for name, parameter in ours.model.named_parameters() if parameter.requires_grad})
+    ours.refresh(WORLD.device)
+    peft_format.save(ours.model, tmp_path, ours.adapter, str(folder), ours.dtype, WORLD)
+    theirs = load_theirs(folder)
+    base = logits_of(theirs)
+    assert_same(logits_of(ours.model), logits_of(PeftModel.from_pretrained(theirs, tmp_path).eval()), base)
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_peft_adapter_gives_the_same_logits_here(folder: Path, dora: bool, tmp_path: Path) -> None:
+    theirs = load_theirs(folder)
+    base = logits_of(theirs)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj", "gate_proj"], use_dora=dora)
+    adapted = get_peft_model(theirs, config)
+    perturb({name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad})
+    adapted.eval().save_pretrained(tmp_path)
+    ours = load_ours(folder, peft_format.read_config(tmp_path))
+    assert_same(logits_of(ours.model), logits_of(adapted), base)
+
+
+def test_adapter_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    first = load_ours(folder, AdapterConfig(rank=4))
+    perturb({name: parameter for name, parameter in first.model.named_parameters() if parameter.requires_grad})
+    first.refresh(WORLD.device)
+    peft_format.save(first.model, tmp_path / "adapter", first.adapter, str(folder), first.dtype, WORLD)
+    again = load_ours(folder, peft_format.read_config(tmp_path / "adapter"))
+    assert torch.equal(logits_of(first.model), logits_of(again.model))
+    for name, layer in adapted_layers(first.model).items():
+        other = adapted_layers(again.model)[name]
+        assert layer.magnitude is not None
+        assert other.magnitude is not None
+        assert torch.equal(layer.magnitude, other.magnitude)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, Path]:
+    """A tiny model and the folder of an adapter of it."""
+    folder = make_model(tmp_path / "model", "llama")
+    ours = load_ours(folder, AdapterConfig(rank=4))
+    peft_format.save(ours.model, tmp_path / "adapter", ours.adapter, str(folder), ours.dtype, WORLD)
+    return folder, tmp_path / "adapter"
+
+
+def test_adapter_config_names_the_method(saved: tuple[Path, Path]) -> None:
+    values = json.loads((saved[1] / "adapter_config.json").read_text())
+    assert (values["use_dora"], values["r"], values["lora_alpha"], values["peft_type"]) == (True, 4, 8, "LORA")
+    dtypes = {
+        name.rpartition("lora_")[2]: tensor.dtype for name, tensor in load_file(saved[1] / peft_format.WEIGHTS).items()
+    }
+    assert dtypes == {"A.weight": torch.float32, "B.weight": torch.float32, "magnitude_vector": torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("rank_pattern", {"q_proj": 8}),
+        ("alpha_pattern", {"q_proj": 8}),
+        ("modules_to_save", ["lm_head"]),
+        ("bias", "all"),
+        ("peft_type", "IA3"),
+    ],
+)
+def test_adapter_with_features_of_its_own_is_refused(saved: tuple[Path, Path], option: str, value: object) -> None:
+    file = saved[1] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
+    with pytest.raises(AdapterError, match=option if option not in ("bias", "peft_type") else f"{option}="):
+        peft_format.read_config(saved[1])
+
+
+def test_adapter_of_another_model_is_refused(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    wider = make_model(tmp_path / "wider", "llama", intermediate_size=256)
+    with pytest.raises(AdapterError, match="has shape"):
+        load_ours(wider, peft_format.read_config(saved[1]))
+
+
+def test_adapter_of_another_rank_is_refused_by_name(saved: tuple[Path, Path]) -> None:
+    with pytest.raises(AdapterError, match="has rank 4, but the options ask for 8"):
+        load_ours(saved[0], AdapterConfig(rank=8, path=str(saved[1])))
+
+
+def test_pickled_adapter_is_refused_with_the_way_out(saved: tuple[Path, Path]) -> None:
+    (saved[1] / peft_format.WEIGHTS).rename(saved[1] / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="convert it with PEFT"):
+        peft_format.read_config(saved[1])
+
+
+def test_truncated_adapter_is_refused(saved: tuple[Path, Path]) -> None:
+    file = saved[1] / peft_format.WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(AdapterError, match="damaged or cut short"):
+        peft_format.read_config(saved[1])

@@ -1,0 +1,231 @@
+"""The DoRA and LoRA layer against PEFT's, in outputs and every gradient, and against float64 arithmetic."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from qdora import nf4
+from qdora.adapter.dora import AdaptedLinear, refresh
+from qdora.config import (
+    AdapterConfig,
+    AdapterMethod,
+    ModelConfig,
+    ParallelConfig,
+    Plan,
+    QuantConfig,
+)
+from qdora.model import load_model
+from qdora.parallel import start_alone
+from tests.support import make_model
+
+IN, OUT, RANK, ALPHA = 128, 96, 8, 24
+CPU = torch.device("cpu")
+FLOAT32_TOLERANCE = 1e-5
+"""Relative to the norm: sums of some hundred float32 products in another order."""
+BFLOAT16_TOLERANCE = 1.5e-2
+"""Relative to the norm: bfloat16 has 8 bits (4e-3), rounded three times on the way (A x, the update, the output)."""
+
+
+@dataclass(slots=True)
+class Case:
+    """One setting of both layers."""
+
+    dtype: torch.dtype = torch.float32
+    quantised: bool = False
+    bias: bool = False
+    dora: bool = True
+    rank_stabilized: bool = False
+    dropout: float = 0.0
+
+
+CASES = {
+    "float32": Case(),
+    "float32-bias": Case(bias=True),
+    "float32-lora": Case(dora=False),
+    "float32-rslora": Case(rank_stabilized=True),
+    "float32-nf4": Case(quantised=True),
+    "float32-nf4-bias": Case(quantised=True, bias=True),
+    "float32-nf4-lora": Case(quantised=True, dora=False, bias=True),
+    "bfloat16": Case(dtype=torch.bfloat16),
+    "bfloat16-bias": Case(dtype=torch.bfloat16, bias=True),
+    "bfloat16-nf4": Case(dtype=torch.bfloat16, quantised=True),
+    "bfloat16-nf4-bias": Case(dtype=torch.bfloat16, quantised=True, bias=True),
+    "float32-dropout": Case(dropout=0.3),
+    "float32-dropout-bias": Case(dropout=0.3, bias=True),
+    "float32-nf4-dropout": Case(quantised=True, dropout=0.3),
+    "float32-dropout-lora": Case(dropout=0.3, dora=False),
+}
+
+
+def make_layer(case: Case, weight: Tensor, bias: Tensor | None) -> AdaptedLinear:
+    """Our layer over `weight`, with random A, B and magnitude, its norm fresh."""
+    base: nn.Module
+    if case.quantised:
+        base = nf4.NF4Linear(IN, OUT, bias is not None, double_quant=True, dtype=case.dtype)
+        packed, scales = nf4.quantize(weight.to(case.dtype))
+        codes, base.absmax_scale, base.absmax_mean = nf4.nest(scales, OUT)
+        base.packed.data, base.absmax.data = packed, codes
+    else:
+        base = nn.Linear(IN, OUT, bias=bias is not None, dtype=case.dtype).requires_grad_(False)
+        base.weight.data.copy_(weight)
+    if bias is not None:
+        base.bias.data.copy_(bias)  # type: ignore[union-attr,operator]
+    scaling = AdapterConfig(rank=RANK, alpha=ALPHA, rank_stabilized=case.rank_stabilized).scaling
+    layer = AdaptedLinear(
+        base, in_features=IN, out_features=OUT, rank=RANK, scaling=scaling, dropout=case.dropout, dora=case.dora
+    )
+    # Values that bfloat16 holds exactly, so that both sides start from the same ones.
+    layer.lora_a.data = (torch.randn(RANK, IN) * 0.1).bfloat16().float()
+    layer.lora_b.data = (torch.randn(OUT, RANK) * 0.1).bfloat16().float()
+    layer.measure(CPU)
+    if layer.magnitude is not None:
+        assert layer.base_norm_squared is not None
+        layer.magnitude.data = layer.base_norm_squared.sqrt() * (0.9 + 0.2 * torch.rand(OUT))
+    refresh([nn.Sequential(layer)], CPU, case.dtype)
+    return layer
+
+
+def make_peft(case: Case, layer: AdaptedLinear) -> nn.Module:
+    """PEFT's layer with the values of ours, over the dense (dequantised) weight."""
+    dense = nn.Sequential(nn.Linear(IN, OUT, bias=layer.base.bias is not None, dtype=case.dtype))
+    dense[0].weight.data.copy_(nf4.weight_from(layer.base_tensors(), case.dtype))
+    if layer.base.bias is not None:
+        dense[0].bias.data.copy_(layer.base.bias)  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=case.dropout,
+        target_modules=["0"],
+        use_dora=case.dora,
+        use_rslora=case.rank_stabilized,
+    )
+    theirs = get_peft_model(dense, config, autocast_adapter_dtype=False).base_model.model[0]
+    theirs.lora_A["default"].weight.data = layer.lora_a.data.to(case.dtype)
+    theirs.lora_B["default"].weight.data = layer.lora_b.data.to(case.dtype)
+    if layer.magnitude is not None:
+        theirs.lora_magnitude_vector["default"].weight.data = layer.magnitude.data.clone()
+    return theirs  # type: ignore[no-any-return]
+
+
+def _difference(ours: Tensor | None, theirs: Tensor | None) -> float:
+    assert ours is not None
+    assert theirs is not None
+    ours, theirs = ours.detach().float(), theirs.detach().float()
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layer_agrees_with_peft(name: str) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    layer = make_layer(case, torch.randn(OUT, IN) * 0.05, torch.randn(OUT) if case.bias else None)
+    theirs = make_peft(case, layer)
+    x, upstream = torch.randn(3, 40, IN, dtype=case.dtype), torch.randn(3, 40, OUT, dtype=case.dtype)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    outputs = []
+    for module, given in zip((layer, theirs), inputs, strict=True):
+        torch.manual_seed(7)  # the same dropout mask: each draws one, over x
+        module.train()
+        outputs.append(module(given))
+        outputs[-1].backward(upstream)
+    pairs = {
+        "output": outputs,
+        "input": [given.grad for given in inputs],
+        "A": [layer.lora_a.grad, theirs.lora_A["default"].weight.grad],
+        "B": [layer.lora_b.grad, theirs.lora_B["default"].weight.grad],
+    }
+    if layer.magnitude is not None:
+        pairs["magnitude"] = [layer.magnitude.grad, theirs.lora_magnitude_vector["default"].weight.grad]
+    assert outputs[0].dtype == case.dtype
+    tolerance = FLOAT32_TOLERANCE if case.dtype == torch.float32 else BFLOAT16_TOLERANCE
+    differences = {what: _difference(*pair) for what, pair in pairs.items()}
+    assert max(differences.values()) <= tolerance, differences
+
+
+def test_layer_gradient_reaches_only_the_adapter() -> None:
+    layer = make_layer(Case(quantised=True, bias=True), torch.randn(OUT, IN), torch.randn(OUT))
+    layer(torch.randn(4, IN)).sum().backward()
+    trained = {name for name, parameter in layer.named_parameters() if parameter.grad is not None}
+    assert trained == {"lora_a", "lora_b", "magnitude"}
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_norm_agrees_with_float64(quantised: bool) -> None:
+    torch.manual_seed(0)
+    layer = make_layer(Case(quantised=quantised), torch.randn(OUT, IN), None)
+    weight = nf4.weight_from(layer.base_tensors(), torch.float32).double()
+    dense = weight + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
+    torch.testing.assert_close(layer.weight_norm(layer.lora_a.detach()).double(), dense.norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_norm_of_rows_that_cancel_is_exact() -> None:
+    """Rows where s B A is nearly -W: the expanded sum would lose all its digits."""
+    torch.manual_seed(0)
+    layer = make_layer(Case(), torch.randn(OUT, IN), None)
+    update = layer.scaling * layer.lora_b.data @ layer.lora_a.data
+    weight: nn.Parameter = layer.base.weight  # type: ignore[assignment]
+    weight.data[:10] = -update[:10] * (1 + 1e-4 * torch.randn(10, IN))
+    layer.measure(CPU)
+    dense = weight.double() + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
+    norm = layer.weight_norm(layer.lora_a.detach()).double()
+    # What is left is 1e-4 of W, itself rounded to float32's 6e-8: 3 to 4 digits of it are there at all.
+    torch.testing.assert_close(norm[:10], dense.norm(dim=1)[:10], rtol=2e-3, atol=0)
+    torch.testing.assert_close(norm[10:], dense.norm(dim=1)[10:], rtol=1e-6, atol=0)
+
+
+def test_rows_of_zeros_give_zeros_and_no_nan() -> None:
+    weight = torch.randn(OUT, IN)
+    weight[5] = 0
+    layer = make_layer(Case(quantised=True), weight, None)
+    layer.lora_b.data[5] = 0
+    refresh([nn.Sequential(layer)], CPU, torch.float32)
+    y = layer(torch.randn(4, IN))
+    y.sum().backward()
+    assert not y[:, 5].any()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("changed", ["lora_a", "lora_b", "magnitude"])
+def test_refresh_follows_every_change(changed: str) -> None:
+    torch.manual_seed(0)
+    case = Case(quantised=True)
+    layer = make_layer(case, torch.randn(OUT, IN), None)
+    x = torch.randn(4, IN)
+    before = layer(x)
+    getattr(layer, changed).data.mul_(1.5)
+    refresh([nn.Sequential(layer)], CPU, case.dtype)
+    theirs = make_peft(case, layer)
+    assert not torch.allclose(layer(x), before, rtol=1e-2)
+    assert _difference(layer(x), theirs(x)) <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_step_0_is_exactly_the_quantised_base_model(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = make_model(tmp_path_factory.mktemp("model"), family)
+    _assert_step_0_is_the_base(folder)
+
+
+def test_step_0_of_the_real_model_is_exactly_its_quantised_base(smollm2: Path) -> None:
+    _assert_step_0_is_the_base(smollm2)
+
+
+def _assert_step_0_is_the_base(folder: Path) -> None:
+    ids = torch.arange(4, 68).view(2, 32)
+    logits = []
+    for method in (AdapterMethod.none, AdapterMethod.dora):
+        loaded = load_model(
+            folder,
+            ModelConfig(path=str(folder)),
+            QuantConfig(),
+            AdapterConfig(method=method),
+            ParallelConfig(plan=Plan.none),
+            start_alone("test"),
+            trainable=method is AdapterMethod.dora,
+        )
+        with torch.no_grad():
+            logits.append(loaded.model(input_ids=ids).logits)
+    assert torch.equal(*logits)

@@ -1,0 +1,60 @@
+"""NF4 storage against bitsandbytes' own functional interface, bit for bit."""
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from torch import Tensor
+
+from qdora import nf4
+
+SHAPES = [(7, 64), (300, 128), (1536, 576), (576, 1536)]
+
+
+def _store(weight: Tensor, double_quant: bool) -> list[Tensor]:
+    packed, scales = nf4.quantize(weight)
+    if not double_quant:
+        return [packed, scales.view(torch.uint8)]
+    codes, absmax_scale, absmax_mean = nf4.nest(scales, weight.shape[0])
+    return [packed, codes, absmax_scale, absmax_mean]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_nf4_values_are_those_of_bitsandbytes(dtype: torch.dtype, shape: tuple[int, int], double_quant: bool) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape, dtype=dtype)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=double_quant)
+    stored = _store(weight, double_quant)
+    assert torch.equal(stored[0].flatten(), packed.flatten())
+    assert torch.equal(nf4.weight_from(stored, dtype), bnb.dequantize_4bit(packed, state))
+
+
+def test_nf4_rows_of_zeros_stay_zero() -> None:
+    weight = torch.randn(8, 128, dtype=torch.bfloat16)
+    weight[3] = 0
+    assert not nf4.weight_from(_store(weight, double_quant=False), torch.bfloat16)[3].any()
+
+
+def test_nf4_row_scale_is_applied_before_rounding() -> None:
+    weight, scale = torch.randn(16, 128), torch.rand(16) + 0.5
+    stored = _store(weight, double_quant=True)
+    plain = nf4.weight_from(stored, torch.float32).clone()
+    # Float32 scales are multiplied before the code's value instead of after: two roundings in another order.
+    torch.testing.assert_close(nf4.weight_from(stored, torch.float32, scale), scale[:, None] * plain, rtol=3e-7, atol=0)
+
+
+def test_nf4_part_of_the_rows_unnests_to_the_same_scales() -> None:
+    _, codes, absmax_scale, absmax_mean = _store(torch.randn(100, 192), double_quant=True)
+    whole = nf4.unnest(codes, absmax_scale, absmax_mean)
+    assert torch.equal(nf4.unnest(codes[37:61], absmax_scale, absmax_mean, first_row=37), whole[37:61])
+
+
+def test_nf4_frozen_linear_has_the_gradient_of_the_dequantised_weight() -> None:
+    stored = _store(torch.randn(96, 128), double_quant=True)
+    weight = nf4.weight_from(stored, torch.float32).clone()
+    x = torch.randn(5, 128, requires_grad=True)
+    upstream = torch.randn(5, 96)
+    nf4.frozen_linear(x, stored).backward(upstream)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, upstream @ weight)
