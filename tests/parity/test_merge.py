@@ -1,0 +1,181 @@
+"""A merged checkpoint is the adapted model: against our forward, PEFT's merge, and plain transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qdora import nf4
+from qdora.adapter import peft_format
+from qdora.adapter.dora import adapted_layers
+from qdora.config import (
+    AdapterConfig,
+    AdapterMethod,
+    Dtype,
+    MergeConfig,
+    ModelConfig,
+    ParallelConfig,
+    Plan,
+    QuantConfig,
+    QuantMethod,
+)
+from qdora.errors import ConfigError
+from qdora.merging import merge
+from qdora.model import LoadedModel, load_model
+from qdora.nf4 import NF4Linear
+from qdora.parallel import start_alone
+from tests.support import FAMILIES, make_model
+
+IDS = torch.arange(4, 68).view(2, 32)
+WORLD = start_alone("tests")
+FLOAT32_TOLERANCE = 1e-4
+"""Relative to the norm of the logits: float32, W' rounded once instead of its parts summed at the output."""
+
+
+def adapted(folder: Path, output: Path, quant: QuantMethod, adapter: AdapterConfig) -> LoadedModel:
+    """A float32 model with a random adapter, which is also saved to `output`."""
+    config = ModelConfig(path=str(folder), dtype=Dtype.float32)
+    plan = ParallelConfig(plan=Plan.none)
+    loaded = load_model(folder, config, QuantConfig(method=quant), adapter, plan, WORLD)
+    torch.manual_seed(3)
+    for layer in adapted_layers(loaded.model).values():
+        layer.lora_b.data.normal_(std=0.05)
+        if layer.magnitude is not None:
+            layer.magnitude.data.mul_(1 + 0.05 * torch.randn(layer.out_features))
+    loaded.refresh(WORLD.device)
+    peft_format.save(loaded.model, output, loaded.adapter, str(folder), loaded.dtype, WORLD)
+    loaded.model.eval()
+    return loaded
+
+
+def merge_config(folder: Path, adapter: Path, output: Path, quant: QuantMethod, **changes: Any) -> MergeConfig:
+    """Merging in float32."""
+    return MergeConfig(
+        adapter=str(adapter),
+        model=ModelConfig(path=str(folder), dtype=Dtype.float32),
+        quant=QuantConfig(method=quant),
+        output=str(output),
+        **changes,
+    )
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> Tensor:
+    """(rows, length, vocabulary)."""
+    logits: Tensor = model(input_ids=IDS).logits
+    return logits.float()
+
+
+def plain_logits(folder: Path) -> Tensor:
+    """What plain transformers computes from a checkpoint."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return logits_of(model)
+
+
+def assert_same(ours: Tensor, theirs: Tensor) -> None:
+    """Equal to float32 rounding."""
+    assert (ours - theirs).norm() <= FLOAT32_TOLERANCE * theirs.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quant", [QuantMethod.nf4, QuantMethod.none])
+@pytest.mark.parametrize("method", [AdapterMethod.dora, AdapterMethod.lora])
+def test_merged_checkpoint_has_the_logits_of_the_adapted_model(
+    family: str, quant: QuantMethod, method: AdapterMethod, tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "model", family, dtype=torch.float32)
+    loaded = adapted(folder, tmp_path / "adapter", quant, AdapterConfig(method=method, rank=8))
+    merge(merge_config(folder, tmp_path / "adapter", tmp_path / "merged", quant))
+    wanted = logits_of(loaded.model)
+    assert (wanted - plain_logits(folder)).norm() > 100 * FLOAT32_TOLERANCE * wanted.norm(), "nothing to merge"
+    assert_same(plain_logits(tmp_path / "merged"), wanted)
+
+
+@pytest.mark.parametrize("quant", [QuantMethod.nf4, QuantMethod.none])
+def test_full_rank_merge_equals_the_adapted_forward(quant: QuantMethod, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama", dtype=torch.float32)
+    loaded = adapted(folder, tmp_path / "adapter", quant, AdapterConfig(rank=128))
+    merge(merge_config(folder, tmp_path / "adapter", tmp_path / "merged", quant))
+    assert_same(plain_logits(tmp_path / "merged"), logits_of(loaded.model))
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_merge_gives_the_weights_of_pefts_merge(dora: bool, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", use_dora=dora, init_lora_weights=False)
+    theirs: PeftModel = get_peft_model(model, config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    merge(merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.none))
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    expected = theirs.merge_and_unload().state_dict()
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_layers_without_an_adapter_come_out_dequantised(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama", dtype=torch.float32)
+    loaded = adapted(folder, tmp_path / "adapter", QuantMethod.nf4, AdapterConfig(rank=4, target_modules=["q_proj"]))
+    merge(merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.nf4))
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    layer = loaded.model.get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(layer, NF4Linear)
+    assert torch.equal(weights["model.layers.0.mlp.down_proj.weight"], nf4.weight_from(layer.tensors(), torch.float32))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2"])
+def test_merged_names_are_those_of_the_base(family: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", family)
+    adapted(folder, tmp_path / "adapter", QuantMethod.nf4, AdapterConfig(rank=4))
+    merge(merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.nf4))
+    base, merged = (load_file(where / "model.safetensors") for where in (folder, tmp_path / "merged"))
+    assert {name: tensor.shape for name, tensor in merged.items()} == {
+        name: tensor.shape for name, tensor in base.items()
+    }
+
+
+def test_merge_writes_shards_that_transformers_reads(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama", dtype=torch.float32, max_shard_size="200KB")
+    loaded = adapted(folder, tmp_path / "adapter", QuantMethod.nf4, AdapterConfig(rank=4))
+    options = merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.nf4, max_shard_gib=2e-4)
+    merge(options)
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert all((tmp_path / "merged" / file).exists() for file in index["weight_map"].values())
+    assert_same(plain_logits(tmp_path / "merged"), logits_of(loaded.model))
+
+
+def test_merged_folder_has_the_tokenizer_and_no_quantisation(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    adapted(folder, tmp_path / "adapter", QuantMethod.nf4, AdapterConfig(rank=4))
+    merge(merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.nf4))
+    assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+def test_the_same_merge_is_not_made_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    adapted(folder, tmp_path / "adapter", QuantMethod.nf4, AdapterConfig(rank=4))
+    options = merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.nf4)
+    merge(options)
+    written = (tmp_path / "merged" / "model.safetensors").stat().st_mtime_ns
+    assert merge(options) == 0
+    assert "is this merge already" in capsys.readouterr().out
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_merge_into_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    adapted(folder, tmp_path / "adapter", QuantMethod.nf4, AdapterConfig(rank=4))
+    with pytest.raises(ConfigError, match="is not a merge"):
+        merge(merge_config(folder, tmp_path / "adapter", folder, QuantMethod.nf4))
+    merge(merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.nf4))
+    with pytest.raises(ConfigError, match="something else"):
+        merge(merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.none))
