@@ -71,7 +71,7 @@ def start(config: ParallelConfig, trains_base: bool = False) -> World:
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
-    if size > 1 or trains_base:
+    if (size > 1 or trains_base) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         timeout = timedelta(seconds=config.timeout_s)
         if size > 1:

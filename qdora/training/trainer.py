@@ -124,30 +124,17 @@ class Trainer:
         return "finished"
 
     def train_step(self, batches: list[Batch]) -> StepMetrics:
-        """One optimiser update from this rank's micro-batches. *Collective*.
-
-        The loss is the sum over label tokens divided by their number over all ranks and micro-batches. Reducing the
-        gradients divides by the ranks, which the loss makes up for.
-        """
+        """One optimiser update from this rank's micro-batches. *Collective*."""
         started = time.perf_counter()
-        own = (sum(batch.num_label_tokens for batch in batches), sum(batch.num_tokens for batch in batches))
-        num_label_tokens, num_tokens = all_sum(self.world, *own)
-        total = torch.zeros((), device=self.world.device)
-        for index, batch in enumerate(batches):
-            set_gradient_sync(self.model, enabled=index == len(batches) - 1)
-            loss = batch_loss(self.model, batch, self.world.device) / num_label_tokens
-            (loss * self.world.size).backward()
-            total += loss.detach()
-        average_gradients(self.model, self.world)
+        loss, num_tokens = accumulate_gradients(self.model, batches, self.world)
         grad_norm = clip_gradients(self.model, self.config.optim.max_grad_norm)
-        (loss_value,) = all_sum(self.world, float(total))
-        self._check_finite(loss_value, grad_norm)
+        self._check_finite(loss, grad_norm)
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, self.step, self.num_steps))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.num_tokens += int(num_tokens)
-        metrics = StepMetrics(loss_value, grad_norm, int(num_tokens), time.perf_counter() - started)
-        self.step_seconds.append((metrics.num_tokens, metrics.seconds))
+        self.num_tokens += num_tokens
+        metrics = StepMetrics(loss, grad_norm, num_tokens, time.perf_counter() - started)
+        self.step_seconds.append((num_tokens, metrics.seconds))
         return metrics
 
     def _check_finite(self, loss: float, grad_norm: float) -> None:
@@ -203,6 +190,25 @@ class Trainer:
         steps = self.step_seconds[1:] or self.step_seconds
         seconds = sum(pair[1] for pair in steps)
         return sum(pair[0] for pair in steps) / seconds if seconds else 0.0
+
+
+def accumulate_gradients(model: Any, batches: list[Batch], world: World) -> tuple[float, int]:
+    """Leaves the step's gradients on the parameters; returns its loss and its tokens over all ranks. *Collective*.
+
+    The loss is the sum over label tokens divided by their number over all ranks and micro-batches, so that no division
+    of the same samples changes a gradient. Reducing the gradients divides by the ranks, which the loss makes up for.
+    """
+    own = (sum(batch.num_label_tokens for batch in batches), sum(batch.num_tokens for batch in batches))
+    num_label_tokens, num_tokens = all_sum(world, *own)
+    total = torch.zeros((), device=world.device)
+    for index, batch in enumerate(batches):
+        set_gradient_sync(model, enabled=index == len(batches) - 1)
+        loss = batch_loss(model, batch, world.device) / num_label_tokens
+        (loss * world.size).backward()
+        total += loss.detach()
+    average_gradients(model, world)
+    (loss_value,) = all_sum(world, float(total))
+    return loss_value, int(num_tokens)
 
 
 def num_steps(config: RunConfig, loader: BatchLoader) -> int:

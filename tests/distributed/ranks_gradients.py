@@ -1,0 +1,100 @@
+"""One rank of test_gradients: loss and every gradient, gathered whole, of some cases.
+
+ranks_gradients.py OUTPUT MODEL CASES   (CASES: JSON list of dictionaries, see `main`)
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from qdora import parallel
+from qdora.config import (
+    ActivationCheckpointing,
+    AdapterConfig,
+    AdapterMethod,
+    Dtype,
+    ModelConfig,
+    ParallelConfig,
+    Plan,
+    QuantConfig,
+    QuantMethod,
+)
+from qdora.data import Batch
+from qdora.model import load_model
+from qdora.parallel import World, gather_rows, own_rows
+from qdora.training.trainer import accumulate_gradients
+
+NUM_BATCHES, ROWS, LENGTH = 4, 2, 24
+
+
+def batches_of(world: World, accumulate: bool) -> list[Batch]:
+    """This rank's share of four fixed micro-batches whose label tokens differ in number by a factor of ten."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(4, 200, (NUM_BATCHES, ROWS, LENGTH), generator=generator)
+    labels = ids.roll(-1, 2)
+    for index in range(NUM_BATCHES):
+        labels[index, :, : LENGTH - 2 - 7 * index] = -100
+    labels[:, :, -1] = -100
+    own = range(world.rank, NUM_BATCHES, world.size)
+    groups = [[index] for index in own] if accumulate else [list(own)]
+    batches = []
+    for group in groups:
+        inputs, targets = ids[group].flatten(0, 1), labels[group].flatten(0, 1)
+        positions = torch.arange(LENGTH).expand_as(inputs)
+        batches.append(Batch(inputs, positions, targets, int((targets != -100).sum()), inputs.numel()))
+    return batches
+
+
+def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> float:
+    """Loads, moves the adapter off its start, and leaves the gathered gradients in OUTPUT/NAME.safetensors."""
+    full = case["adapter"] == "none"
+    config = ParallelConfig(
+        plan=Plan[case["plan"]],
+        shard_size=2 if case["plan"] == "hsdp" else None,
+        activation_checkpointing=ActivationCheckpointing[case.get("checkpointing", "none")],
+        reshard_after_forward=case.get("reshard_after_forward", True),
+    )
+    world = parallel.start(config, trains_base=full)
+    loaded = load_model(
+        model_folder,
+        ModelConfig(path=str(model_folder), dtype=Dtype[case["dtype"]]),
+        QuantConfig(method=QuantMethod[case["quant"]]),
+        AdapterConfig(method=AdapterMethod[case["adapter"]], rank=4),
+        config,
+        world,
+    )
+    trained = {name: parameter for name, parameter in loaded.model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
+        generator = torch.Generator().manual_seed(sum(name.encode()))
+        noise = torch.randn(parameter.shape, generator=generator)
+        own, first = own_rows(parameter)
+        own.add_(0.02 * noise[first : first + own.shape[0]])
+    loaded.refresh(world.device)
+    loaded.model.train()
+    loss, _ = accumulate_gradients(loaded.model, batches_of(world, case["accumulate"]), world)
+    missing = [name for name, parameter in trained.items() if parameter.grad is None]
+    assert not missing, f"no gradient: {missing}"
+    gradients = {}
+    for name, parameter in trained.items():
+        (whole,) = gather_rows([parameter.grad], torch.float32, world.device)  # type: ignore[list-item]
+        gradients[name] = whole.contiguous().clone()
+    if world.is_main:
+        save_file(gradients, output / f"{case['name']}.safetensors")
+    return loss
+
+
+def main() -> None:
+    """Runs the cases and writes their losses."""
+    output, model_folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    losses = {case["name"]: run_case(case, model_folder, output) for case in cases}
+    (output / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(losses))
+    os._exit(0)  # see docs/design/0004
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""However the same samples are divided, the loss and every gradient are the same."""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support import make_model, run_ranks
+
+SCRIPT = Path(__file__).with_name("ranks_gradients.py")
+FLOAT32_TOLERANCE = 2e-5
+"""Relative to the norm of a gradient: sums over tokens and ranks in another order."""
+BFLOAT16_TOLERANCE = 3e-2
+"""Relative to the norm of a gradient: bfloat16 products (4e-3 a rounding) of other groups of rows, through 2 layers."""
+
+METHODS = {"qdora": ("nf4", "dora"), "qlora": ("nf4", "lora"), "dora": ("none", "dora"), "full": ("none", "none")}
+
+
+def _case(name: str, quant: str, adapter: str, **options: Any) -> dict[str, Any]:
+    defaults = {"plan": "fsdp", "dtype": "float32", "accumulate": True}
+    return {"name": name, "quant": quant, "adapter": adapter, **defaults, **options}
+
+
+CASES = [_case(name, *method) for name, method in METHODS.items()]
+CASES += [
+    _case("qdora-one-batch", "nf4", "dora", accumulate=False),
+    _case("qdora-bfloat16", "nf4", "dora", dtype="bfloat16"),
+    _case("qdora-full", "nf4", "dora", checkpointing="full"),
+    _case("qdora-selective", "nf4", "dora", checkpointing="selective"),
+    _case("dora-selective", "none", "dora", checkpointing="selective"),
+    _case("full-full", "none", "none", checkpointing="full"),
+    _case("qdora-ddp", "nf4", "dora", plan="ddp"),
+    _case("qdora-no-reshard", "nf4", "dora", reshard_after_forward=False),
+]
+REFERENCE = {case["name"]: case["name"].split("-")[0] for case in CASES}
+"""The case of one rank that a case must equal."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with biases and a tied head."""
+    return make_model(tmp_path_factory.mktemp("model"), "qwen2", tie_word_embeddings=True, dtype=torch.float32)
+
+
+Results = dict[int, tuple[dict[str, float], Path]]
+
+
+@pytest.fixture(scope="module")
+def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Losses and the folder of gradients, by number of ranks."""
+    found: Results = {}
+    for ranks, cases in ((1, CASES), (2, CASES), (4, [_case("qdora-hsdp", "nf4", "dora", plan="hsdp")])):
+        output = tmp_path_factory.mktemp(f"ranks-{ranks}")
+        losses = run_ranks(SCRIPT, ranks, output, str(model), json.dumps(cases))
+        assert all(other == losses[0] for other in losses), "ranks differ in the loss they report"
+        found[ranks] = (losses[0], output)
+    return found
+
+
+def _assert_same(results: Results, ranks: int, name: str, reference: str, tolerance: float) -> None:
+    losses, folder = results[ranks]
+    expected_losses, expected_folder = results[1]
+    assert losses[name] == pytest.approx(expected_losses[reference], rel=tolerance)
+    gradients = load_file(folder / f"{name}.safetensors")
+    expected = load_file(expected_folder / f"{reference}.safetensors")
+    assert gradients.keys() == expected.keys()
+    for parameter, gradient in gradients.items():
+        norm = expected[parameter].norm()
+        assert norm > 0, f"{parameter} has no gradient"
+        assert (gradient - expected[parameter]).norm() <= tolerance * norm, parameter
+
+
+@pytest.mark.parametrize(("ranks", "name"), list(product((1, 2), (case["name"] for case in CASES))))
+def test_gradients_do_not_depend_on_the_division(results: Results, ranks: int, name: str) -> None:
+    if name == "qdora-bfloat16":
+        _assert_same(results, ranks, name, name, BFLOAT16_TOLERANCE)
+    else:
+        _assert_same(results, ranks, name, REFERENCE[name], FLOAT32_TOLERANCE)
+
+
+def test_gradients_of_hsdp_are_those_of_one_rank(results: Results) -> None:
+    _assert_same(results, 4, "qdora-hsdp", "qdora", FLOAT32_TOLERANCE)
+
+
+def test_gradients_reach_magnitudes_and_both_factors(results: Results) -> None:
+    names = load_file(results[2][1] / "qdora.safetensors").keys()
+    kinds = {name.rpartition(".")[2] for name in names}
+    assert kinds == {"lora_a", "lora_b", "magnitude"}
+    assert len(names) == 2 * 7 * 3  # layers, linear layers each, parameters each
