@@ -1,0 +1,100 @@
+"""The command line: what Hydra says becomes one line that helps."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from qdora import commands
+from qdora.commands import compose, run
+from qdora.errors import ConfigError
+from tests.support import run as run_process
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tarin"], "unknown command 'tarin', did you mean 'train'?; there are: train, merge, evaluate"),
+        (["train", "adapter.rnak=3"], "there is no option adapter.rnak, did you mean 'adapter.rank'?"),
+        (["train", "+adapter.rnak=3"], "there is no option adapter.rnak, did you mean 'adapter.rank'?"),
+        (["train", "optimm.learning_rate=3"], "there is no option optimm, did you mean 'optim'?"),
+        (["train", "+foo=3"], "there is no option foo"),
+        (
+            ["train", "adapter=dorra"],
+            "adapter=dorra: no such choice, did you mean 'dora'?; there are: dora, lora, none",
+        ),
+        (["train", "adapter.rank=abc"], "adapter.rank: Value 'abc' of type 'str' could not be converted to Integer"),
+        (["train", "adapter.method=foo"], "adapter.method: Invalid value 'foo', expected one of [dora, lora, none]"),
+        (["train", "experiment=smollm2_identity"], "a recipe is added with a plus sign: +experiment=smollm2_identity"),
+        (["train", "+experiment=smollm2"], "did you mean 'smollm2_identity'?"),
+        (["train", "x=["], "'x=[' is not an option: write name=value"),
+        (["train", "train.num_steps=3", "train.num_epochs=2"], "contradict each other"),
+        (["train"], "model.path is not set"),
+        (["merge", "run=a"], "output is not set"),
+        (["evaluate", "run=a", "protocol=guess"], "expected one of [loss, likelihood, generate]"),
+    ],
+)
+def test_mistake_is_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith("qdora: ")
+    assert message in told[0]
+
+
+def test_other_ranks_stay_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run(["train"]) == 2
+    assert not capsys.readouterr().err
+
+
+def test_help_lists_options_and_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        compose("train", ["--help"])
+    assert left.value.code in (0, None)
+    told = capsys.readouterr().out
+    assert "learning_rate: 0.0002" in told
+    assert "adapter: dora, lora, none" in told
+    assert "schema" not in told
+
+
+def test_cfg_job_prints_the_configuration_instead_of_running(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--cfg", "job", "adapter.rank=5"]) == 0
+    assert "rank: 5" in capsys.readouterr().out
+
+
+def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    assert "evaluate" in capsys.readouterr().out
+    assert run(["--help"]) == 0
+
+
+def test_several_configurations_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 configurations were given"):
+        compose("train", ["--multirun", f"hydra.sweep.dir={tmp_path}", "seed=1,2"])
+
+
+def test_hydra_leaves_no_files_and_the_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    compose("train", ["model.path=m", "data.train=d"])
+    assert Path.cwd() == tmp_path
+    assert not list(tmp_path.iterdir())
+
+
+def test_conf_is_found_inside_an_installed_package(tmp_path: Path, root: Path) -> None:
+    """The wheel holds conf/ as qdora/conf; a copy laid out so runs away from the checkout."""
+    shutil.copytree(root / "qdora", tmp_path / "qdora", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(root / "conf", tmp_path / "qdora" / "conf")
+    arguments = [sys.executable, "-m", "qdora", "train", "--cfg", "job"]
+    done = run_process(arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "learning_rate" in done.stdout
+
+
+def test_targets_of_the_commands_exist() -> None:
+    for command in commands.COMMANDS.values():
+        module, function = command.target.split(":")
+        assert callable(getattr(__import__(module, fromlist=[function]), function))

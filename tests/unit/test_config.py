@@ -1,0 +1,207 @@
+"""Every configuration composes, every option is checked, and every option is used."""
+
+import itertools
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from omegaconf import OmegaConf
+
+from qdora import config
+from qdora.commands import COMMANDS, compose, conf_folder, typed
+from qdora.commands.explain import option_names
+from qdora.config import (
+    AdapterConfig,
+    DataConfig,
+    EvaluateConfig,
+    MergeConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Plan,
+    RunConfig,
+    TrainConfig,
+)
+from qdora.errors import ConfigError
+from qdora.run_folder import config_from_values, config_values
+
+NEEDED = {
+    "train": ["model.path=m", "data.train=d"],
+    "merge": ["run=r", "output=o"],
+    "evaluate": ["run=r", "data.eval=d"],
+}
+CONF = conf_folder()
+CHOICES = [
+    (file.parent.name, file.stem)
+    for file in sorted(CONF.glob("*/*.yaml"))
+    if file.parent.name != "experiment" and (file.parent.name, file.stem) != ("adapter", "none")
+]
+
+
+def composed(name: str, *overrides: str) -> Any:
+    """The typed configuration of a command."""
+    values = compose(name, list(overrides))
+    assert values is not None
+    return typed(values, COMMANDS[name].config_class)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_composes(name: str) -> None:
+    assert isinstance(composed(name, *NEEDED[name]), COMMANDS[name].config_class)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_choice_composes_and_is_chosen(group: str, choice: str) -> None:
+    overrides = [
+        f"{group}={choice}",
+        "data.train=d",
+        *(["model.path=m"] if choice == "any" or group != "model" else []),
+    ]
+    made = composed("train", *overrides)
+    written = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{choice}.yaml"))
+    values = config_values(made)[group]
+    for option, value in (written or {}).items():  # type: ignore[union-attr]
+        assert values[option] == value or (group, option) == ("model", "path") or option == "train"
+
+
+def test_full_fine_tuning_composes_without_quantisation() -> None:
+    made = composed("train", "model.path=m", "data.train=d", "adapter=none", "quant=none")
+    assert (made.adapter.method.name, made.quant.method.name) == ("none", "none")
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted((CONF / "experiment").glob("*.yaml"))])
+def test_experiment_composes_and_overlays(name: str) -> None:
+    plain = config_values(composed("train", "model.path=m", "data.train=d"))
+    made = config_values(composed("train", f"+experiment={name}", "model.path=m", "data.train=d"))
+    assert made != plain
+    assert (
+        config_values(composed("train", f"+experiment={name}", "model.path=m", "data.train=d", "seed=7"))["seed"] == 7
+    )
+
+
+@pytest.mark.parametrize("option", list(option_names(RunConfig)))
+def test_every_option_can_be_overridden(option: str) -> None:
+    *groups, name = option.split(".")
+    kind: Any = RunConfig
+    for group in groups:
+        kind = get_type_hints(kind)[group]
+    hint = get_type_hints(kind)[name]
+    before = composed("train", *NEEDED["train"])
+    for group in groups:
+        before = getattr(before, group)
+    now = getattr(before, name)
+    if hasattr(hint, "__members__"):
+        value = next(word for word in hint.__members__ if word != now.name)
+    elif isinstance(now, bool):
+        value = str(not now).lower()
+    else:
+        value = "3" if "int" in str(hint) else "0.5" if "float" in str(hint) else "other"
+    extra = {
+        "adapter.method": ["quant=none"],
+        "parallel.shard_size": ["parallel=hsdp"],
+        "quant.method": [],
+    }.get(option, [])
+    made = composed("train", *NEEDED["train"], *extra, f"{option}={value}")
+    for group in groups:
+        made = getattr(made, group)
+    assert getattr(made, name) != now
+
+
+@pytest.mark.parametrize(
+    "option", [name for kind in (RunConfig, MergeConfig, EvaluateConfig) for name in option_names(kind)]
+)
+def test_every_option_is_read_somewhere(option: str, root: Path) -> None:
+    name = option.rpartition(".")[2]
+    files = [file for file in (root / "qdora").rglob("*.py") if "config" not in file.parts]
+    source = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    groups = (root / "qdora" / "config" / "groups.py").read_text(encoding="utf-8")
+    read_by_property = re.search(rf"self\.{name}\b", groups[groups.index("def scaling") :]) is not None
+    assert re.search(rf"\.{name}\b", source) or read_by_property or f'"{name}"' in source
+
+
+def test_every_option_is_documented_or_speaks_for_itself(root: Path) -> None:
+    """A docstring under each field, but for the few whose name says it all."""
+    undocumented = []
+    for file in ("groups.py", "commands.py"):
+        lines = (root / "qdora" / "config" / file).read_text(encoding="utf-8").splitlines()
+        for line, following in itertools.pairwise(lines):
+            if re.match(r"    \w+: .+ = ", line) and "field(" not in line and not following.strip().startswith('"""'):
+                undocumented.append(line.split(":")[0].strip())
+    assert set(undocumented) <= {"beta1", "beta2", "epsilon", "project", "entity", "seed", "model", "quant", "data"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AdapterConfig(rank=0), r"adapter\.rank is 0"),
+        (lambda: AdapterConfig(dropout=1.0), r"adapter\.dropout is 1\.0"),
+        (lambda: AdapterConfig(alpha=0), r"adapter\.alpha is 0"),
+        (lambda: AdapterConfig(target_modules=3), r"adapter\.target_modules is 3"),
+        (lambda: AdapterConfig(target_modules=[]), r"adapter\.target_modules is \[\]"),
+        (lambda: AdapterConfig(target_modules=["("]), "not a valid regular expression"),
+        (lambda: DataConfig(max_length=1), r"data\.max_length is 1"),
+        (lambda: DataConfig(limit=0), r"data\.limit is 0"),
+        (lambda: OptimConfig(learning_rate=0), r"optim\.learning_rate is 0"),
+        (lambda: OptimConfig(warmup_ratio=2), r"optim\.warmup_ratio is 2"),
+        (lambda: OptimConfig(weight_decay=-1), r"optim\.weight_decay is -1"),
+        (lambda: OptimConfig(max_grad_norm=-1), r"optim\.max_grad_norm is -1"),
+        (lambda: OptimConfig(beta2=1), r"optim\.beta2 is 1"),
+        (lambda: TrainConfig(num_steps=0), r"train\.num_steps is 0"),
+        (lambda: TrainConfig(num_epochs=0), r"train\.num_epochs is 0"),
+        (lambda: TrainConfig(num_steps=1, num_epochs=1), "contradict each other"),
+        (lambda: TrainConfig(log_every=0), r"train\.log_every is 0"),
+        (lambda: TrainConfig(keep_checkpoints=0), r"train\.keep_checkpoints is 0"),
+        (lambda: ParallelConfig(timeout_s=0), r"parallel\.timeout_s is 0"),
+        (lambda: ParallelConfig(shard_size=2), "means something only with parallel=hsdp"),
+        (lambda: ParallelConfig(plan=Plan.ddp, cpu_offload=True), r"parallel\.cpu_offload=true needs"),
+        (lambda: RunConfig(data=DataConfig(train="d")), r"model\.path is not set"),
+        (lambda: RunConfig(model=ModelConfig(path="m")), r"data\.train is not set"),
+        (lambda: MergeConfig(output="o"), "give one of run=DIR"),
+        (lambda: MergeConfig(adapter="a", output="o"), r"adapter=DIR needs model\.path"),
+        (lambda: MergeConfig(run="r"), "output is not set"),
+        (lambda: MergeConfig(run="r", output="o", max_shard_gib=0), "max_shard_gib is 0"),
+        (lambda: EvaluateConfig(), "give one of run=DIR"),
+        (lambda: EvaluateConfig(run="r", adapter="a"), "a run has its own"),
+        (lambda: EvaluateConfig(model=ModelConfig(path="m")), r"data\.eval is not set"),
+        (lambda: EvaluateConfig(run="r", batch_size=0), "batch_size is 0"),
+    ],
+)
+def test_value_that_is_not_allowed_is_told(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_4_bit_weights_cannot_be_trained() -> None:
+    with pytest.raises(ConfigError, match="adapter=none quant=none"):
+        composed("train", *NEEDED["train"], "adapter=none")
+
+
+@pytest.mark.parametrize(
+    ("alpha", "stabilized", "scaling"), [(None, False, 2.0), (8, False, 0.5), (8, True, 2.0), (None, True, 8.0)]
+)
+def test_scaling_is_alpha_over_rank_or_its_root(alpha: float | None, stabilized: bool, scaling: float) -> None:
+    assert AdapterConfig(rank=16, alpha=alpha, rank_stabilized=stabilized).scaling == scaling
+
+
+def test_unknown_attribute_is_not_swallowed() -> None:
+    with pytest.raises(AttributeError):
+        AdapterConfig().rnak = 3  # type: ignore[attr-defined]
+
+
+def test_config_comes_back_from_its_yaml_values() -> None:
+    made = composed("train", "+experiment=smollm2_identity", "seed=3", "adapter.alpha=4")
+    assert config_from_values(RunConfig, config_values(made)) == made
+
+
+def test_config_of_another_version_is_told() -> None:
+    values = config_values(composed("train", *NEEDED["train"])) | {"later_option": 1}
+    with pytest.raises(ConfigError, match="has no option later_option"):
+        config_from_values(RunConfig, values)
+
+
+def test_all_groups_of_conf_are_dataclasses() -> None:
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()} - {"experiment"}
+    assert groups == {item.name for item in fields(RunConfig) if is_dataclass(get_type_hints(RunConfig)[item.name])}
+    assert {"RunConfig", "AdapterMethod"} <= set(config.__all__)

@@ -1,0 +1,111 @@
+"""The chunked cross entropy is the cross entropy of the whole logits."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qdora.errors import ModelError
+from qdora.model import loss
+from qdora.model.loss import (
+    LogitTransform,
+    attach_token_loss,
+    check_token_loss,
+    chunked_cross_entropy,
+    log_likelihoods,
+)
+
+HIDDEN, VOCABULARY = 24, 50
+TRANSFORMS = {
+    "plain": LogitTransform(),
+    "soft-capped": LogitTransform(cap=3.0),
+    "scaled": LogitTransform(scale=0.25),
+    "both": LogitTransform(scale=2.0, cap=5.0),
+}
+
+
+def expected(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform) -> Tensor:
+    """Through the whole logits."""
+    logits = nn.functional.linear(hidden, weight, bias) * transform.scale
+    if transform.cap is not None:
+        logits = transform.cap * torch.tanh(logits / transform.cap)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_loss_and_gradients_are_those_of_the_whole_logits(
+    monkeypatch: pytest.MonkeyPatch, name: str, bias: bool, chunk_rows: int
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK_NUMEL", chunk_rows * VOCABULARY)
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 9, HIDDEN), torch.randn(VOCABULARY, HIDDEN)] + ([torch.randn(VOCABULARY)] if bias else [])
+    labels = torch.randint(0, VOCABULARY, (2, 9))
+    labels[0, :4] = -100
+    results = []
+    for function in (chunked_cross_entropy, expected):
+        given = [leaf.clone().requires_grad_() for leaf in leaves]
+        value = function(given[0], given[1], given[2] if bias else None, labels, TRANSFORMS[name])
+        (0.5 * value).backward()
+        results.append([value, *(leaf.grad for leaf in given)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is not None
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_row_without_a_label_adds_nothing() -> None:
+    hidden = torch.randn(1, 5, HIDDEN, requires_grad=True)
+    value = chunked_cross_entropy(
+        hidden, torch.randn(VOCABULARY, HIDDEN), None, torch.full((1, 5), -100), LogitTransform()
+    )
+    value.backward()
+    assert value == 0
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+
+
+class Toy(nn.Module):
+    """What `token_loss` needs of a model, with something of its own after the head."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(VOCABULARY, HIDDEN), nn.Linear(HIDDEN, VOCABULARY, bias=False)
+        self.factor = factor
+        text = SimpleNamespace(vocab_size=VOCABULARY)
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+
+    def get_decoder(self) -> object:
+        return lambda input_ids, **_: SimpleNamespace(last_hidden_state=self.embedding(input_ids))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, **_: object) -> object:
+        return SimpleNamespace(logits=self.factor * self.head(self.embedding(input_ids)))
+
+
+def test_model_that_changes_its_logits_unknown_to_us_is_refused() -> None:
+    torch.manual_seed(0)
+    for factor in (1.0, 3.0):
+        model = Toy(factor)
+        attach_token_loss(model)
+        if factor == 1.0:
+            check_token_loss(model, torch.device("cpu"))
+        else:
+            with pytest.raises(ModelError, match="changes its logits in a way qdora does not know"):
+                check_token_loss(model, torch.device("cpu"))
+
+
+def test_log_likelihoods_are_row_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_NUMEL", 3 * VOCABULARY)
+    torch.manual_seed(0)
+    model = Toy(1.0)
+    ids, labels = torch.randint(0, VOCABULARY, (3, 6)), torch.randint(0, VOCABULARY, (3, 6))
+    labels[1, 2:] = -100
+    log_probabilities = model.forward(ids).logits.log_softmax(2)  # type: ignore[attr-defined]
+    picked = log_probabilities.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(
+        log_likelihoods(model, ids, ids, labels), torch.where(labels == -100, 0, picked).sum(1).detach()
+    )

@@ -1,0 +1,64 @@
+"""The learning rate's course, weight decay, and clipping."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from qdora.config import OptimConfig, Schedule
+from qdora.optim import build_optimizer, clip_gradients, learning_rate
+
+
+def course(schedule: Schedule, warmup_ratio: float = 0.1) -> list[float]:
+    """The rates of 100 steps, peak 1."""
+    config = OptimConfig(learning_rate=1.0, schedule=schedule, warmup_ratio=warmup_ratio)
+    return [learning_rate(config, step, 100) for step in range(100)]
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+def test_warmup_rises_linearly_to_the_peak(schedule: Schedule) -> None:
+    assert course(schedule)[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"),
+    [
+        (Schedule.constant, 1.0, 1.0),
+        (Schedule.linear, 0.5, 1 / 90),
+        (Schedule.cosine, 0.5, 0.5 * (1 + math.cos(math.pi * 89 / 90))),
+    ],
+)
+def test_schedule_falls_as_its_name_says(schedule: Schedule, middle: float, last: float) -> None:
+    rates = course(schedule)
+    assert rates[55] == pytest.approx(middle)
+    assert rates[99] == pytest.approx(last)
+
+
+def test_no_warmup_starts_at_the_peak() -> None:
+    assert course(Schedule.cosine, warmup_ratio=0.0)[0] == 1.0
+
+
+def test_weight_decay_spares_vectors() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = build_optimizer(model, OptimConfig(learning_rate=0.1, weight_decay=0.5))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(model.weight, before[0] * (1 - 0.1 * 0.5))
+    assert torch.equal(model.bias, before[1])
+
+
+@pytest.mark.parametrize(("max_norm", "expected"), [(1.0, 1.0), (0.0, 10.0), (20.0, 10.0)])
+def test_gradients_are_scaled_down_to_the_norm(max_norm: float, expected: float) -> None:
+    model = nn.Linear(4, 4, bias=False)
+    model.weight.grad = torch.full((4, 4), 2.5)
+    assert clip_gradients(model, max_norm) == pytest.approx(10.0)
+    assert float(model.weight.grad.norm()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_norm_of_a_gradient_that_is_not_finite_is_not_finite() -> None:
+    model = nn.Linear(4, 4, bias=False)
+    model.weight.grad = torch.full((4, 4), torch.nan)
+    assert not math.isfinite(clip_gradients(model, 1.0))
