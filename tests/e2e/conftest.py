@@ -1,0 +1,40 @@
+"""A tiny model, a small data set, and the options that every run of these tests has."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support import make_model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of one block."""
+    return make_model(tmp_path_factory.mktemp("tiny"), "llama", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 sums, easy to learn the form of, with answers of different lengths."""
+    file = tmp_path_factory.mktemp("data") / "data.jsonl"
+    rows = [{"prompt": f"{n}+{n}=", "completion": f"{n + n} " + "so " * (n % 4)} for n in range(48)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def options(tiny: Path, data: Path) -> list[str]:
+    """A run of 6 steps over 8 rows a step on one rank."""
+    return [
+        f"model.path={tiny}",
+        f"data.train={data}",
+        "data.packing=false",
+        "data.max_length=64",
+        "adapter.rank=4",
+        "optim.learning_rate=1e-2",
+        "train.num_steps=6",
+        "train.micro_batch_size=2",
+        "train.num_accumulation_steps=4",
+        "tracker=none",
+    ]

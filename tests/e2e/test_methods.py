@@ -1,0 +1,132 @@
+"""The five methods from configuration alone, as a user starts them, on one rank and on two."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.support import qdora
+
+METHODS = {
+    "qdora": ["adapter=dora", "quant=nf4"],
+    "dora": ["adapter=dora", "quant=none"],
+    "qlora": ["adapter=lora", "quant=nf4"],
+    "lora": ["adapter=lora", "quant=none"],
+    "full": ["adapter=none", "quant=none", "optim.learning_rate=1e-3"],
+}
+LOSS_TOLERANCE = 2e-2
+"""Relative, between one rank and two after six bfloat16 steps."""
+SUMMARY = {
+    "status",
+    "steps",
+    "first_loss",
+    "last_loss",
+    "eval_losses",
+    "tokens_per_second",
+    "peak_memory_gib",
+    "weight_bytes_per_rank",
+    "weight_bytes_total",
+    "num_trainable_parameters",
+    "load_s",
+    "versions",
+}
+METRICS = {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "num_tokens", "memory_gib"}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def runs(
+    request: pytest.FixtureRequest, tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[int, Path]]:
+    """The folders of the same run on one rank and on two."""
+    method: str = request.param
+    folders = {}
+    for nproc in (1, 2):
+        folders[nproc] = tmp_path_factory.mktemp(method) / "run"
+        done = qdora(
+            "train",
+            f"model.path={tiny}",
+            f"data.train={data}",
+            f"data.eval={data}",
+            "data.packing=false",
+            "adapter.rank=4",
+            "optim.learning_rate=1e-2",
+            *METHODS[method],
+            "train.num_steps=6",
+            "train.micro_batch_size=2",
+            f"train.num_accumulation_steps={4 // nproc}",
+            "tracker=none",
+            f"output_dir={folders[nproc]}",
+            nproc=nproc,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return method, folders
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """summary.json."""
+    values: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return values
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_method_learns(runs: tuple[str, dict[int, Path]]) -> None:
+    for folder in runs[1].values():
+        losses = summary_of(folder)["eval_losses"]
+        assert losses["6"] < 0.9 * losses["0"]
+
+
+def test_method_gives_the_same_losses_on_one_rank_and_two(runs: tuple[str, dict[int, Path]]) -> None:
+    alone, pair = ([line["loss"] for line in metrics_of(folder) if "loss" in line] for folder in runs[1].values())
+    assert len(alone) == 6
+    assert pair == pytest.approx(alone, rel=LOSS_TOLERANCE)
+
+
+def test_summary_has_what_it_should(runs: tuple[str, dict[int, Path]]) -> None:
+    for nproc, folder in runs[1].items():
+        summary = summary_of(folder)
+        assert summary.keys() >= SUMMARY
+        assert (summary["status"], summary["steps"]) == ("finished", 6)
+        assert len(summary["peak_memory_gib"]) == len(summary["weight_bytes_per_rank"]) == nproc
+        assert max(summary["weight_bytes_per_rank"]) < 1.05 * summary["weight_bytes_total"] / nproc
+        assert summary["tokens_per_second"] > 0
+
+
+def test_metrics_have_what_they_should(runs: tuple[str, dict[int, Path]]) -> None:
+    for folder in runs[1].values():
+        lines = metrics_of(folder)
+        assert [line["step"] for line in lines] == list(range(7))
+        assert all(line.keys() >= METRICS for line in lines[1:])
+        assert "eval_loss" in lines[0]
+        assert "eval_loss" in lines[6]
+
+
+def test_run_leaves_its_result(runs: tuple[str, dict[int, Path]]) -> None:
+    method, folders = runs
+    for folder in folders.values():
+        assert (folder / "config.yaml").exists()
+        assert (folder / "report.png").stat().st_size > 10_000
+        assert (folder / "checkpoints").is_dir()
+        if method == "full":
+            assert (folder / "model" / "model.safetensors").exists()
+        else:
+            values = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+            assert values["use_dora"] == ("dora" in method)
+            names = load_file(folder / "adapter" / "adapter_model.safetensors").keys()
+            assert any("magnitude" in name for name in names) == ("dora" in method)
+
+
+def test_evaluation_of_the_result_is_that_of_the_run(
+    runs: tuple[str, dict[int, Path]], data: Path, tmp_path: Path
+) -> None:
+    method, folders = runs
+    done = qdora("evaluate", f"run={folders[2]}", f"data.eval={data}", f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    loss = json.loads((tmp_path / "results.json").read_text())["loss"]
+    # Full fine-tuning is exported in bfloat16, which rounds what was trained in float32.
+    assert loss == pytest.approx(summary_of(folders[2])["eval_losses"]["6"], rel=5e-3 if method == "full" else 1e-3)

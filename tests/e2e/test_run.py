@@ -1,0 +1,236 @@
+"""Stopping, going on, failing: a run from the outside."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support import ROOT, make_model, qdora, run
+
+
+def losses_of(folder: Path) -> list[float]:
+    """The training losses, in order."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1)), "a step is missing or twice there"
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def start(arguments: list[str], nproc: int) -> "subprocess.Popen[str]":
+    """A run that is not waited for, in a process group of its own."""
+    launcher = ["qdora.commands.launch", "--standalone", "--nproc-per-node", str(nproc), "-m"] if nproc > 1 else []
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, "qdora", "train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=variables,
+        start_new_session=True,
+    )
+
+
+def wait_for_steps(folder: Path, steps: int, process: "subprocess.Popen[str]") -> None:
+    """Until metrics.jsonl has so many steps."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        file = folder / "metrics.jsonl"
+        if file.exists() and sum('"loss"' in line for line in file.read_text().splitlines()) >= steps:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {steps} steps: {process.communicate(timeout=20)[0][-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The run of 30 steps that was never stopped, on one rank and two."""
+    folders = {}
+    for nproc in (1, 2):
+        folders[nproc] = tmp_path_factory.mktemp("whole") / "run"
+        done = qdora("train", *long_run(tiny, data), f"output_dir={folders[nproc]}", nproc=nproc)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
+def long_run(tiny: Path, data: Path) -> list[str]:
+    """30 steps, a checkpoint every 5, with dropout, so that random numbers count too."""
+    return [
+        f"model.path={tiny}",
+        f"data.train={data}",
+        "data.max_length=64",
+        "adapter.rank=4",
+        "adapter.dropout=0.1",
+        "optim.learning_rate=1e-2",
+        "train.num_steps=30",
+        "train.num_accumulation_steps=2",
+        "train.checkpoint_every=5",
+        "tracker=none",
+    ]
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_killed_run_goes_on_as_if_it_had_not_been(
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int
+) -> None:
+    arguments = [*long_run(tiny, data), f"output_dir={tmp_path / 'run'}"]
+    process = start(arguments, nproc)
+    wait_for_steps(tmp_path / "run", 12, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = qdora("train", *arguments, nproc=nproc)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on from step" in done.stdout
+    assert losses_of(tmp_path / "run") == losses_of(uninterrupted[nproc])
+    adapters = [
+        load_file(folder / "adapter" / "adapter_model.safetensors")
+        for folder in (tmp_path / "run", uninterrupted[nproc])
+    ]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+
+
+@pytest.mark.parametrize(
+    ("nproc", "number", "group"),
+    [(1, signal.SIGINT, False), (2, signal.SIGINT, True), (2, signal.SIGTERM, False)],
+    ids=["ctrl-c", "ctrl-c-ranks", "sigterm-launcher"],
+)
+def test_interrupted_run_saves_says_how_to_go_on_and_does(
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int, number: int, group: bool
+) -> None:
+    arguments = [*long_run(tiny, data), f"output_dir={tmp_path / 'run'}"]
+    process = start(arguments, nproc)
+    wait_for_steps(tmp_path / "run", 3, process)
+    if group:
+        os.killpg(process.pid, number)  # what a terminal does
+    else:
+        process.send_signal(number)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, told[-3000:]
+    assert "interrupted and saved; go on with the same command" in told
+    assert "Traceback" not in told
+    stopped_at = len(losses_of(tmp_path / "run"))
+    assert 3 <= stopped_at < 30
+    done = qdora("train", *arguments, nproc=nproc)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"going on from step {stopped_at} of 30" in done.stdout
+    assert losses_of(tmp_path / "run") == losses_of(uninterrupted[nproc])
+
+
+def test_finished_run_is_left_as_it_is(uninterrupted: dict[int, Path], tiny: Path, data: Path) -> None:
+    folder = uninterrupted[1]
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    done = qdora("train", *long_run(tiny, data), f"output_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    assert "is finished already (30 steps)" in done.stdout
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_more_steps_go_on_from_the_end(uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path) -> None:
+    checkpoint = sorted((uninterrupted[1] / "checkpoints").iterdir())[-1]
+    arguments = [*long_run(tiny, data), "train.num_steps=32", f"resume={checkpoint}", f"output_dir={tmp_path / 'run'}"]
+    done = qdora("train", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 30 of 32" in done.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 32
+
+
+def test_folder_of_another_run_is_refused(uninterrupted: dict[int, Path], tiny: Path, data: Path) -> None:
+    before = (uninterrupted[1] / "config.yaml").read_bytes()
+    done = qdora("train", *long_run(tiny, data), "adapter.rank=8", f"output_dir={uninterrupted[1]}", nproc=2)
+    assert done.returncode == 2
+    assert "belongs to another run: it has adapter.rank=4 (now 8)" in done.stderr
+    assert done.stderr.count("qdora:") == 1
+    assert (uninterrupted[1] / "config.yaml").read_bytes() == before
+
+
+def test_resume_never_wants_a_new_folder(uninterrupted: dict[int, Path], tiny: Path, data: Path) -> None:
+    done = qdora("train", *long_run(tiny, data), "resume=never", f"output_dir={uninterrupted[1]}")
+    assert done.returncode == 2
+    assert "resume=never wants a new folder" in done.stderr
+
+
+def test_seed_fixes_the_run(
+    options: list[str], uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("same", 0), ("other", 1)):
+        arguments = [*long_run(tiny, data), f"output_dir={tmp_path / name}", f"seed={seed}"]
+        assert qdora("train", *arguments).returncode == 0
+    assert losses_of(tmp_path / "same") == losses_of(uninterrupted[1])
+    assert losses_of(tmp_path / "other") != losses_of(uninterrupted[1])
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
+    options: list[str], tmp_path: Path, nproc: int
+) -> None:
+    arguments = [*options, f"output_dir={tmp_path}/run", "train.checkpoint_every=1", "train.num_steps=40"]
+    done = qdora("train", *arguments, "optim.learning_rate=1e38", "optim.max_grad_norm=0", nproc=nproc)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "the loss is nan" in done.stderr or "the gradient norm" in done.stderr
+    assert "Its batch ends at row" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))
+
+
+def test_weights_that_are_not_finite_stop_at_the_first_step(options: list[str], tmp_path: Path) -> None:
+    broken = make_model(tmp_path / "broken", "llama", num_hidden_layers=1)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"].fill_(torch.nan)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    done = qdora("train", *options, f"model.path={broken}", f"output_dir={tmp_path}/run")
+    assert done.returncode == 2
+    assert "nan" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_accelerate_launch_starts_the_ranks(options: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "qdora", "train"]
+    done = run([*command, *options, f"output_dir={tmp_path}/run", f"data.cache_dir={tmp_path}/cache"])
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+
+
+def test_train_script_uses_two_ranks_without_a_gpu(options: list[str], tmp_path: Path) -> None:
+    done = run(
+        [str(ROOT / "launch" / "train.sh"), *options, f"output_dir={tmp_path}/run"],
+        PYTHON=sys.executable,
+        NPROC="2",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+
+
+def _read_back(folder: Path) -> list[dict[str, Any]]:
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    done = run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)])
+    assert done.returncode == 0, done.stderr
+    text, records, place = done.stdout, [], 0
+    decoder = json.JSONDecoder()
+    while place < len(text):
+        while place < len(text) and text[place].isspace():
+            place += 1
+        if place < len(text):
+            record, place = decoder.raw_decode(text, place)
+            records.append(record)
+    return records
+
+
+def test_wandb_has_the_config_and_every_step_once(options: list[str], tmp_path: Path) -> None:
+    """Two ranks, one W&B run."""
+    arguments = [*options, "tracker=wandb", "tracker.mode=offline", f"output_dir={tmp_path}/run"]
+    arguments += ["data.eval=" + next(option for option in options if option.startswith("data.train")).split("=")[1]]
+    done = qdora("train", *arguments, nproc=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("W&B runs offline") == 1
+    text = json.dumps(_read_back(tmp_path / "run"))
+    for name in ("learning_rate", "grad_norm", "tokens_per_second", "eval_loss", "num_accumulation_steps"):
+        assert name in text
+    assert "magnitude_drift/model.layers.0.self_attn.q_proj" in text
