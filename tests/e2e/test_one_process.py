@@ -1,4 +1,4 @@
-"""Train, evaluate, train on, merge and evaluate again, in one process and on the real model: the loss stays what it was.
+"""Train, evaluate, train on, merge and evaluate again, in one process on the real model: the loss stays what it was.
 
 bitsandbytes' own `Linear4bit` repacks its weights at the first evaluation on some CPUs, after which nothing trained on
 top of it is right.
