@@ -18,8 +18,8 @@ from qdora.data.encode import DEFAULT_TEMPLATE, detect, encode
 from qdora.data.sources import fingerprint, load_rows
 from qdora.errors import DataError
 
-CACHE_VERSION = 1
-"""Counts up when the same data would be tokenised differently."""
+CACHE_VERSION = 2
+"""Counts up when the same data would be tokenised or stored differently."""
 IGNORED = -100
 """Label of a position without a target."""
 
@@ -60,6 +60,7 @@ class TokenDataset:
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self._learned = np.load(folder / "learned.npy", mmap_mode="r")
         self._starts = np.load(folder / "starts.npy")
+        self._folder = folder
         values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         self.report = DataReport(**values)
         self.fingerprint = folder.name
@@ -81,6 +82,12 @@ class TokenDataset:
         labels = torch.full_like(ids, IGNORED)
         labels[:-1] = torch.where(learned[1:], ids[1:], IGNORED)
         return ids, labels
+
+    def where(self, index: int) -> str:
+        """The place of a sample in its source, such as `data/x.jsonl line 7`; read from disk when asked."""
+        file, number = np.load(self._folder / "places.npy", mmap_mode="r")[index]
+        files = json.loads((self._folder / "places.json").read_text(encoding="utf-8"))
+        return f"{files[file]} {number}"
 
 
 def prepare(config: DataConfig, source: str, tokenizer: Any) -> TokenDataset:
@@ -132,8 +139,8 @@ def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def _samples(config: DataConfig, source: str, tokenizer: Any, report: DataReport) -> Iterator[tuple[Any, Any]]:
-    """Ids and mask of each sample that stays; counts in `report`."""
+def _samples(config: DataConfig, source: str, tokenizer: Any, report: DataReport) -> Iterator[tuple[Any, Any, str]]:
+    """Ids, mask and place of each sample that stays; counts in `report`."""
     form = config.format
     for row in load_rows(source, config.limit):
         if form is DataFormat.auto:
@@ -154,17 +161,21 @@ def _samples(config: DataConfig, source: str, tokenizer: Any, report: DataReport
         report.num_samples += 1
         report.num_tokens += len(ids)
         report.num_label_tokens += num_labels
-        yield ids, learned
+        yield ids, learned, row.where
 
 
 def _tokenise(config: DataConfig, source: str, tokenizer: Any, folder: Path) -> None:
     report = DataReport(source=source, format=config.format.name)
     starts = [0]
+    files: dict[str, int] = {}
+    places: list[tuple[int, int]] = []
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "learned.bin").open("wb") as mask:
-        for ids, learned in _samples(config, source, tokenizer, report):
+        for ids, learned, where in _samples(config, source, tokenizer, report):
             tokens.write(np.asarray(ids, dtype=np.int32).tobytes())
             mask.write(np.asarray(learned, dtype=np.bool_).tobytes())
             starts.append(starts[-1] + len(ids))
+            file, _, number = where.rpartition(" ")  # the text before the number is the same all through a file
+            places.append((files.setdefault(file, len(files)), int(number)))
     if not report.num_rows:
         raise DataError(f"{source} is empty: it has no row")
     if not report.num_samples:
@@ -177,4 +188,6 @@ def _tokenise(config: DataConfig, source: str, tokenizer: Any, folder: Path) -> 
         np.save(folder / f"{name}.npy", np.fromfile(folder / f"{name}.bin", dtype=kind))
         (folder / f"{name}.bin").unlink()
     np.save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))
+    np.save(folder / "places.npy", np.asarray(places, dtype=np.int64))
+    (folder / "places.json").write_text(json.dumps([*files]) + "\n", encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")

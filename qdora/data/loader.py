@@ -32,6 +32,8 @@ class Batch:
     num_label_tokens: int
     num_tokens: int
     """Without padding."""
+    samples: tuple[int, ...] = ()
+    """Indices in the data set of the samples in it, row after row."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same on another device."""
@@ -178,4 +180,5 @@ class BatchLoader:
                 labels[place, start : start + len(ids)] = targets
                 position_ids[place, start:] = torch.arange(shape[1] - start)
                 start += len(ids)
-        return Batch(input_ids, position_ids, labels, int((labels != IGNORED).sum()), sum(lengths))
+        indices = tuple(index for row in rows for index in row)
+        return Batch(input_ids, position_ids, labels, int((labels != IGNORED).sum()), sum(lengths), indices)

@@ -25,6 +25,7 @@ class Row:
 
     values: dict[str, Any]
     where: str
+    """File (or hub id) and what is counted in it, then the number: `data/x.jsonl line 7`."""
 
 
 def data_files(source: str) -> list[Path]:
@@ -50,10 +51,11 @@ def data_files(source: str) -> list[Path]:
 
 
 def fingerprint(source: str) -> str:
-    """A hash of the content of `source`; of a hub data set, of what `datasets` has stored of it."""
+    """A hash of the files of `source` and their names; of a hub data set, of what `datasets` has stored of it."""
     digest = hashlib.sha256()
     files = data_files(source)
     for file in files:
+        digest.update(f"{file}\0".encode())  # the places of rows have the name, and its suffix tells how to read it
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     if not files:

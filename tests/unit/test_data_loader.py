@@ -208,6 +208,17 @@ def test_padding_is_masked_by_place_and_the_end_is_learned(smollm2: Path, tmp_pa
     assert int((batch.input_ids[0] == tokenizer.pad_token_id).sum()) > 5
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_batch_names_its_samples_in_order(data: TokenDataset, packing: bool) -> None:
+    tokenizer = make_tokenizer()
+    steps = list(loader(data, packing=packing, rank=1, world_size=2).epoch())
+    assert any(len(batch.samples) > len(batch.input_ids) for step in steps for batch in step) is packing
+    for batch in (batch for step in steps for batch in step):
+        texts = [tokenizer.decode(data[index][0]).replace(" ", "").removesuffix("</s>") for index in batch.samples]
+        assert samples_of([batch]) == texts
+        assert batch.to(torch.device("cpu")).samples == batch.samples
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
 def test_packed_and_padded_rows_have_the_loss_of_single_samples(
     family: str, data: TokenDataset, tmp_path: Path
@@ -307,3 +318,27 @@ def test_empty_data_is_told_and_leaves_no_cache(tmp_path: Path, config: DataConf
     with pytest.raises(DataError, match="is empty"):
         prepare(config, str(tmp_path / "data.jsonl"), make_tokenizer())
     assert not list(Path(str(config.cache_dir)).iterdir())
+
+
+def test_sample_tells_its_place_whatever_was_dropped_before_it(tmp_path: Path, config: DataConfig) -> None:
+    """Line 2 is empty, line 3 too long; row 2 of the other file has its answer cut off."""
+    rows = [json.dumps({"prompt": "a" * length, "completion": "b"}) for length in (1, 90, 2, 3)]
+    (tmp_path / "data").mkdir()
+    first, second = tmp_path / "data" / "a.jsonl", tmp_path / "data" / "b c.json"
+    first.write_text("\n".join([rows[0], "", *rows[1:]]) + "\n")
+    second.write_text(f"[{rows[2]}, {rows[1]}, {rows[3]}]")
+    places = [f"{first} line 1", f"{first} line 4", f"{first} line 5", f"{second} row 1", f"{second} row 3"]
+    for overlong in Overlong:
+        for _ in ("made", "read again"):
+            data = prepare(replace(config, overlong=overlong), str(tmp_path / "data"), make_tokenizer())
+            assert [data.where(index) for index in range(len(data))] == places
+            assert data.lengths.tolist() == [3, 4, 5, 4, 5]
+
+
+def test_renamed_file_gives_its_new_place(tmp_path: Path, source: Path, config: DataConfig) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    before = source.rename(folder / "before.jsonl")
+    prepare(config, str(folder), make_tokenizer())
+    after = before.rename(folder / "after.jsonl")
+    assert prepare(config, str(folder), make_tokenizer()).where(22) == f"{after} line 23"
