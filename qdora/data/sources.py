@@ -1,22 +1,34 @@
 """Rows of a data set: jsonl, json, parquet or csv (each also .gz), a folder of them, or a hub id.
 
+The cells of a csv are texts, whatever they look like; an empty or missing one is an empty text.
 A row keeps where it came from, so that an error can say which line of which file to look at.
 """
 
+import csv
 import gzip
 import hashlib
+import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets.exceptions import DatasetsError
 
 from qdora.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_PARQUET_BATCH = 1000
+"""Rows in memory at a time."""
+_UNREADABLE = (OSError, EOFError, zlib.error)
+"""What a file that is missing, cut or damaged raises, compressed or not."""
+csv.field_size_limit(2**31 - 1)  # Python's own limit of 131,072 characters is less than a long document
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +63,20 @@ def data_files(source: str) -> list[Path]:
 
 
 def fingerprint(source: str) -> str:
-    """A hash of the files of `source` and their names; of a hub data set, of what `datasets` has stored of it."""
+    """A hash of the files of `source` and their names; of a hub data set, of what `datasets` has stored of it.
+
+    Raises:
+        DataError: nothing there, or a file that cannot be read.
+    """
     digest = hashlib.sha256()
     files = data_files(source)
     for file in files:
         digest.update(f"{file}\0".encode())  # the places of rows have the name, and its suffix tells how to read it
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        try:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error}") from None
     if not files:
         digest.update(_from_hub(source)._fingerprint.encode())
     return digest.hexdigest()
@@ -83,18 +102,11 @@ def _kind(path: Path) -> str:
 
 
 def _file_rows(file: Path) -> Iterator[Row]:
-    kind = _kind(file)
-    if kind == ".jsonl":
-        yield from _jsonl_rows(file)
-    elif kind == ".json":
-        yield from _json_rows(file)
-    else:
-        try:
-            loaded = datasets.load_dataset(kind[1:], data_files=str(file), split="train", keep_in_memory=True)
-        except (OSError, ValueError, DatasetsError) as error:
-            cause = error.__cause__ or error
-            raise DataError(f"{file} cannot be read as {kind[1:]}: {cause}") from error
-        yield from (Row(values, f"{file} row {index + 1}") for index, values in enumerate(loaded))
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
+    try:
+        yield from readers[_kind(file)](file)
+    except _UNREADABLE as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
 
 
 def _open(file: Path) -> Any:
@@ -103,21 +115,47 @@ def _open(file: Path) -> Any:
 
 def _jsonl_rows(file: Path) -> Iterator[Row]:
     with _open(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                where = f"{file} line {number}"
+                yield Row(_parse(line, where), where)
+
+
+def _csv_rows(file: Path) -> Iterator[Row]:
+    with _open(file) as stream:
+        reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
         try:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    where = f"{file} line {number}"
-                    yield Row(_parse(line, where), where)
-        except (OSError, EOFError) as error:
-            raise DataError(f"{file} cannot be read: {error}") from None
+            keys = next(reader, [])
+            number = reader.line_num + 1
+            for cells in reader:
+                where, number = f"{file} line {number}", reader.line_num + 1
+                if len(cells) > len(keys):
+                    raise DataError(f"{where} has {len(cells)} cells, but the first line names {len(keys)} columns")
+                if cells:
+                    yield Row(dict(zip_longest(keys, cells, fillvalue="")), where)
+        except csv.Error as error:
+            raise DataError(f"{file} line {reader.line_num} is not csv: {error}") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} is not UTF-8: {error}") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    number = 0
+    with _open(file) as stream:
+        try:
+            parquet = pq.ParquetFile(stream)
+            for batch in parquet.iter_batches(_PARQUET_BATCH):
+                # Through `datasets`, which undoes what it did to columns when it wrote the file (JSON, for one).
+                for values in datasets.Dataset(pa.Table.from_batches([batch], parquet.schema_arrow)):
+                    number += 1
+                    yield Row(values, f"{file} row {number}")
+        except pa.ArrowException as error:
+            raise DataError(f"{file} cannot be read as parquet: {error}") from None
 
 
 def _json_rows(file: Path) -> Iterator[Row]:
-    try:
-        with _open(file) as stream:
-            content = stream.read()
-    except (OSError, EOFError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from None
+    with _open(file) as stream:
+        content = stream.read()
     try:
         loaded = json.loads(content)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

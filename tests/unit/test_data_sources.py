@@ -1,13 +1,15 @@
 """Every kind of source gives its rows, and every mistake in one is told with its place."""
 
 import gzip
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import pytest
 
-from qdora.data.sources import fingerprint, load_rows
+from qdora.data.sources import SUFFIXES, fingerprint, load_rows
 from qdora.errors import DataError
 
 ROWS = [{"prompt": f"question {n}", "completion": f"antwört {n}"} for n in range(5)]
@@ -45,9 +47,33 @@ def test_csv_gives_its_rows(tmp_path: Path, name: str) -> None:
     assert _values(write(tmp_path / name, "\n".join(lines) + "\n")) == ROWS
 
 
-def test_parquet_gives_its_rows(tmp_path: Path) -> None:
-    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
-    assert _values(tmp_path / "a.parquet") == ROWS
+def test_csv_cells_are_texts(tmp_path: Path) -> None:
+    """Numbers, words that pandas takes for nothing, a comma and a line break; the last two have no answer."""
+    text = 'prompt,completion\n1+1,2\n"a, b",NA\n"c\nd",007\n\nnothing,\nshort\n'
+    rows = list(load_rows(str(write(tmp_path / "a.csv", "\ufeff" + text))))
+    assert [(row.values["prompt"], row.values["completion"]) for row in rows] == [
+        ("1+1", "2"),
+        ("a, b", "NA"),
+        ("c\nd", "007"),
+        ("nothing", ""),
+        ("short", ""),
+    ]
+    assert [row.where.rpartition(" ")[2] for row in rows] == ["2", "3", "4", "7", "8"]
+
+
+def test_csv_cell_may_be_long(tmp_path: Path) -> None:
+    assert _values(write(tmp_path / "a.csv", "text\n" + "x" * 200_000 + "\n")) == [{"text": "x" * 200_000}]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.parquet.gz"])
+def test_parquet_gives_its_rows(tmp_path: Path, name: str) -> None:
+    rows = [{"text": str(n), "messages": [{"role": "user", "content": "a"}] * (n % 3)} for n in range(2500)]
+    content = io.BytesIO()
+    datasets.Dataset.from_list(rows).to_parquet(content, batch_size=700)
+    (tmp_path / name).write_bytes(gzip.compress(content.getvalue()) if name.endswith(".gz") else content.getvalue())
+    found = list(load_rows(str(tmp_path / name)))
+    assert [row.values for row in found] == rows
+    assert found[2400].where.endswith(f"{name} row 2401")
 
 
 def test_folder_gives_the_rows_of_its_files_in_order(tmp_path: Path) -> None:
@@ -77,7 +103,10 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
         ("a.json", '{"text": "a"', "a.json is not JSON"),
         ("a.json", '{"text": "a"}', "use .jsonl"),
         ("a.json", '["a"]', "a.json row 1: a row is a JSON object"),
-        ("a.parquet", "not parquet", "cannot be read as parquet"),
+        ("a.parquet", "not parquet", "a.parquet cannot be read as parquet"),
+        ("a.parquet.gz", "not parquet", "a.parquet.gz cannot be read as parquet"),
+        ("a.csv", "text\na\nb,c\n", "a.csv line 3 has 2 cells, but the first line names 1 columns"),
+        ("a.csv", 'text\na\n"b\n', "a.csv line 3 is not csv"),
         ("a.txt", "words", "qdora reads .jsonl"),
     ],
 )
@@ -86,17 +115,38 @@ def test_broken_source_is_told_with_its_place(tmp_path: Path, name: str, content
         list(load_rows(str(write(tmp_path / name, content))))
 
 
-def test_truncated_gzip_is_told(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl.gz", _jsonl(ROWS * 100))
-    file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(DataError, match="cannot be read"):
+def _damaged(content: bytes) -> bytes:
+    """Bits of the compressed data turned over; header and length stay."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 40]) + content[middle + 40 :]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-20], _damaged, lambda _: b"no gzip"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_broken_gzip_is_told(tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes]) -> None:
+    plain = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        datasets.Dataset.from_list(ROWS * 100).to_parquet(plain)
+    else:
+        plain.write_text("prompt\n" + "\n".join(str(n * n) for n in range(9999)) if suffix == ".csv" else _jsonl(ROWS))
+    file = tmp_path / f"b{suffix}.gz"
+    file.write_bytes(damage(gzip.compress(plain.read_bytes())))
+    with pytest.raises(DataError, match=rf"b{suffix}.gz cannot be read"):
         list(load_rows(str(file)))
 
 
-def test_bytes_that_are_not_utf8_are_told(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff"}\n')
-    with pytest.raises(DataError, match="line 1 is not UTF-8"):
-        list(load_rows(str(tmp_path / "a.jsonl")))
+def test_unreadable_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to("/proc/self/mem")  # opens, but cannot be read, even by root
+    for read in (fingerprint, lambda source: list(load_rows(source))):
+        with pytest.raises(DataError, match=r"a\.jsonl cannot be read"):
+            read(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize(("name", "place"), [("a.jsonl", " line 1"), ("a.json", ""), ("a.csv", "")])
+def test_bytes_that_are_not_utf8_are_told(tmp_path: Path, name: str, place: str) -> None:
+    (tmp_path / name).write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(DataError, match=rf"{name}{place} is not (UTF-8|JSON)"):
+        list(load_rows(str(tmp_path / name)))
 
 
 @pytest.mark.parametrize("source", ["missing.jsonl", "/missing/folder", "./missing", "a/b/c"])
