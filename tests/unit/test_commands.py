@@ -1,5 +1,6 @@
 """The command line: what Hydra says becomes one line that helps."""
 
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -82,6 +83,15 @@ def test_hydra_leaves_no_files_and_the_folder_as_it_was(tmp_path: Path, monkeypa
     compose("train", ["model.path=m", "data.train=d"])
     assert Path.cwd() == tmp_path
     assert not list(tmp_path.iterdir())
+
+
+def test_hydra_leaves_logging_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    logger, handlers = logging.getLogger("made.before"), list(logging.getLogger().handlers)
+    compose("train", ["model.path=m", "data.train=d"])
+    logger.warning("still heard")
+    assert "still heard" in caplog.text
+    assert logging.getLogger().handlers == handlers
+    assert logging.getLogger().level == logging.WARNING
 
 
 def test_conf_is_found_inside_an_installed_package(tmp_path: Path, root: Path) -> None:
