@@ -21,10 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qdora import config
 from qdora.commands.explain import check_known, explain
+from qdora.commands.help import describe
 from qdora.errors import EXIT_USER_ERROR, ConfigError, QdoraError, nearest
 
 EXIT_KEYBOARD = 130
 """What a shell shows for a Ctrl-C; during training it saves and ends in `EXIT_INTERRUPTED` instead."""
+HELP = ("-h", "--help")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +48,25 @@ COMMANDS = {
 
 def run(arguments: list[str]) -> int:
     """Runs one command on this rank and returns the exit status; a user's mistake is one message on rank 0."""
+    is_main = int(os.environ.get("RANK", 0)) == 0
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
+        if not arguments or arguments[0] in HELP:
             print(_usage())
             return 0 if arguments else EXIT_USER_ERROR
         name = arguments[0]
         if name not in COMMANDS:
             raise ConfigError(f"unknown command {name!r}{nearest(name, COMMANDS)}; there are: {', '.join(COMMANDS)}")
-        values = compose(name, arguments[1:])
-        return 0 if values is None else _call(COMMANDS[name], values)
+        overrides = [argument for argument in arguments[1:] if argument not in HELP]
+        values = compose(name, overrides)
+        if values is None:
+            return 0
+        if len(overrides) < len(arguments) - 1:
+            if is_main:
+                print(describe(name, COMMANDS[name].config_class, values, conf_folder()))
+            return 0
+        return _call(COMMANDS[name], values)
     except QdoraError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_main:
             print(f"qdora: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
@@ -71,7 +81,7 @@ def conf_folder() -> Path:
 
 
 def compose(name: str, arguments: list[str]) -> DictConfig | None:
-    """The configuration of a command under the given overrides; None where Hydra had another wish (`--help`, `--cfg`).
+    """The configuration of a command under the given overrides; None where Hydra did something else (`--cfg`).
 
     Raises:
         ConfigError: an override names nothing, or has a value of the wrong type.

@@ -4,11 +4,15 @@ import logging
 import shutil
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from qdora import commands
 from qdora.commands import compose, run
+from qdora.commands.explain import option_names
+from qdora.commands.help import field_docs
+from qdora.config import OptimConfig
 from qdora.errors import ConfigError
 from tests.support import run as run_process
 
@@ -52,14 +56,50 @@ def test_other_ranks_stay_silent(capsys: pytest.CaptureFixture[str], monkeypatch
     assert not capsys.readouterr().err
 
 
-def test_help_lists_options_and_groups(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        compose("train", ["--help"])
-    assert left.value.code in (0, None)
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_help_describes_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
     told = capsys.readouterr().out
-    assert "learning_rate: 0.0002" in told
-    assert "adapter: dora, lora, none" in told
-    assert "schema" not in told
+    assert max(map(len, told.splitlines())) <= 100
+    options, flowing = [line.strip() for line in told.splitlines()], " ".join(told.split())
+    classes = {"": commands.COMMANDS[name].config_class}
+    for option in option_names(classes[""]):
+        group, _, field = option.rpartition(".")
+        kind = classes.setdefault(group, get_type_hints(classes[""])[group] if group else classes[""])
+        place = next(number for number, line in enumerate(options) if line.startswith(f"{option}="))
+        described = " ".join(options[place + 1 :])
+        description = field_docs(kind).get(field, "")
+        assert described.startswith(" ".join(description.split())), option
+        hint = get_type_hints(kind)[field]
+        if hasattr(hint, "__members__"):
+            assert f"{description} One of: {', '.join(hint.__members__)}" in flowing, option
+
+
+def test_help_shows_groups_recipes_and_the_values_that_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "+experiment=smollm2_identity", "adapter.alpha=3", "-h"]) == 0
+    told = capsys.readouterr().out
+    assert "  adapter: dora, lora, none\n" in told
+    assert "  +experiment=smollm2_identity\n      Teach SmolLM2-135M its new name" in told
+    assert "For example: qdora train model.path=" in told
+    for shown in ("adapter.alpha=3.0", "train.num_steps=36", "train.num_epochs=null", "data.packing=false"):
+        assert f"  {shown}\n" in told
+    assert "  adapter.target_modules=[q_proj,k_proj,v_proj,up_proj,down_proj]\n" in told
+
+
+def test_help_is_shown_by_one_rank_and_mistakes_before_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(["train", "adapter.rnak=3", "--help"]) == 2
+    assert "did you mean 'adapter.rank'?" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert run(["train", "--help"]) == 0
+    assert not capsys.readouterr().out
+
+
+def test_field_docs_are_those_of_the_field_above() -> None:
+    docs = field_docs(OptimConfig)
+    assert docs["learning_rate"] == "Peak learning rate of AdamW."
+    assert "beta1" not in docs
 
 
 def test_cfg_job_prints_the_configuration_instead_of_running(capsys: pytest.CaptureFixture[str]) -> None:

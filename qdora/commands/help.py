@@ -1,0 +1,79 @@
+"""`qdora COMMAND --help`: every option with its value, what it does and the words it takes."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+WIDTH = 100
+
+
+def describe(name: str, config_class: type, values: DictConfig, conf: Path) -> str:
+    """The help of a command; `values` are what it would run with, recipes and overrides applied."""
+    header = OmegaConf.load(conf / f"{name}.yaml").hydra.help.header
+    groups = {path.name: sorted(path.glob("*.yaml")) for path in sorted(conf.iterdir()) if path.is_dir()}
+    recipes = groups.pop("experiment") if name == "train" else []
+    lines = [f"usage: qdora {name} [option=value ...] [group=choice ...]", "", header.rstrip(), ""]
+    lines += ["Options, each with the value it has now:", "", *_options(config_class, values)]
+    lines += ["Option groups; a choice sets options of its group at once, as in model=qwen3_0_6b:", ""]
+    for group in sorted(groups.keys() & values.keys()):
+        lines += _paragraph(f"{group}: {', '.join(file.stem for file in groups[group])}")
+    if recipes:
+        lines += ["", "Recipes; +experiment=NAME sets options of several groups, and what follows overrides it:", ""]
+        for file in recipes:
+            comments = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+            about = next((comment[2:] for comment in comments if "@package" not in comment), "")
+            lines += [f"  +experiment={file.stem}", *_paragraph(about, "      ")]
+    lines += ["", "--cfg job prints the configuration as YAML instead of running."]
+    return "\n".join(lines)
+
+
+def field_docs(config_class: type) -> dict[str, str]:
+    """The docstring under each field that has one."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
+    docs: dict[str, str] = {}
+    field = ""
+    for statement in definition.body:  # type: ignore[attr-defined]
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            field = statement.target.id
+        elif field and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            docs[field] = inspect.cleandoc(str(statement.value.value))
+        else:
+            field = ""
+    return docs
+
+
+def _options(config_class: type, values: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The options of a command itself, then those of each group."""
+    hints, docs = get_type_hints(config_class), field_docs(config_class)
+    groups = [item.name for item in fields(config_class) if is_dataclass(hints[item.name])]
+    for name in [item.name for item in fields(config_class) if item.name not in groups]:
+        yield f"  {prefix}{name}={_word(values[name])}"
+        yield from _paragraph(docs.get(name, ""), "      ")
+        yield from _paragraph(_allowed(hints[name]), "      ")
+    yield ""
+    for group in groups:
+        yield from _options(hints[group], values[group], f"{group}.")
+
+
+def _allowed(hint: Any) -> str:
+    return f"One of: {', '.join(hint.__members__)}" if isinstance(hint, type) and issubclass(hint, Enum) else ""
+
+
+def _word(value: Any) -> str:
+    """A value as one types it."""
+    if OmegaConf.is_list(value):
+        return f"[{','.join(map(str, value))}]"
+    if isinstance(value, Enum):
+        return value.name
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _paragraph(text: str, indent: str = "  ") -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  " * (indent == "  "))
