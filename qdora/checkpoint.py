@@ -50,7 +50,10 @@ def _rng_state(world: World) -> dict[str, Tensor]:
 
 
 def save(folder: Path, tensors: dict[str, Tensor], manifest: Manifest, world: World, keep: int) -> Path:
-    """Writes `folder/step-N` and removes all but the newest `keep`. *Collective*."""
+    """Writes `folder/step-N`, after which the newest `keep` and at least two remain. *Collective*.
+
+    Older ones go first: the newest is known to be good only when the step after it has been computed.
+    """
     final = folder / f"step-{manifest.step:08d}"
     partial = final.with_name(final.name + ".partial")
 
@@ -59,6 +62,8 @@ def save(folder: Path, tensors: dict[str, Tensor], manifest: Manifest, world: Wo
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*.partial"):
                 shutil.rmtree(leftover)
+            for old in complete(folder)[: -max(keep - 1, 1)]:
+                shutil.rmtree(old)
 
     main_first(world, clear)
     with warnings.catch_warnings():
@@ -71,8 +76,6 @@ def save(folder: Path, tensors: dict[str, Tensor], manifest: Manifest, world: Wo
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
-            for old in complete(folder)[:-keep]:
-                shutil.rmtree(old)
 
     main_first(world, publish)
     return final
@@ -80,7 +83,19 @@ def save(folder: Path, tensors: dict[str, Tensor], manifest: Manifest, world: Wo
 
 def complete(folder: Path) -> list[Path]:
     """The whole checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial" and (path / MANIFEST).exists())
+    return sorted(path for path in folder.glob("step-*") if not path.suffix and (path / MANIFEST).exists())
+
+
+def set_aside(folder: Path, step: int) -> str:
+    """Renames the checkpoint of weights that turned out not to compute, if there is one; what to tell the user."""
+    given, aside = folder / f"step-{step:08d}", folder / f"step-{step:08d}.suspect"
+    told = ""
+    if given.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        given.rename(aside)
+        told = f"{given.name} holds these weights and was renamed to {aside.name}. "
+    good = complete(folder)
+    return told + (f"The same command goes on from {good[-1]}" if good else "There is no earlier checkpoint")
 
 
 def read_manifest(checkpoint: Path) -> Manifest:

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qdora.config import OptimConfig, Schedule
+from qdora.parallel import reshard
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) over the trainable parameters; weight decay on matrices only."""
+    reshard(model)  # a gathered parameter is a temporary tensor: updates of it would be lost
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": config.weight_decay},
@@ -65,6 +67,7 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
     Moments that do not exist before the first update are created as zeros, so that a checkpoint can be read into them.
     """
+    reshard(model)
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

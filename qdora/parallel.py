@@ -23,9 +23,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from qdora.config import ParallelConfig, Plan
-from qdora.errors import ConfigError, QdoraError
+from qdora.errors import ConfigError, ModelError, QdoraError
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=24)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class World:
     plan: Plan
     mesh: DeviceMesh | None
     """One axis under `fsdp`, (replicate, shard) under `hsdp`, None where nothing is sharded."""
+    patient_group: dist.ProcessGroup | None = None
+    """All ranks, for waits that may take hours: rank 0 downloads or tokenises."""
 
     @property
     def is_main(self) -> bool:
@@ -68,6 +71,10 @@ def start(config: ParallelConfig, trains_base: bool = False) -> World:
     if config.plan is Plan.hsdp and size % shard_size:
         raise ConfigError(f"parallel.shard_size={shard_size} does not divide the {size} ranks that were started")
     use_cuda = torch.cuda.is_available()
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{local_size} ranks were started on this machine, which has {torch.cuda.device_count()} GPUs"
+        )
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
@@ -84,7 +91,8 @@ def start(config: ParallelConfig, trains_base: bool = False) -> World:
         shape = (size,) if groups == size else (size // groups, groups)
         axes = ("replicate", "shard")[-len(shape) :]
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=axes)
-    return World(rank, size, local_rank, local_size, device, config.plan, mesh)
+    patient_group = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
+    return World(rank, size, local_rank, local_size, device, config.plan, mesh, patient_group)
 
 
 def start_alone(what: str) -> World:
@@ -106,8 +114,8 @@ def stop() -> None:
 
 
 @contextmanager
-def failing_together(world: World) -> Iterator[None]:
-    """A `QdoraError` inside, on any rank, is raised on every rank at the end of the block. *Collective*.
+def failing_together(world: World, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """A `QdoraError` inside, on any rank, is raised on every rank at the end of the block. *Collective* over `group`.
 
     For stretches without collectives of their own (reading files, checking names): no rank is left waiting.
     """
@@ -118,7 +126,7 @@ def failing_together(world: World) -> Iterator[None]:
         error = raised
     if world.size > 1:
         errors: list[QdoraError | None] = [None] * world.size
-        dist.all_gather_object(errors, error)
+        dist.all_gather_object(errors, error, group=group)
         error = next((found for found in errors if found is not None), None)
     if error is not None:
         raise error
@@ -128,7 +136,7 @@ def main_first(world: World, function: Callable[[], T]) -> T:
     """Calls `function` on rank 0 alone, then on the others, for work that is cached on disk. *Collective*."""
     result: T | None = None
     for turn in (world.is_main, not world.is_main):
-        with failing_together(world):
+        with failing_together(world, world.patient_group):
             if turn:
                 result = function()
     return result  # type: ignore[return-value]
@@ -170,7 +178,8 @@ def shard(
     if world.mesh is None:
         return
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad or parameter.dtype in (dtype, torch.uint8), f"{name} would be rounded"
+        if not (parameter.requires_grad or parameter.dtype in (dtype, torch.uint8)):
+            raise ModelError(f"{name} is {parameter.dtype} and frozen: sharding would round it to {dtype} in silence")
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -184,6 +193,9 @@ def shard(
             offload_policy=offload,
         )
     fully_shard(model, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
+    ranks = world.mesh.size(world.mesh.ndim - 1)
+    for name, parameter in model.named_parameters():
+        assert own_rows(parameter)[0].shape[0] <= -(-parameter.shape[0] // ranks), f"{name} is not sharded"
 
 
 def own_rows(parameter: Tensor) -> tuple[Tensor, int]:

@@ -90,12 +90,12 @@ class RunFolder:
             if self.path.exists() and any(self.path.iterdir()):
                 raise ConfigError(f"resume=never wants a new folder, but {self.path} is not empty")
             return None
+        self._check_same_run(config)
         if config.resume != "auto":
             found = Path(config.resume)
             if not (found / checkpoint.MANIFEST).exists():
                 raise CheckpointError(f"resume={config.resume}: no checkpoint there (no {checkpoint.MANIFEST})")
         else:
-            self._check_same_run(config)
             checkpoints = checkpoint.complete(self.checkpoints)
             if not checkpoints:
                 return None
@@ -121,6 +121,12 @@ class RunFolder:
         if not self.config.exists():
             raise ConfigError(f"run={self.path}: no run there (no {self.config.name})")
         return config_from_values(RunConfig, yaml.safe_load(self.config.read_text(encoding="utf-8")))
+
+    def is_finished(self) -> bool:
+        """Whether the run ended and its result is there."""
+        if not self.summary.exists() or not (self.adapter.exists() or self.model.exists()):
+            return False
+        return bool(json.loads(self.summary.read_text(encoding="utf-8"))["status"] == "finished")
 
     def finished_adapter(self) -> Path:
         """The folder of the run's adapter.

@@ -103,6 +103,13 @@ class CheckpointFiles:
         self.read_rows(name, 0, out)
         return out
 
+    def first_bytes(self, name: str, count: int) -> bytes:
+        """The tensor's first `count` bytes as stored, fewer where it has fewer."""
+        entry = self.entries[name]
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.offset)
+            return stream.read(min(count, prod(entry.shape) * entry.dtype.itemsize))
+
 
 def _read_exactly(descriptor: int, view: memoryview, offset: int) -> None:
     while view:

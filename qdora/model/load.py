@@ -20,7 +20,7 @@ from qdora.model.build import EmptyModel, LayerReport, build_model, holders
 from qdora.model.loss import attach_token_loss
 from qdora.model.sources import convert
 from qdora.nf4 import BLOCK_SIZE, NF4Linear, nest, quantize
-from qdora.parallel import World, own_rows, shard
+from qdora.parallel import World, failing_together, own_rows, shard
 
 QUANTISE_NUMEL = 2**24
 """Values read and quantised at a time."""
@@ -65,7 +65,8 @@ def load_model(
         ModelError, AdapterError: the checkpoint, a layer, or the adapter does not fit.
     """
     started = time.perf_counter()
-    empty = build_model(folder, config, quant, adapter, trainable=trainable)
+    with failing_together(world):
+        empty = build_model(folder, config, quant, adapter, trainable=trainable)
     model = empty.model
     checkpoint_activations(empty.blocks, parallel.activation_checkpointing)
     shard(model, empty.blocks, world, parallel, empty.dtype)
@@ -75,7 +76,8 @@ def load_model(
     if empty.adapter.method is not AdapterMethod.none:
         dora.reset(model, world.device, seed)
         if adapter.path is not None:
-            peft_format.load(model, Path(adapter.path))
+            with failing_together(world):
+                peft_format.load(model, Path(adapter.path))
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"still on meta: {left[:3]}"
     attach_token_loss(model)

@@ -17,7 +17,7 @@ from qdora.adapter import peft_format
 from qdora.checkpoint import Manifest
 from qdora.config import AdapterMethod, Plan, RunConfig
 from qdora.data import BatchLoader, TokenDataset, prepare
-from qdora.errors import EXIT_INTERRUPTED, CheckpointError, ModelError
+from qdora.errors import EXIT_INTERRUPTED, CheckpointError, ModelError, TrainingError
 from qdora.model import LoadedModel, load_model, load_tokenizer, model_folder
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.export import export_model
@@ -30,6 +30,8 @@ from qdora.training.progress import summary_table
 from qdora.training.report import write_report
 from qdora.training.trainer import Trainer, memory_gib, num_steps
 
+FINGERPRINT_BYTES = 1024
+"""Of each tensor of the base model."""
 PACKAGES = ("qdora", "torch", "bitsandbytes", "transformers", "accelerate", "datasets", "wandb")
 
 
@@ -51,8 +53,11 @@ def _train(config: RunConfig, world: World) -> int:
     run_id = parallel.broadcast(world, run_id)
     config = replace(config, run_id=run_id, output_dir=config.output_dir or f"outputs/{run_id}")
     folder = RunFolder(Path(str(config.output_dir)))
+    found: tuple[Path, Manifest] | None = None
     with parallel.failing_together(world):
-        found = folder.find_checkpoint(config)
+        if world.is_main:  # one rank decides: what the others see of the folder may be older
+            found = folder.find_checkpoint(config)
+    found = parallel.broadcast(world, found)
     torch.manual_seed(config.seed * 1000 + world.rank)  # dropout; every rank its own
 
     base = parallel.main_first(world, lambda: model_folder(config.model))
@@ -61,9 +66,10 @@ def _train(config: RunConfig, world: World) -> int:
         check_vocabulary(base, tokenizer)
     train_data = parallel.main_first(world, lambda: prepare(config.data, str(config.data.train), tokenizer))
     train_loader = _loader(config, world, train_data, tokenizer.pad_token_id, shuffle=True)
-    if found is not None and found[1].step >= num_steps(config, train_loader) and folder.summary.exists():
+    all_done = found is not None and found[1].step >= num_steps(config, train_loader)
+    if all_done and parallel.broadcast(world, folder.is_finished()):
         if world.is_main:
-            print(f"{folder.path} is finished already ({found[1].step} steps); raise train.num_steps to go on")
+            print(f"{folder.path} is finished already; raise train.num_steps (or train.num_epochs) to go on")
         return 0
     eval_data = None
     if config.data.eval is not None:
@@ -73,34 +79,37 @@ def _train(config: RunConfig, world: World) -> int:
         eval_loader = partial(_loader, config, world, eval_data, tokenizer.pad_token_id, shuffle=False)
 
     loaded = load_model(base, config.model, config.quant, config.adapter, config.parallel, world, seed=config.seed)
-    check_token_loss(loaded.model, world.device)
-    manifest = found[1] if found else None
-    if world.is_main:
-        folder.start(config, manifest.step if manifest else 0)
-    tracker = make_tracker(
-        config.tracker,
-        output_dir=folder.path,
-        run_id=run_id,
-        settings=dict(config_values(config)),
-        resume_id=manifest.tracker_id if manifest else None,
-        is_main=world.is_main,
-    )
-    trainer = Trainer(config, world, loaded, train_loader, eval_loader, folder, tracker)
+    check_token_loss(loaded.model, world.device, config.data.packing)
+    trainer = Trainer(config, world, loaded, train_loader, eval_loader, folder)
     fingerprints = {"data": train_data.fingerprint, "model": model_fingerprint(base)}
     if found is not None:
         _resume(trainer, *found, fingerprints)
     if world.is_main:
-        _announce(config, world, loaded, train_data, eval_data, trainer, tracker.notice)
+        folder.start(config, trainer.step)
+    trainer.tracker = make_tracker(
+        config.tracker,
+        output_dir=folder.path,
+        run_id=run_id,
+        settings=dict(config_values(config)),
+        resume_id=found[1].tracker_id if found else None,
+        is_main=world.is_main,
+    )
+    if world.is_main:
+        _announce(config, world, loaded, train_data, eval_data, trainer)
     status = "failed"
     try:
         status = trainer.run(partial(_save, fingerprints))
         _write_results(trainer, status, base)
         if world.is_main and status == "finished" and folder.adapter.exists():
-            tracker.log_adapter(folder.adapter)
+            trainer.tracker.log_adapter(folder.adapter)
+    except TrainingError as error:
+        _write_results(trainer, status, base)
+        told = checkpoint.set_aside(folder.checkpoints, trainer.step) if world.is_main else ""
+        raise TrainingError(f"{error}. {parallel.broadcast(world, told)}") from None
     finally:
-        tracker.finish(status)
+        trainer.tracker.finish(status)
     if world.is_main:
-        _conclude(config, folder, status, tracker.location)
+        _conclude(config, folder, status, trainer.tracker.location)
     return EXIT_INTERRUPTED if status == "interrupted" else 0
 
 
@@ -136,10 +145,13 @@ def check_vocabulary(base: Path, tokenizer: Any) -> None:
 
 
 def model_fingerprint(base: Path) -> str:
-    """Names, shapes and sizes of the base model's tensors, hashed."""
-    entries = CheckpointFiles(base).entries
-    text = repr(sorted((name, str(entry.dtype), entry.shape) for name, entry in entries.items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Names, shapes and first bytes of the base model's tensors, hashed: another fine-tune of it differs."""
+    files = CheckpointFiles(base)
+    digest = hashlib.sha256()
+    for name, entry in sorted(files.entries.items()):
+        digest.update(repr((name, str(entry.dtype), entry.shape)).encode())
+        digest.update(files.first_bytes(name, FINGERPRINT_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
@@ -182,17 +194,17 @@ def _announce(
     train_data: TokenDataset,
     eval_data: TokenDataset | None,
     trainer: Trainer,
-    notice: str | None,
 ) -> None:
     trainable = num_trainable(loaded)
     plan = config.parallel.plan.name if world.size > 1 else Plan.none.name
     print(f"model: {config.model.path}, {'; '.join(loaded.report.lines())}; {trainable:,} trainable parameters")
     print(f"ranks: {world.size} on {world.device.type}, parallel={plan}; loaded in {loaded.load_s:.1f} s")
-    print(f"train: {train_data.report.describe()}")
+    packed = f"; rows {trainer.train_loader.packing_efficiency:.0%} full" if config.data.packing else ""
+    print(f"train: {train_data.report.describe()}{packed}")
     if eval_data is not None:
         print(f"eval:  {eval_data.report.describe()}")
-    if notice:
-        print(notice)
+    if trainer.tracker.notice:
+        print(trainer.tracker.notice)
     if trainer.step:
         print(f"going on from step {trainer.step} of {trainer.num_steps}", flush=True)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qdora.adapter.dora import magnitude_drift
-from qdora.config import RunConfig
+from qdora.config import AdapterMethod, RunConfig
 from qdora.data import Batch, BatchLoader
 from qdora.errors import TrainingError
 from qdora.model import LoadedModel
@@ -79,11 +79,12 @@ class Trainer:
         train_loader: BatchLoader,
         eval_loader: Callable[[], BatchLoader] | None,
         folder: RunFolder,
-        tracker: Tracker,
     ) -> None:
         self.config, self.world, self.loaded, self.model = config, world, loaded, loaded.model
         self.train_loader, self.eval_loader = train_loader, eval_loader
-        self.folder, self.tracker = folder, tracker
+        self.folder = folder
+        self.tracker = Tracker()
+        """Records nothing until the run has been accepted and another takes its place."""
         self.optimizer = build_optimizer(self.model, config.optim)
         # DoRA's row norms follow the weights here and nowhere else in training.
         self.optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
@@ -112,7 +113,7 @@ class Trainer:
                 metrics = self.train_step(next(steps))
                 self.step += 1
                 last = self.step == self.num_steps
-                stop = any(gather(self.world, interrupt.received is not None))
+                stop = all_sum(self.world, interrupt.received is not None)[0] > 0
                 due = train.eval_every and self.step % train.eval_every == 0
                 eval_loss = self.evaluate() if (last or due) and not stop else None
                 if last or stop or eval_loss is not None or self.step % train.log_every == 0:
@@ -126,9 +127,12 @@ class Trainer:
     def train_step(self, batches: list[Batch]) -> StepMetrics:
         """One optimiser update from this rank's micro-batches. *Collective*."""
         started = time.perf_counter()
-        loss, num_tokens = accumulate_gradients(self.model, batches, self.world)
+        # Full fine-tuning reduces in each micro-batch: adding up would keep whole float32 gradients on every rank.
+        reduce_each = self.config.adapter.method is AdapterMethod.none
+        loss, num_tokens = accumulate_gradients(self.model, batches, self.world, reduce_each=reduce_each)
         grad_norm = clip_gradients(self.model, self.config.optim.max_grad_norm)
-        self._check_finite(loss, grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingError(self._not_finite(batches, loss, grad_norm))
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, self.step, self.num_steps))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -137,22 +141,27 @@ class Trainer:
         self.step_seconds.append((num_tokens, metrics.seconds))
         return metrics
 
-    def _check_finite(self, loss: float, grad_norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
-        state = self.train_loader.state_dict()
-        raise TrainingError(
-            f"step {self.step + 1}: the loss is {loss} and the gradient norm {grad_norm}. Its batch ends at row "
-            f"{state['position']} of epoch {state['epoch']}. Nothing was updated; checkpoints before it are good. "
-            "Lower optim.learning_rate, or look at that data"
+    @torch.no_grad()
+    def _not_finite(self, batches: list[Batch], loss: float, grad_norm: float) -> str:
+        """What to tell of a step that broke, with the rows of data to look at. *Collective*."""
+        self.model.eval()
+        bad = [not math.isfinite(float(batch_loss(self.model, batch, self.world.device))) for batch in batches]
+        if not any(gather(self.world, any(bad))):  # it was the gradient: any row may be it
+            bad = [True] * len(batches)
+        own = [sample for batch, is_bad in zip(batches, bad, strict=True) if is_bad for sample in batch.samples]
+        samples = sorted(sample for part in gather(self.world, own) for sample in part)
+        places = ", ".join(self.train_loader.dataset.where(sample) for sample in samples[:3])
+        more = f" and {len(samples) - 3} more samples" if len(samples) > 3 else ""
+        return (
+            f"step {self.step + 1}: the loss is {loss} and the gradient norm {grad_norm}, on {places}{more}. Nothing "
+            "was updated. Lower optim.learning_rate, or look at that data"
         )
 
     def evaluate(self) -> float | None:
         """Mean loss a label token of the held-out data, or None where there is none. *Collective*."""
         if self.eval_loader is None:
             return None
-        loss = mean_loss(self.model, self.eval_loader().epoch(), self.world)
-        return loss
+        return mean_loss(self.model, self.eval_loader().epoch(), self.world)
 
     def _log(self, progress: Progress, metrics: StepMetrics | None, eval_loss: float | None) -> None:
         """Records the step; *collective* where the magnitudes are due."""
@@ -192,17 +201,20 @@ class Trainer:
         return sum(pair[0] for pair in steps) / seconds if seconds else 0.0
 
 
-def accumulate_gradients(model: Any, batches: list[Batch], world: World) -> tuple[float, int]:
+def accumulate_gradients(
+    model: Any, batches: list[Batch], world: World, *, reduce_each: bool = False
+) -> tuple[float, int]:
     """Leaves the step's gradients on the parameters; returns its loss and its tokens over all ranks. *Collective*.
 
-    The loss is the sum over label tokens divided by their number over all ranks and micro-batches, so that no division
-    of the same samples changes a gradient. Reducing the gradients divides by the ranks, which the loss makes up for.
+    The loss is the sum over label tokens divided by their number over all ranks and micro-batches, so that a division
+    of the same samples changes a gradient by rounding only. Reducing the gradients divides by the ranks, which the loss
+    makes up for. With `reduce_each` every micro-batch reduces, else the last one alone.
     """
     own = (sum(batch.num_label_tokens for batch in batches), sum(batch.num_tokens for batch in batches))
     num_label_tokens, num_tokens = all_sum(world, *own)
     total = torch.zeros((), device=world.device)
     for index, batch in enumerate(batches):
-        set_gradient_sync(model, enabled=index == len(batches) - 1)
+        set_gradient_sync(model, enabled=reduce_each or index == len(batches) - 1)
         loss = batch_loss(model, batch, world.device) / num_label_tokens
         (loss * world.size).backward()
         total += loss.detach()

@@ -1,6 +1,8 @@
 """The chunked cross entropy is the cross entropy of the whole logits."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -67,35 +69,61 @@ def test_row_without_a_label_adds_nothing() -> None:
 
 
 class Toy(nn.Module):
-    """What `token_loss` needs of a model, with something of its own after the head."""
+    """What `token_loss` needs of a model, with something of its own after the head, or eyes for earlier samples."""
 
-    def __init__(self, factor: float) -> None:
+    def __init__(self, factor: float = 1.0, sees_the_row: bool = False, attention: str = "sdpa") -> None:
         super().__init__()
         self.embedding, self.head = nn.Embedding(VOCABULARY, HIDDEN), nn.Linear(HIDDEN, VOCABULARY, bias=False)
-        self.factor = factor
+        self.factor, self.sees_the_row = factor, sees_the_row
+        self.shapes: list[tuple[int, ...]] = []
         text = SimpleNamespace(vocab_size=VOCABULARY)
-        self.config = SimpleNamespace(get_text_config=lambda: text)
+        self.config = SimpleNamespace(get_text_config=lambda: text, _attn_implementation=attention)
+
+    def decode(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
+        self.shapes.append(tuple(input_ids.shape))
+        hidden = self.embedding(input_ids)
+        return SimpleNamespace(last_hidden_state=hidden.cumsum(1) if self.sees_the_row else hidden)
 
     def get_decoder(self) -> object:
-        return lambda input_ids, **_: SimpleNamespace(last_hidden_state=self.embedding(input_ids))
+        return self.decode
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
     def forward(self, input_ids: Tensor, **_: object) -> object:
-        return SimpleNamespace(logits=self.factor * self.head(self.embedding(input_ids)))
+        return SimpleNamespace(logits=self.factor * self.head(self.decode(input_ids).last_hidden_state))
 
 
-def test_model_that_changes_its_logits_unknown_to_us_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("model", "packing", "message"),
+    [
+        ({}, True, None),
+        ({"factor": 3.0}, False, "changes its logits in a way qdora does not know"),
+        ({"sees_the_row": True}, False, None),
+        ({"sees_the_row": True}, True, "lets samples that share a row see each other .* data.packing=false"),
+    ],
+)
+def test_model_that_would_be_trained_wrongly_is_refused(
+    model: dict[str, Any], packing: bool, message: str | None
+) -> None:
     torch.manual_seed(0)
-    for factor in (1.0, 3.0):
-        model = Toy(factor)
-        attach_token_loss(model)
-        if factor == 1.0:
-            check_token_loss(model, torch.device("cpu"))
-        else:
-            with pytest.raises(ModelError, match="changes its logits in a way qdora does not know"):
-                check_token_loss(model, torch.device("cpu"))
+    toy = Toy(**model)
+    attach_token_loss(toy)
+    with nullcontext() if message is None else pytest.raises(ModelError, match=message):
+        check_token_loss(toy, torch.device("cpu"), packing)
+
+
+def test_flash_attention_is_given_a_single_row() -> None:
+    """It separates the samples of a lone row only."""
+    torch.manual_seed(0)
+    toy, ids = Toy(attention="flash_attention_2"), torch.randint(0, VOCABULARY, (3, 6))
+    attach_token_loss(toy)
+    positions = torch.arange(6).repeat(3, 1)
+    one_row = toy.token_loss(ids, positions, ids)
+    assert toy.shapes == [(1, 18)]
+    toy.config._attn_implementation = "sdpa"
+    torch.testing.assert_close(one_row, toy.token_loss(ids, positions, ids))
+    assert toy.shapes[-1] == (3, 6)
 
 
 def test_log_likelihoods_are_row_sums(monkeypatch: pytest.MonkeyPatch) -> None:
