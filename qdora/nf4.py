@@ -117,7 +117,10 @@ def unnest(absmax: Tensor, absmax_scale: Tensor | None, absmax_mean: Tensor | No
         return absmax.view(torch.float32)
     values = nested_code(absmax.device)[absmax.flatten().int()]
     start = first_row * absmax.shape[1]
-    values.mul_(absmax_scale.repeat_interleave(NESTED_BLOCK_SIZE)[start : start + values.numel()])
+    first, skipped = divmod(start, NESTED_BLOCK_SIZE)
+    last = -(-(start + values.numel()) // NESTED_BLOCK_SIZE)
+    scales = absmax_scale[first:last].repeat_interleave(NESTED_BLOCK_SIZE)
+    values.mul_(scales[skipped : skipped + values.numel()])
     return values.add_(absmax_mean).view(absmax.shape)
 
 

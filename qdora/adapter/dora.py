@@ -51,10 +51,9 @@ def adapted_linear(
     lora_a: Tensor,
     lora_b: Tensor,
     magnitude: Tensor | None,
-    bias: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """y (tokens, out) and A x (tokens, rank) of x (tokens, in); see the module's docstring.
+    """y before the bias (tokens, out) and A x (tokens, rank) of x (tokens, in); see the module's docstring.
 
     Args:
         base: the frozen weight's tensors, as `nf4.weight_from` takes them.
@@ -68,8 +67,6 @@ def adapted_linear(
     y.addmm_(xa, _scaled_b(lora_b, g if quantised else None, scaling, x.dtype).T)
     if g is not None and not quantised:
         y.mul_(g)
-    if bias is not None:
-        y.add_(bias)
     return y, xa
 
 
@@ -90,7 +87,6 @@ def adapted_linear_backward(
     lora_a: Tensor,
     lora_b: Tensor,
     magnitude: Tensor | None,
-    bias: Tensor | None,
     scaling: float,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,8 +96,6 @@ def adapted_linear_backward(
     g = None if gain is None else gain.view(torch.float32).squeeze(1)
     if magnitude is not None and y is not None:
         dm = _column_dot(dy, y)
-        if bias is not None:
-            dm -= dy.sum(0, dtype=torch.float32) * bias
         # A magnitude of exactly 0 (a row of zeros, from another tool) leaves nothing in y to find its gradient by.
         dm = (dm / magnitude).masked_fill(magnitude == 0, 0.0).to(magnitude.dtype)
     if g is not None and not quantised:
@@ -119,22 +113,25 @@ def adapted_linear_backward(
 
 
 def _column_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over rows of a * b (rows, columns), float32; the kernel accumulates in float32 and rounds its result once."""
-    return (a * b).sum(0).float()
+    """Sum over rows of a * b (rows, columns), float32. Products round to a's dtype and add up in float32.
+
+    A CPU would copy the products to float32 for such a result: there it is rounded once more.
+    """
+    return (a * b).sum(0, dtype=torch.float32) if a.is_cuda else (a * b).sum(0).float()
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, base, gain, lora_a, lora_b, magnitude, bias, scaling = inputs
+    x, base, gain, lora_a, lora_b, magnitude, scaling = inputs
     y, xa = output
     ctx.scaling, ctx.num_base = scaling, len(base)
     ctx.mark_non_differentiable(xa)
-    ctx.save_for_backward(x, xa, None if magnitude is None else y, gain, lora_a, lora_b, magnitude, bias, *base)
+    ctx.save_for_backward(x, xa, None if magnitude is None else y, gain, lora_a, lora_b, magnitude, *base)
 
 
 def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
-    x, xa, y, gain, lora_a, lora_b, magnitude, bias, *base = ctx.saved_tensors
+    x, xa, y, gain, lora_a, lora_b, magnitude, *base = ctx.saved_tensors
     dx, da, db, dm = adapted_linear_backward(
-        dy.contiguous(), x, xa, y, base, gain, lora_a, lora_b, magnitude, bias, ctx.scaling, ctx.needs_input_grad[0]
+        dy.contiguous(), x, xa, y, base, gain, lora_a, lora_b, magnitude, ctx.scaling, ctx.needs_input_grad[0]
     )
     return (
         dx if ctx.needs_input_grad[0] else None,
@@ -143,7 +140,6 @@ def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
         da,
         db,
         None if magnitude is None else dm,
-        None,
         None,
     )
 
@@ -189,6 +185,7 @@ class AdaptedLinear(nn.Module):
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         if self.dropout > 0 and self.training:
             return self._forward_with_dropout(x, bias)
+        y: Tensor
         y, _ = adapted_linear(
             x.reshape(-1, self.in_features),
             self.base_tensors(),
@@ -196,10 +193,11 @@ class AdaptedLinear(nn.Module):
             self.lora_a,
             self.lora_b,
             self.magnitude,
-            bias,
             self.scaling,
         )
-        return y.view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
+        y = y.view(*x.shape[:-1], self.out_features)
+        # Outside: dm wants y without it, and subtracting a large bias from a rounded y loses the rest.
+        return y if bias is None else y + bias
 
     def _forward_with_dropout(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """PEFT's semantics: y = W x + (g - 1) W drop(x) + g s B A drop(x), unfused: three more passes over y."""
@@ -245,14 +243,14 @@ class AdaptedLinear(nn.Module):
 
         A and B are taken as the forward rounds them, so that full rank and float32 give its outputs exactly.
         """
-        a, b = (matrix.detach().to(device, dtype).float() for matrix in (self.lora_a, self.lora_b))
+        a, b = (matrix.detach().to(device, dtype) for matrix in (self.lora_a, self.lora_b))
         g = torch.ones(self.out_features, device=device)
         if self.magnitude is not None:
             g = self.magnitude.detach().to(device) / self.weight_norm(a)
         merged = torch.empty(self.out_features, self.in_features, dtype=dtype, device=device)
         for first, rows in self._own_weight(device):
             some = slice(first, first + rows.shape[0])
-            merged[some] = g[some, None] * (rows + self.scaling * (b[some] @ a))
+            merged[some] = g[some, None] * (rows + self.scaling * (b[some].float() @ a.float()))
         return merged
 
     def _own_weight(self, device: torch.device) -> Iterable[tuple[int, Tensor]]:
