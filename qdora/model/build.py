@@ -176,6 +176,12 @@ def _quantise(
             )
         model.set_submodule(name, linears[name])
         report.quantised.append(name)
+    stuck = [name for name in sources.quantised if name.removesuffix(".weight") not in report.quantised]
+    if stuck:
+        raise ModelError(
+            f"{len(stuck)} tensors of the checkpoint are stored in 4 bits where qdora keeps {dtype}, first {stuck[0]}: "
+            "use the checkpoint that is not quantised"
+        )
     if quant.strict and report.not_quantised:
         names = ", ".join(f"{name} ({reason})" for name, reason in report.not_quantised.items())
         raise ModelError(f"quant.strict=true and these layers cannot be quantised: {names}")
