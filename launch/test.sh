@@ -6,4 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 launch/setup.sh dev
 # Ranks of a test share few cores: threads that wait must not spin.
 export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
+if (($# == 0)) && .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    .venv/bin/python -m pytest tests/gpu
+fi
 exec .venv/bin/python -m pytest "$@"

@@ -1,8 +1,14 @@
 """Fixtures of every test: the real model, and the path of the repository."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
+
+if not any("gpu" in argument for argument in sys.argv):
+    # Before torch looks: the CPU tests are the same on a machine with GPUs; launch/test.sh runs tests/gpu by itself.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -45,7 +45,7 @@ class QuantConfig:
     method: QuantMethod = QuantMethod.nf4
     """`nf4` stores the linear layers of the blocks in 4 bits; `none` keeps `model.dtype`."""
     double_quant: bool = True
-    """Store each block scale in 8 bits too (4.13 instead of 4.5 bits a weight)."""
+    """Store each block scale in 8 bits too (4.13 instead of 4.5 bits a weight). A checkpoint in NF4 keeps its own."""
     strict: bool = False
     """Make a layer that cannot be quantised an error instead of a line in the report."""
 
@@ -122,7 +122,7 @@ class OptimConfig:
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW."""
     schedule: Schedule = Schedule.cosine
-    """Course of the learning rate after warm-up; cosine and linear end at 0."""
+    """Course of the learning rate after warm-up; cosine and linear fall towards 0."""
     warmup_ratio: float = 0.03
     """Share of the steps during which the learning rate rises linearly."""
     weight_decay: float = 0.0
@@ -162,7 +162,7 @@ class TrainConfig:
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0 means only at the end."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints stay; two at least, as weights prove good only in the step after."""
 
     def __post_init__(self) -> None:
         require(
@@ -200,6 +200,10 @@ class ParallelConfig:
     """Seconds a collective waits before the run fails."""
 
     def __post_init__(self) -> None:
+        require(
+            self.shard_size is None or self.shard_size >= 1,
+            f"parallel.shard_size is {self.shard_size}; it must be at least 1 or null",
+        )
         require(self.timeout_s >= 1, f"parallel.timeout_s is {self.timeout_s}; it must be at least 1")
         require(
             self.shard_size is None or self.plan is Plan.hsdp,
