@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,15 @@ def convert_gguf(file: Path, output: Path) -> None:
         raise ModelError(f"transformers cannot read {file}: {error}") from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    beside.rename(output)
+    try:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        beside.rename(output)
+    except OSError:
+        if not output.exists():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def load_config(folder: Path, config: ModelConfig) -> Any:
