@@ -58,7 +58,7 @@ class CheckpointFiles:
     def entries(self) -> dict[str, Entry]:
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            files = [self.folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            files = _indexed(index)
         else:
             files = sorted(self.folder.glob("*.safetensors"))
         if not files:
@@ -119,6 +119,15 @@ def _read_exactly(descriptor: int, view: memoryview, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names."""
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        return [index.parent / name for name in sorted(names)]
+    except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, or JSON of another shape
+        raise ModelError(f"{index} is not an index of safetensors files or is damaged; download it again") from None
+
+
 def _header(file: Path) -> Iterator[tuple[str, Entry]]:
     """The tensors that a safetensors file declares; checks that the file is as long as they need."""
     try:
@@ -128,19 +137,20 @@ def _header(file: Path) -> Iterator[tuple[str, Entry]]:
             if size < 8 or length > size - 8:
                 raise ModelError(f"{file} is cut short: {size} bytes do not hold its own header; download it again")
             header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        places = {
+            name: (value["dtype"], tuple(value["shape"]), *value["data_offsets"]) for name, value in header.items()
+        }
     except FileNotFoundError:
         raise ModelError(f"{file} is missing, though the index names it; download it again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{file} is not a safetensors file or is damaged; download it again") from None
     start = 8 + length
-    for name, value in header.items():
-        if name == "__metadata__":
-            continue
-        first, end = value["data_offsets"]
+    for name, (dtype, shape, first, end) in places.items():
         if start + end > size:
             raise ModelError(
                 f"{file} is cut short: {size} bytes where {name} alone needs {start + end}; download it again"
             )
-        if value["dtype"] not in _DTYPES:
-            raise ModelError(f"{name} in {file} has dtype {value['dtype']}, which qdora does not read")
-        yield name, Entry(file, _DTYPES[value["dtype"]], tuple(value["shape"]), start + first)
+        if dtype not in _DTYPES:
+            raise ModelError(f"{name} in {file} has dtype {dtype}, which qdora does not read")
+        yield name, Entry(file, _DTYPES[dtype], shape, start + first)

@@ -269,8 +269,20 @@ def test_truncated_weights_are_told_before_anything_is_loaded(folder: Path) -> N
         load(folder)
 
 
-def test_file_that_is_not_safetensors_is_told(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"not json at all!!!!")
+@pytest.mark.parametrize("change", ["cut", "no weight_map", "no names", "a list"])
+def test_damaged_index_is_told(tmp_path: Path, change: str) -> None:
+    sharded = make_model(tmp_path / "sharded", "llama", max_shard_size="100KB")
+    index = sharded / "model.safetensors.index.json"
+    text = index.read_text()
+    other = {"no weight_map": '{"metadata": {}}', "no names": '{"weight_map": {"a": 1, "b": "c"}}', "a list": "[]"}
+    index.write_text(other.get(change, text[: len(text) // 2]))
+    with pytest.raises(ModelError, match=r"index\.json is not an index of safetensors files or is damaged"):
+        load(sharded)
+
+
+@pytest.mark.parametrize("header", [b"not json at all!!!!", b'{"a": {"shape": []}}', b"[1, 2, 3]"])
+def test_file_that_is_not_safetensors_is_told(folder: Path, header: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(ModelError, match="not a safetensors file or is damaged"):
         load(folder)
 
