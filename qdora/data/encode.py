@@ -89,14 +89,16 @@ def encode_prompt(row: Row, form: DataFormat, tokenizer: Any) -> list[int]:
     """Everything up to the last answer, ready to be continued."""
     if form in (DataFormat.completion, DataFormat.text):
         prompt = _text(row, "prompt" if form is DataFormat.completion else "text", form)
-        ids: list[int] = tokenizer(prompt)["input_ids"]
-        return ids
+        ids, _ = _tokenize(prompt, [], tokenizer, special_tokens=True)
+        plain, _ = _tokenize(prompt, [], tokenizer, special_tokens=False)
+        end = [tokenizer.eos_token_id]
+        # Some tokenizers end every text, and after an end nothing would come.
+        return ids[:-1] if ids[-1:] == end != plain[-1:] else ids
     messages = conversation(row, form)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     text = _render(messages, _tools(row), tokenizer, row.where, generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return _tokenize(text, [], tokenizer, special_tokens=False)[0]
 
 
 def reference(row: Row, form: DataFormat) -> str:
@@ -225,9 +227,12 @@ def _span(
 def _encode_plain(prompt: str, learned: str, tokenizer: Any) -> Encoded:
     whole = prompt + learned
     ids, mask = _tokenize(whole, [(len(prompt), len(whole))], tokenizer, special_tokens=True)
-    if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-        ids.append(tokenizer.eos_token_id)
-        mask.append(True)
+    if tokenizer.eos_token_id is not None:
+        if ids[-1:] == [tokenizer.eos_token_id]:  # put there by the tokenizer, which gives it no place in the text
+            mask[-1] = True
+        else:
+            ids.append(tokenizer.eos_token_id)
+            mask.append(True)
     return ids, mask
 
 
@@ -244,8 +249,13 @@ def _tokenize(text: str, spans: list[tuple[int, int]], tokenizer: Any, special_t
     position = 0
     for start, end in [*spans, (len(text), len(text))]:
         for piece, learned in ((text[position:start], False), (text[start:end], True)):
-            new = tokenizer(piece, add_special_tokens=special_tokens and not ids)["input_ids"] if piece else []
+            new = tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
             ids += new
             mask += [learned] * len(new)
         position = end
+    if special_tokens:
+        whole = tokenizer.build_inputs_with_special_tokens(ids)
+        before = next(start for start in range(len(whole) + 1) if whole[start : start + len(ids)] == ids)
+        mask = [False] * before + mask + [False] * (len(whole) - before - len(ids))
+        ids = whole
     return ids, mask

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from qdora.config import DataFormat
 from qdora.data.encode import DEFAULT_TEMPLATE, detect, encode, encode_prompt, reference, with_answer
@@ -120,6 +121,60 @@ def test_text_learns_everything_and_the_end(smollm2: Path) -> None:
     _, mask = encode(Row({"text": "One two three"}, "x"), DataFormat.text, tokenizer)
     assert all(mask)
     assert learned(Row({"text": "One two"}, "x"), DataFormat.text, tokenizer) == "One two" + tokenizer.eos_token
+
+
+def ending_tokenizer(kind: str) -> Any:
+    """A tokenizer that itself ends every text: a fast one that also begins it, or one in Python."""
+    if kind == "slow":
+        return ByT5Tokenizer()
+    tokenizer = make_tokenizer()
+    special_tokens = [("<s>", 1), ("</s>", 2)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=special_tokens)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["fast", "slow"])
+def test_end_that_the_tokenizer_puts_is_learned_once(kind: str) -> None:
+    tokenizer = ending_tokenizer(kind)
+    given = ["<s>"] if kind == "fast" else []
+    for values, form, unlearned in (
+        ({"prompt": "ab", "completion": "cd"}, DataFormat.completion, [*given, "a", "b"]),
+        ({"text": "abcd"}, DataFormat.text, given),
+    ):
+        ids, mask = encode(Row(values, "x"), form, tokenizer)
+        assert tokenizer.convert_ids_to_tokens(ids) == [*given, "a", "b", "c", "d", "</s>"]
+        assert mask == [False] * len(unlearned) + [True] * (len(ids) - len(unlearned))
+
+
+@pytest.mark.parametrize("kind", ["fast", "slow"])
+def test_prompt_does_not_end_where_it_is_to_be_continued(kind: str) -> None:
+    tokenizer = ending_tokenizer(kind)
+    row = Row({"prompt": "ab", "completion": "cd"}, "x")
+    ids, _ = encode(row, DataFormat.completion, tokenizer)
+    prompt = encode_prompt(row, DataFormat.completion, tokenizer)
+    assert prompt == ids[: len(prompt)]
+    assert len(ids) - len(prompt) == len("cd") + 1
+
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_generation_markers_change_nothing_and_agree(smollm2: Path) -> None:
+    """transformers takes the mask from the markers; here it is found without them."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer.chat_template = MARKED
+    ids, mask = encode(CHAT, DataFormat.messages, tokenizer)
+    theirs = tokenizer.apply_chat_template(TURNS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    assert ids == theirs["input_ids"]
+    assert [int(one) for one in mask] == theirs["assistant_masks"]
+    assert sum(mask) > 5
+    tokenizer.chat_template = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    assert encode(CHAT, DataFormat.messages, tokenizer) == (ids, mask)
 
 
 @pytest.mark.parametrize(
