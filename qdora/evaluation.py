@@ -35,7 +35,9 @@ from qdora.config import (
     Plan,
     Protocol,
     QuantConfig,
+    QuantMethod,
 )
+from qdora.config.commands import overlaid
 from qdora.data import BatchLoader, prepare
 from qdora.data.encode import detect, encode, encode_prompt, reference, with_answer
 from qdora.data.sources import Row, load_rows
@@ -72,9 +74,7 @@ def evaluate(config: EvaluateConfig) -> int:
     # Before the model is loaded: mistakes in the data show within a second.
     rows = [] if config.protocol is Protocol.loss else _rows(subject.data)
     plan = ParallelConfig(plan=Plan.none)
-    loaded = load_model(
-        base, subject.model, subject.quant, subject.adapter, plan, world, seed=config.seed, trainable=False
-    )
+    loaded = load_model(base, subject.model, subject.quant, subject.adapter, plan, world, seed=0, trainable=False)
     loaded.model.eval()
     if config.protocol is Protocol.loss:
         scores = _loss(loaded, subject.data, tokenizer, config, world)
@@ -107,13 +107,13 @@ def _subject(config: EvaluateConfig) -> Subject:
     if config.run is not None:
         folder = RunFolder(Path(config.run))
         run = folder.read_config()
-        data = replace(run.data, eval=config.data.eval or run.data.eval, limit=config.limit)
-        if config.data.format is not DataFormat.auto:
-            data = replace(data, format=config.data.format)
+        data = replace(overlaid(run.data, config.data), limit=config.limit)
         if run.adapter.method is AdapterMethod.none:
+            if config.model.path is not None:
+                raise ConfigError(f"run={config.run} trained every weight: leave out model.path, it has no base")
             model, adapter = replace(run.model, path=str(folder.model)), run.adapter
         else:
-            model, adapter = run.model, peft_format.read_config(folder.finished_adapter())
+            model, adapter = overlaid(run.model, config.model), peft_format.read_config(folder.finished_adapter())
         quant, near = run.quant, folder.path
     else:
         model, quant, data = config.model, config.quant, replace(config.data, limit=config.limit)
@@ -121,6 +121,8 @@ def _subject(config: EvaluateConfig) -> Subject:
         near = Path(str(model.path)) if config.adapter is None else Path(config.adapter)
         if config.adapter is not None:
             adapter = peft_format.read_config(Path(config.adapter))
+            if quant.method is QuantMethod.none:
+                print(f"adapter={config.adapter} is scored over unquantised weights; trained over NF4? add quant=nf4")
     if data.eval is None:
         raise ConfigError("data.eval is not set: give the file to score on")
     output = Path(config.output_dir) if config.output_dir else near / "evaluation"
@@ -146,7 +148,7 @@ def _loss(
         packing=False,
         rank=0,
         world_size=1,
-        seed=config.seed,
+        seed=0,
         shuffle=False,
         pad_token_id=tokenizer.pad_token_id,
     )

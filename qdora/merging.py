@@ -9,7 +9,6 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from qdora import nf4, parallel
 from qdora.adapter import peft_format
 from qdora.adapter.dora import adapted_layers
-from qdora.config import MergeConfig, ModelConfig, QuantConfig
+from qdora.config import MergeConfig, ModelConfig, QuantConfig, QuantMethod
+from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
 from qdora.model import model_folder
 from qdora.model.build import EmptyModel, build_model
@@ -47,7 +47,7 @@ def merge(config: MergeConfig) -> int:
     weights = (adapter_folder / peft_format.WEIGHTS).read_bytes()
     record = {
         "base": str(model_config.path),
-        "base_weights": f"dequantised {quant.method.name}" if quant.method.name != "none" else "as stored",
+        "base_weights": "as stored" if quant.method is QuantMethod.none else f"dequantised {config.base.name}",
         "adapter": hashlib.sha256(weights).hexdigest(),
         "dtype": model_config.dtype.name,
     }
@@ -102,8 +102,8 @@ def _parts(config: MergeConfig) -> tuple[ModelConfig, QuantConfig, Path]:
         return config.model, config.quant, Path(str(config.adapter))
     folder = RunFolder(Path(config.run))
     run = folder.read_config()
-    model = run.model if config.model.path is None else replace(run.model, path=config.model.path)
-    return model, run.quant, folder.finished_adapter()
+    # model.dtype=float32 spares the merged weights the rounding to bfloat16.
+    return overlaid(run.model, config.model), run.quant, folder.finished_adapter()
 
 
 def _check_same(output: Path, record: dict[str, Any]) -> None:

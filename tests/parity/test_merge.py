@@ -17,6 +17,7 @@ from qdora.adapter.dora import adapted_layers
 from qdora.config import (
     AdapterConfig,
     AdapterMethod,
+    DataConfig,
     Dtype,
     MergeConfig,
     ModelConfig,
@@ -24,12 +25,14 @@ from qdora.config import (
     Plan,
     QuantConfig,
     QuantMethod,
+    RunConfig,
 )
 from qdora.errors import ConfigError
 from qdora.merging import merge
 from qdora.model import LoadedModel, load_model
 from qdora.nf4 import NF4Linear
 from qdora.parallel import start_alone
+from qdora.run_folder import RunFolder
 from tests.support import FAMILIES, make_model
 
 IDS = torch.arange(4, 68).view(2, 32)
@@ -169,6 +172,39 @@ def test_the_same_merge_is_not_made_twice(tmp_path: Path, capsys: pytest.Capture
     assert merge(options) == 0
     assert "is this merge already" in capsys.readouterr().out
     assert (tmp_path / "merged" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def saved_run(folder: Path, output: Path) -> Path:
+    """The folder of a finished bfloat16 run over NF4."""
+    run = RunFolder(output)
+    adapted(folder, run.adapter, QuantMethod.nf4, AdapterConfig(rank=4))
+    run.start(RunConfig(model=ModelConfig(path=str(folder)), data=DataConfig(train="t")), 0)
+    return run.path
+
+
+def test_run_merged_in_float32_is_rounded_to_bfloat16_nowhere(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama", dtype=torch.float32)
+    run = str(saved_run(folder, tmp_path / "run"))
+    merge(MergeConfig(run=run, output=str(tmp_path / "rounded")))
+    merge(MergeConfig(run=run, output=str(tmp_path / "exact"), model=ModelConfig(dtype=Dtype.float32)))
+    merge(merge_config(folder, tmp_path / "run" / "adapter", tmp_path / "expected", QuantMethod.nf4))
+    rounded, exact, expected = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("rounded", "exact", "expected")
+    )
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert (rounded[name].dtype, exact[name].dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(exact[name], expected[name])
+    assert not torch.equal(exact[name], rounded[name].float())
+
+
+def test_run_whose_base_was_moved_is_merged_and_the_record_says_with_what(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    run = saved_run(folder, tmp_path / "run")
+    folder.rename(tmp_path / "moved")
+    moved = ModelConfig(path=str(tmp_path / "moved"))
+    merge(MergeConfig(run=str(run), output=str(tmp_path / "merged"), model=moved))
+    record = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert (record["base"], record["base_weights"]) == (str(tmp_path / "moved"), "dequantised nf4")
 
 
 def test_merge_into_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 """Every configuration composes, every option is checked, and every option is used."""
 
+import ast
 import itertools
 import re
-from dataclasses import fields, is_dataclass
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,17 +19,21 @@ from qdora.commands.explain import option_names
 from qdora.config import (
     AdapterConfig,
     DataConfig,
+    Dtype,
     EvaluateConfig,
     MergeConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     Plan,
+    QuantConfig,
     RunConfig,
     TrainConfig,
 )
+from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
 from qdora.run_folder import config_from_values, config_values
+from tests.support import run
 
 NEEDED = {
     "train": ["model.path=m", "data.train=d"],
@@ -109,16 +117,38 @@ def test_every_option_can_be_overridden(option: str) -> None:
     assert getattr(made, name) != now
 
 
-@pytest.mark.parametrize(
-    "option", [name for kind in (RunConfig, MergeConfig, EvaluateConfig) for name in option_names(kind)]
-)
-def test_every_option_is_read_somewhere(option: str, root: Path) -> None:
-    name = option.rpartition(".")[2]
-    files = [file for file in (root / "qdora").rglob("*.py") if "config" not in file.parts]
-    source = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    groups = (root / "qdora" / "config" / "groups.py").read_text(encoding="utf-8")
-    read_by_property = re.search(rf"self\.{name}\b", groups[groups.index("def scaling") :]) is not None
-    assert re.search(rf"\.{name}\b", source) or read_by_property or f'"{name}"' in source
+def options_read(root: Path, copy: Path, gone: Callable[[str], bool]) -> set[tuple[str, str]]:
+    """(class, field) of each option that code outside qdora/config reads.
+
+    A copy of the package loses the fields whose annotation is `gone`, and mypy then tells where they are missed.
+    """
+
+    def is_gone(item: ast.stmt) -> bool:
+        if isinstance(item, ast.FunctionDef):
+            return item.name == "__post_init__"  # where an option is set, it is there for mypy
+        return isinstance(item, ast.AnnAssign) and gone(ast.unparse(item.annotation))
+
+    shutil.copytree(root / "qdora", copy / "qdora", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (copy / "qdora" / "config" / "groups.py", copy / "qdora" / "config" / "commands.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for kind in (item for item in tree.body if isinstance(item, ast.ClassDef)):
+            kind.body = [item for item in kind.body if not is_gone(item)]
+        file.write_text(ast.unparse(tree), encoding="utf-8")
+    options = ["--follow-imports=skip", "--ignore-missing-imports", f"--cache-dir={copy / 'cache'}", "--config-file="]
+    done = run([sys.executable, "-m", "mypy", "-p", "qdora", "--no-error-summary", *options], cwd=copy, PYTHONPATH="")
+    missed = re.findall(r'^(?!qdora/config/).*: error: "(\w+)" has no attribute "(\w+)"', done.stdout, re.MULTILINE)
+    return set(missed)
+
+
+def test_every_option_is_read_somewhere(root: Path, tmp_path: Path) -> None:
+    """Single options of each class first, then the groups of each command, which the former need."""
+    commands, groups = {RunConfig, MergeConfig, EvaluateConfig}, set()
+    for kind in commands:
+        groups |= {hint for hint in get_type_hints(kind).values() if is_dataclass(hint)}
+    names = {kind.__name__ for kind in groups}
+    read = options_read(root, tmp_path / "options", lambda annotation: annotation not in names)
+    read |= options_read(root, tmp_path / "groups", lambda annotation: annotation in names)
+    assert {(kind.__name__, item.name) for kind in commands | groups for item in fields(kind)} - read == set()
 
 
 def test_every_option_is_documented_or_speaks_for_itself(root: Path) -> None:
@@ -164,6 +194,19 @@ def test_every_option_is_documented_or_speaks_for_itself(root: Path) -> None:
         (lambda: MergeConfig(run="r", output="o", max_shard_gib=0), "max_shard_gib is 0"),
         (lambda: EvaluateConfig(), "give one of run=DIR"),
         (lambda: EvaluateConfig(run="r", adapter="a"), "a run has its own"),
+        (lambda: EvaluateConfig(run="r", model=ModelConfig(path="m", dtype=Dtype.float32)), r"^model\.dtype: run=DIR"),
+        (lambda: EvaluateConfig(run="r", quant=QuantConfig()), r"^quant\.method: run=DIR decides that"),
+        (lambda: EvaluateConfig(run="r", data=DataConfig(limit=3)), r"^data\.limit: write limit=N"),
+        (
+            lambda: EvaluateConfig(run="r", data=DataConfig(train="d", packing=False)),
+            r"^data\.packing, data\.train: qdora evaluate scores data\.eval",
+        ),
+        (
+            lambda: MergeConfig(
+                run="r", output="o", model=ModelConfig(revision="v"), quant=QuantConfig(strict=True, double_quant=False)
+            ),
+            r"^model\.revision, quant\.double_quant, quant\.strict: run=DIR decides that; leave it out",
+        ),
         (lambda: EvaluateConfig(model=ModelConfig(path="m")), r"data\.eval is not set"),
         (lambda: EvaluateConfig(run="r", batch_size=0), "batch_size is 0"),
     ],
@@ -171,6 +214,17 @@ def test_every_option_is_documented_or_speaks_for_itself(root: Path) -> None:
 def test_value_that_is_not_allowed_is_told(make: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_a_moved_base_and_merging_in_float32_go_with_a_run() -> None:
+    assert composed("merge", *NEEDED["merge"], "model.path=m", "model.dtype=float32", "base=nf4").model.path == "m"
+    assert composed("evaluate", *NEEDED["evaluate"], "model.path=m", "data.max_length=9").model.path == "m"
+
+
+def test_options_of_a_run_stay_where_none_is_given() -> None:
+    stored = DataConfig(train="t", eval="e", max_length=9, packing=False)
+    assert overlaid(stored, DataConfig(eval="other")) == replace(stored, eval="other")
+    assert overlaid(stored, DataConfig()) == stored
 
 
 def test_4_bit_weights_cannot_be_trained() -> None:
