@@ -229,3 +229,19 @@ def _assert_step_0_is_the_base(folder: Path) -> None:
         with torch.no_grad():
             logits.append(loaded.model(input_ids=ids).logits)
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_large_bias_leaves_the_magnitudes_gradient_alone(quantised: bool) -> None:
+    """In bfloat16; dm is the sum of dy (y - bias) / m, of which nothing is left if y was rounded with the bias in it."""
+    torch.manual_seed(0)
+    weight, x, dy = torch.randn(OUT, IN) * 0.05, torch.randn(64, IN).bfloat16(), torch.randn(64, OUT).bfloat16()
+    gradients = []
+    for bias in (torch.zeros(OUT), 100 * torch.randn(OUT)):
+        torch.manual_seed(1)
+        layer = make_layer(Case(dtype=torch.bfloat16, quantised=quantised), weight, bias)
+        layer(x).backward(dy)
+        assert layer.magnitude is not None
+        gradients.append(layer.magnitude.grad)
+    assert gradients[0] is not None
+    assert torch.equal(*gradients)  # type: ignore[arg-type]

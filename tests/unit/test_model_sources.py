@@ -98,6 +98,16 @@ def test_quantised_checkpoint_keeps_its_bits(tmp_path: Path, folder: Path, doubl
         assert all(torch.equal(a, b) for a, b in zip(*(layer.tensors() for layer in pair), strict=True))
 
 
+def test_quantised_layer_that_cannot_stay_so_is_refused(tmp_path: Path) -> None:
+    """Rows of 160 values are not whole blocks: the layer would be bfloat16, and its packed bytes are no weights."""
+    folder = make_model(tmp_path / "model", "llama", intermediate_size=160)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    stored = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
+    stored.save_pretrained(tmp_path / "stored")
+    with pytest.raises(ModelError, match=r"2 tensors .* stored in 4 bits .* first model\.layers\.0\.mlp\.down_proj"):
+        load(tmp_path / "stored", QuantConfig())
+
+
 def test_quantised_checkpoint_needs_quantised_training(tmp_path: Path, folder: Path) -> None:
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     stored = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
