@@ -9,13 +9,34 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qdora.config import DataConfig, DataFormat, Dtype, EvaluateConfig, ModelConfig, Protocol
+from qdora.adapter import peft_format
+from qdora.adapter.dora import adapted_layers
+from qdora.config import (
+    AdapterConfig,
+    AdapterMethod,
+    DataConfig,
+    DataFormat,
+    Dtype,
+    EvaluateConfig,
+    ModelConfig,
+    ParallelConfig,
+    Plan,
+    Protocol,
+    QuantConfig,
+    QuantMethod,
+    RunConfig,
+)
 from qdora.data.encode import encode
 from qdora.data.sources import Row
 from qdora.errors import ConfigError, DataError
 from qdora.evaluation import _right, choices_of, evaluate
+from qdora.model import LoadedModel, load_model
+from qdora.parallel import start_alone
+from qdora.run_folder import RunFolder
 from tests.support import make_model
 
+COMMONSENSE = Path(__file__).parent / "commonsense_rows.jsonl"
+"""Source and licences: commonsense_rows.md beside it."""
 SCORE_TOLERANCE = 1e-5
 """Relative; float32 over padded rows of other lengths."""
 
@@ -27,14 +48,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score(
-    model: Path, rows: list[dict[str, Any]], tmp_path: Path, protocol: Protocol, **options: Any
+    model: Path,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    protocol: Protocol,
+    max_length: int = DataConfig().max_length,
+    **options: Any,
 ) -> dict[str, Any]:
     """Evaluates `rows` and reads what was written."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dtype = Dtype.bfloat16 if "run" in options else Dtype.float32  # a run has its own, and the default says so
     config = EvaluateConfig(
-        model=ModelConfig(path=str(model), dtype=Dtype.float32),
-        data=DataConfig(eval=str(file), cache_dir=str(tmp_path / "cache")),
+        model=ModelConfig(path=str(model), dtype=dtype),
+        data=DataConfig(eval=str(file), cache_dir=str(tmp_path / "cache"), max_length=max_length),
         protocol=protocol,
         output_dir=str(tmp_path / "results"),
         **options,
@@ -42,6 +69,20 @@ def score(
     assert evaluate(config) == 0
     results: dict[str, Any] = json.loads((tmp_path / "results" / "results.json").read_text())
     return results
+
+
+def adapted(model: Path, quant: QuantMethod, adapter: Path) -> LoadedModel:
+    """The model with a random adapter, which is also saved to `adapter`."""
+    config, world = ModelConfig(path=str(model), dtype=Dtype.float32), start_alone("tests")
+    plan = ParallelConfig(plan=Plan.none)
+    loaded = load_model(model, config, QuantConfig(method=quant), AdapterConfig(rank=4), plan, world)
+    torch.manual_seed(3)
+    for layer in adapted_layers(loaded.model).values():
+        layer.lora_b.data.normal_(std=0.1)
+    loaded.refresh(world.device)
+    peft_format.save(loaded.model, adapter, loaded.adapter, str(model), loaded.dtype, world)
+    loaded.model.eval()
+    return loaded
 
 
 @torch.no_grad()
@@ -83,6 +124,86 @@ def test_likelihood_scores_each_choice_in_the_words_of_the_answer(model: Path, t
     correct = [sample["prediction"] == sample["answer"] for sample in results["samples"]]
     assert results["accuracy"] == sum(correct) / 5
     assert (results["chance"], results["majority"]) == (0.5, 0.6)
+
+
+@torch.no_grad()
+def test_likelihood_scores_both_choices_in_the_sentence_of_real_rows(smollm2: Path, tmp_path: Path) -> None:
+    """BoolQ and PIQA as LLM-Adapters words them; each score against the logits of the whole conversation."""
+    rows = [json.loads(line) for line in COMMONSENSE.read_text().splitlines()]
+    results = score(smollm2, rows, tmp_path, Protocol.likelihood, batch_size=8)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    for row, sample in zip(rows, results["samples"], strict=True):
+        choices = {"boolq": ["true", "false"], "piqa": ["solution1", "solution2"]}[row["task"]]
+        assert list(sample["scores"]) == choices
+        turns = [{"role": "user", "content": row["instruction"]}]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        start = len(tokenizer(prompt)["input_ids"])
+        for choice in choices:
+            ids = tokenizer(f"{prompt}the correct answer is {choice}<|im_end|>", return_tensors="pt")["input_ids"]
+            likely = theirs(input_ids=ids).logits[0, start - 1 : -1].log_softmax(1)
+            expected = float(likely.gather(1, ids[0, start:, None]).sum())
+            assert sample["scores"][choice] == pytest.approx(expected, rel=SCORE_TOLERANCE)
+    assert [sample["answer"] for sample in results["samples"]] == [row["answer"] for row in rows]
+    assert (results["num_samples"], results["chance"]) == (16, 0.5)
+
+
+@pytest.mark.parametrize("quant", [QuantMethod.nf4, QuantMethod.none])
+def test_adapter_is_scored_over_its_base(
+    quant: QuantMethod, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    loaded = adapted(model, quant, adapter)
+    rows = [encode(Row(row, "x"), DataFormat.completion, AutoTokenizer.from_pretrained(model)) for row in COMPLETIONS]
+    total, count = 0.0, 0
+    for ids, learned in rows:
+        with torch.no_grad():
+            likely = loaded.model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(1)
+        total -= sum(float(likely[place - 1, ids[place]]) for place in range(1, len(ids)) if learned[place])
+        count += sum(learned[1:])
+    results = score(model, COMPLETIONS, tmp_path, Protocol.loss, adapter=str(adapter), quant=QuantConfig(method=quant))
+    assert results["loss"] == pytest.approx(total / count, rel=SCORE_TOLERANCE)
+    assert (results["adapter"], results["quant"]) == (str(adapter), quant.name)
+    notice = f"adapter={adapter} is scored over unquantised weights; trained over NF4? add quant=nf4"
+    assert capsys.readouterr().out.count(notice) == (quant is QuantMethod.none)
+    plain = score(model, COMPLETIONS, tmp_path, Protocol.loss, quant=QuantConfig(method=quant))
+    assert "unquantised" not in capsys.readouterr().out
+    assert plain["loss"] != pytest.approx(results["loss"], rel=100 * SCORE_TOLERANCE)
+
+
+def test_run_is_scored_with_its_own_options_but_those_given(model: Path, tmp_path: Path) -> None:
+    """Its base was moved, and its length limit cuts the samples."""
+    run = RunFolder(tmp_path / "run")
+    adapted(model, QuantMethod.nf4, run.adapter)
+    run.start(
+        RunConfig(
+            model=ModelConfig(path="gone", dtype=Dtype.float32),
+            data=DataConfig(train="t", max_length=4, limit=1),
+        ),
+        0,
+    )
+    results = score(model, COMPLETIONS, tmp_path, Protocol.loss, run=str(run.path))
+    alone = score(
+        model, COMPLETIONS, tmp_path, Protocol.loss, adapter=str(run.adapter), quant=QuantConfig(), max_length=4
+    )
+    longer = score(model, COMPLETIONS, tmp_path, Protocol.loss, run=str(run.path), max_length=9)
+    assert (results["quant"], results["num_samples"]) == ("nf4", 5)
+    assert results["loss"] == alone["loss"]
+    assert longer["num_label_tokens"] > results["num_label_tokens"]
+
+
+def test_fully_trained_run_has_no_base_to_move(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run").start(
+        RunConfig(
+            model=ModelConfig(path="m"),
+            quant=QuantConfig(method=QuantMethod.none),
+            adapter=AdapterConfig(method=AdapterMethod.none),
+            data=DataConfig(train="t", eval="e"),
+        ),
+        0,
+    )
+    with pytest.raises(ConfigError, match=r"trained every weight: leave out model\.path"):
+        evaluate(EvaluateConfig(run=str(tmp_path / "run"), model=ModelConfig(path="m")))
 
 
 def test_generation_is_that_of_transformers(smollm2: Path, tmp_path: Path) -> None:
