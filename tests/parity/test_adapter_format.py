@@ -21,9 +21,10 @@ from tests.support import make_model
 
 IDS = torch.arange(4, 68).view(2, 32)
 WORLD = start_alone("tests")
-LOGIT_TOLERANCE = 1e-4
-"""Relative to the norm of the logits: float32 through up to 30 layers. In bfloat16 two equal models differ by a third
-after 30 layers of a random perturbation, so nothing could be told apart."""
+LOGIT_TOLERANCE = 1e-3
+"""Relative to the norm of the logits, in float32: through SmolLM2's 30 perturbed layers ours and PEFT's are 0.8e-4 and
+0.6e-4 from float64 arithmetic and 1.45e-4 from each other (another CPU's kernels: 1e-5); a gain rounded to bfloat16
+makes 1.2e-2. In bfloat16 two equal models differ by a third, so nothing could be told apart."""
 SEEN = 0.02
 """The adapter must change the logits by more than this, else agreement says nothing."""
 
