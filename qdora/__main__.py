@@ -2,14 +2,17 @@
 
 import os
 import sys
+from pathlib import Path
 
-from qdora.commands import run
+from qdora.commands import STATUS_FILE, run
 
 
 def main() -> None:
     """Entry point of the `qdora` script."""
     status = run(sys.argv[1:])
     if "RANK" in os.environ:
+        if STATUS_FILE in os.environ and os.environ.get("LOCAL_RANK") == "0":
+            Path(os.environ[STATUS_FILE]).write_text(str(status), encoding="utf-8")
         # torch 2.13: a rank that leaves while threads of its process groups still end can abort with SIGABRT (seen in
         # 3 of 10 exits over gloo), which would hide the status. Everything is closed by now: leave without teardown.
         sys.stdout.flush()

@@ -26,6 +26,8 @@ from qdora.errors import EXIT_USER_ERROR, ConfigError, QdoraError, nearest
 
 EXIT_KEYBOARD = 130
 """What a shell shows for a Ctrl-C; during training it saves and ends in `EXIT_INTERRUPTED` instead."""
+STATUS_FILE = "QDORA_STATUS_FILE"
+"""Environment variable of the file that the first rank of a machine leaves its exit status in, for the launcher."""
 HELP = ("-h", "--help")
 
 

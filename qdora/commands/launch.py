@@ -2,18 +2,21 @@
 
 torchrun turns any failure into exit status 1 and a report longer than the message of the rank that failed. Here the
 first failing rank's status is passed on (2 for a mistake of the user, 75 for interrupted and saved), and its report is
-printed only where the rank could not say anything itself: killed by a signal.
+printed only where the rank could not say anything itself: killed by a signal. After Ctrl-C or SIGTERM torchrun does not
+say how its ranks ended, so the first rank of this machine leaves its status in a file.
 """
 
 import os
 import signal
 import sys
+import tempfile
+from typing import IO
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from qdora.errors import EXIT_INTERRUPTED
+from qdora.commands import EXIT_KEYBOARD, STATUS_FILE
 
 SHUTDOWN_TIMEOUT_S = 300
 """Time that ranks get to finish their step and save after Ctrl-C or SIGTERM; torchrun's own 30 s would cut a save."""
@@ -23,6 +26,12 @@ def launch(arguments: list[str]) -> int:
     """Runs torchrun with `arguments` in this process and returns the exit status of the ranks."""
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
     os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    with tempfile.NamedTemporaryFile("r", prefix="qdora-status-") as status:
+        os.environ[STATUS_FILE] = status.name
+        return _launch(arguments, status)
+
+
+def _launch(arguments: list[str], status: IO[str]) -> int:
     try:
         torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as error:
@@ -33,8 +42,11 @@ def launch(arguments: list[str]) -> int:
             print(f"qdora: rank {rank} was ended by {name}{hint}", file=sys.stderr)
             return 128 - failure.exitcode
         return int(failure.exitcode)
-    except SignalException:
-        return EXIT_INTERRUPTED
+    except SignalException as error:
+        left = status.read()
+        return int(left) if left else 128 + error.sigval
+    except KeyboardInterrupt:  # before torchrun listens for signals
+        return EXIT_KEYBOARD
     return 0
 
 
