@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
             return 0
         if len(overrides) < len(arguments) - 1:
             if is_main:
-                print(describe(name, COMMANDS[name].config_class, values, conf_folder()))
+                _show(describe(name, COMMANDS[name].config_class, values, conf_folder()))
             return 0
         return _call(COMMANDS[name], values)
     except QdoraError as error:
@@ -135,6 +135,13 @@ def _call(command: Command, values: DictConfig) -> int:
     module, function = command.target.split(":")
     target: Callable[[Any], int] = getattr(importlib.import_module(module), function)
     return target(typed_config)
+
+
+def _show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has read enough; Python would complain again when it flushes at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage() -> str:

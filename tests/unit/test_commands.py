@@ -98,6 +98,11 @@ def test_help_is_shown_by_one_rank_and_mistakes_before_it(
     assert not capsys.readouterr().out
 
 
+def test_help_into_a_reader_that_stops_early_ends_quietly() -> None:
+    done = run_process(["bash", "-c", f"set -o pipefail; {sys.executable} -m qdora train --help | true"])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_field_docs_are_those_of_the_field_above() -> None:
     docs = field_docs(OptimConfig)
     assert docs["learning_rate"] == "Peak learning rate of AdamW."
