@@ -128,8 +128,11 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay on matrices; magnitudes, norms and biases have none."""
     beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
     beta2: float = 0.999
+    """Decay of AdamW's mean of squared gradients."""
     epsilon: float = 1e-8
+    """What AdamW adds to the root of that mean."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 means never."""
 
@@ -222,7 +225,9 @@ class TrackerConfig:
     mode: TrackerMode = TrackerMode.auto
     """`auto` goes online where there is a key and a network, else offline with one notice."""
     project: str = "qdora"
+    """W&B project."""
     entity: str | None = None
+    """W&B user or team; null means the key's own."""
     log_adapter: bool = False
     """Upload the adapter folder as an artifact at the end."""
     timeout_s: int = 30

@@ -233,7 +233,7 @@ def _assert_step_0_is_the_base(folder: Path) -> None:
 
 @pytest.mark.parametrize("quantised", [True, False])
 def test_large_bias_leaves_the_magnitudes_gradient_alone(quantised: bool) -> None:
-    """In bfloat16; dm is the sum of dy (y - bias) / m, of which nothing is left if y was rounded with the bias in it."""
+    """In bfloat16: dm is the sum of dy (y - bias) / m, of which a y rounded with its bias has nothing left."""
     torch.manual_seed(0)
     weight, x, dy = torch.randn(OUT, IN) * 0.05, torch.randn(64, IN).bfloat16(), torch.randn(64, OUT).bfloat16()
     gradients = []
