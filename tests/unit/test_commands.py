@@ -12,7 +12,7 @@ from qdora import commands
 from qdora.commands import compose, run
 from qdora.commands.explain import option_names
 from qdora.commands.help import field_docs
-from qdora.config import OptimConfig
+from qdora.config import OptimConfig, RunConfig
 from qdora.errors import ConfigError
 from tests.support import run as run_process
 
@@ -104,9 +104,10 @@ def test_help_into_a_reader_that_stops_early_ends_quietly() -> None:
 
 
 def test_field_docs_are_those_of_the_field_above() -> None:
-    docs = field_docs(OptimConfig)
-    assert docs["learning_rate"] == "Peak learning rate of AdamW."
-    assert "beta1" not in docs
+    assert field_docs(OptimConfig)["learning_rate"] == "Peak learning rate of AdamW."
+    docs = field_docs(RunConfig)
+    assert docs["seed"].startswith("Fixes initialisation")
+    assert "model" not in docs
 
 
 def test_cfg_job_prints_the_configuration_instead_of_running(capsys: pytest.CaptureFixture[str]) -> None:
