@@ -43,7 +43,7 @@ from qdora.data.encode import detect, encode, encode_prompt, reference, with_ans
 from qdora.data.sources import Row, load_rows
 from qdora.errors import ConfigError, DataError
 from qdora.model import LoadedModel, load_model, load_tokenizer, model_folder
-from qdora.model.loss import IGNORED, log_likelihoods, mean_loss
+from qdora.model.loss import IGNORED, check_token_loss, log_likelihoods, mean_loss
 from qdora.parallel import World
 from qdora.run_folder import RunFolder
 
@@ -76,6 +76,7 @@ def evaluate(config: EvaluateConfig) -> int:
     plan = ParallelConfig(plan=Plan.none)
     loaded = load_model(base, subject.model, subject.quant, subject.adapter, plan, world, seed=0, trainable=False)
     loaded.model.eval()
+    check_token_loss(loaded.model, world.device, packing=False)
     if config.protocol is Protocol.loss:
         scores = _loss(loaded, subject.data, tokenizer, config, world)
     elif config.protocol is Protocol.likelihood:

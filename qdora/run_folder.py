@@ -66,6 +66,16 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, none if there is no file; a line that a killed run left torn is passed over."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and "step" in record]
+
+
 class RunFolder:
     """Paths and files of one run; the methods that write are for rank 0."""
 
@@ -151,14 +161,8 @@ class RunFolder:
         _write(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl; a line that a killed run left half written is passed over."""
-        if not self.metrics.exists():
-            return []
-        records = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-        return records
+        """The records of metrics.jsonl."""
+        return read_metrics(self.metrics)
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""

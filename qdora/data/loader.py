@@ -7,7 +7,7 @@ do not depend on how they are divided, and a position in rows is all that resumi
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,12 +34,6 @@ class Batch:
     """Without padding."""
     samples: tuple[int, ...] = ()
     """Indices in the data set of the samples in it, row after row."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same on another device."""
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.position_ids, self.labels))
-        input_ids, position_ids, labels = moved
-        return replace(self, input_ids=input_ids, position_ids=position_ids, labels=labels)
 
 
 def pack(lengths: np.ndarray, order: np.ndarray, max_length: int) -> list[list[int]]:

@@ -1,6 +1,5 @@
 """The figure of a run, drawn from its metrics.jsonl alone: a resumed run shows its whole course."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+
+from qdora.run_folder import read_metrics
 
 SIZE_INCHES, DPI = (10.0, 6.25), 160  # 1600 x 1000 pixels
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#8F5A99", "#555555"  # apart for the colour-blind
@@ -54,15 +55,8 @@ def write_report(metrics_path: Path, output: Path, title: str) -> None:
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The logged steps in order. A line torn by a crash is left out; of a step logged twice, the later counts."""
-    by_step: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            by_step[record["step"]] = record
+    """The logged steps in order; of a step logged twice, the later counts."""
+    by_step = {record["step"]: record for record in read_metrics(path)}
     return [by_step[step] for step in sorted(by_step)]
 
 
