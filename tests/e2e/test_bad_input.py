@@ -1,13 +1,26 @@
 """Mistakes as a user makes them: one line on rank 0, exit status 2, no traceback, nothing left hanging."""
 
 import json
+import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import make_model, qdora
+from tests.support import ROOT, make_model, qdora, run
 
 GOOD = {"prompt": "a", "completion": "b"}
+Mistakes = dict[str, tuple[list[str], str]]
+
+NOISE = [
+    # torch 2.13's launcher logs how its ranks ended, whatever LOGLEVEL says.
+    r"[WE]\d+ .*/elastic/multiprocessing/api.py:\d+\] Sending process \d+ closing signal SIGTERM",
+    r"[WE]\d+ .*/elastic/multiprocessing/api.py:\d+\] failed \(exitcode: 2\) local_rank: \d .*",
+    # transformers 5 of a config.json whose model_type it does not know.
+    r"\[transformers\] You are using a model of type `mine` to instantiate a model of type ``\. .*",
+]
+"""Lines of libraries that may stand beside the message."""
 
 
 def write_rows(file: Path, *lines: object) -> Path:
@@ -16,26 +29,32 @@ def write_rows(file: Path, *lines: object) -> Path:
     return file
 
 
-@pytest.fixture
-def mistakes(tiny: Path, data: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of what the mistakes need."""
+    return tmp_path_factory.mktemp("mistakes")
+
+
+@pytest.fixture(scope="module")
+def mistakes(tiny: Path, data: Path, folder: Path) -> Mistakes:
     """Arguments and the words that must be told, by name."""
     model, train = f"model.path={tiny}", f"data.train={data}"
-    pickled = make_model(tmp_path / "pickled", "llama", num_hidden_layers=1)
+    pickled = make_model(folder / "pickled", "llama", num_hidden_layers=1)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    cut = make_model(tmp_path / "cut", "llama", num_hidden_layers=1)
+    cut = make_model(folder / "cut", "llama", num_hidden_layers=1)
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-64])
-    small = make_model(tmp_path / "small", "llama", num_hidden_layers=1, vocab_size=50)
-    remote = make_model(tmp_path / "remote", "llama", num_hidden_layers=1)
+    small = make_model(folder / "small", "llama", num_hidden_layers=1, vocab_size=50)
+    remote = make_model(folder / "remote", "llama", num_hidden_layers=1)
     config = json.loads((remote / "config.json").read_text())
     auto_map = {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}
     (remote / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": auto_map}))
     (remote / "mine.py").write_text("raise SystemExit('this must not run')\n")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.txt").write_text("mine")
-    broken = write_rows(tmp_path / "broken.jsonl", GOOD, '{"prompt": "a", "compl')
-    mixed = write_rows(tmp_path / "mixed.jsonl", GOOD, {"prompt": "a", "answer": "b"})
-    empty = write_rows(tmp_path / "empty.jsonl")
-    long = write_rows(tmp_path / "long.jsonl", {"prompt": "a" * 2000, "completion": "b"})
+    (folder / "other").mkdir()
+    (folder / "other" / "thesis.txt").write_text("mine")
+    broken = write_rows(folder / "broken.jsonl", GOOD, '{"prompt": "a", "compl')
+    mixed = write_rows(folder / "mixed.jsonl", GOOD, {"prompt": "a", "answer": "b"})
+    empty = write_rows(folder / "empty.jsonl")
+    long = write_rows(folder / "long.jsonl", {"prompt": "a" * 2000, "completion": "b"})
     return {
         "unknown option": (["adapter.rnak=3"], "there is no option adapter.rnak, did you mean 'adapter.rank'?"),
         "wrong type": (["adapter.rank=many"], "adapter.rank: Value 'many'"),
@@ -51,7 +70,7 @@ def mistakes(tiny: Path, data: Path, tmp_path: Path) -> dict[str, tuple[list[str
         "remote code": ([train, f"model.path={remote}"], "model.trust_remote_code=true"),
         "truncated": ([train, f"model.path={cut}"], "is cut short"),
         "vocabulary": ([train, f"model.path={small}"], "the model's embedding has 50 rows"),
-        "foreign folder": ([train, model, f"output_dir={tmp_path / 'other'}"], "holds files that are not of a run"),
+        "foreign folder": ([train, model, f"output_dir={folder / 'other'}"], "holds files that are not of a run"),
         "no checkpoint": ([train, model, "resume=./absent"], "resume=./absent: no checkpoint there"),
     }
 
@@ -74,38 +93,84 @@ NAMES = [
     "foreign folder",
     "no checkpoint",
 ]
-ON_TWO_RANKS = ["unknown option", "broken line", "truncated", "no layer", "foreign folder"]
+UNDER_TORCHRUN = ["unknown option", "broken line", "truncated", "no layer", "foreign folder"]
+"""The kinds: before the ranks meet, on rank 0's turn, on every rank while loading, and rank 0's decision."""
 
 
-def _assert_told(arguments: list[str], words: str, nproc: int, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def is_noise(line: str) -> bool:
+    """Whether a library said it."""
+    return any(re.fullmatch(noise, line) for noise in NOISE)
+
+
+def _assert_told(stderr: str, words: str) -> None:
+    """All of stderr is one message with `words`."""
+    told = [line for line in stderr.splitlines() if not is_noise(line)]
+    assert len(told) == 1, stderr
+    assert told[0].startswith("qdora: "), stderr
+    assert words in told[0]
+
+
+def _run(arguments: list[str], nproc: int, output: Path) -> str:
+    """stderr of a run that must end with 2 and leave no folder."""
     if not any(argument.startswith("output_dir") for argument in arguments):
-        arguments = [*arguments, f"output_dir={run}"]
+        arguments = [*arguments, f"output_dir={output}"]
     done = qdora("train", *arguments, "tracker=none", nproc=nproc, timeout_s=60)
     assert done.returncode == 2, done.stdout + done.stderr
-    told = [line for line in done.stderr.splitlines() if line.startswith("qdora:")]
-    assert len(told) == 1, done.stderr
-    assert words in told[0]
-    assert "Traceback" not in done.stdout + done.stderr
-    assert not run.exists()
+    assert "Traceback" not in done.stdout
+    assert not output.exists()
+    return str(done.stderr)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_mistake_is_told_in_one_line(name: str, mistakes: dict[str, tuple[list[str], str]], tmp_path: Path) -> None:
+def test_mistake_is_told_in_one_line(name: str, mistakes: Mistakes, tmp_path: Path) -> None:
     assert sorted(NAMES) == sorted(mistakes)
-    _assert_told(*mistakes[name], 1, tmp_path)
+    arguments, words = mistakes[name]
+    _assert_told(_run(arguments, 1, tmp_path / "run"), words)
 
 
-@pytest.mark.parametrize("name", ON_TWO_RANKS)
-def test_mistake_on_two_ranks_is_told_once_and_none_hangs(
-    name: str, mistakes: dict[str, tuple[list[str], str]], tmp_path: Path
-) -> None:
-    _assert_told(*mistakes[name], 2, tmp_path)
+@pytest.fixture(scope="module")
+def ranks(mistakes: Mistakes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what two ranks said of each mistake."""
+    output = tmp_path_factory.mktemp("ranks")
+    cases = {
+        name: ["train", f"output_dir={output}/run-{name}".replace(" ", "-"), "tracker=none", *arguments]
+        for name, (arguments, _) in mistakes.items()
+    }
+    script = Path(__file__).with_name("ranks_mistakes.py")
+    done = run([sys.executable, str(script), str(output), json.dumps(cases)], timeout_s=300)
+    assert done.returncode == 0, done.stderr
+    return output
 
 
-def test_foreign_files_are_not_touched(mistakes: dict[str, tuple[list[str], str]], tmp_path: Path) -> None:
-    qdora("train", *mistakes["foreign folder"][0], "tracker=none")
-    assert [file.name for file in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+@pytest.mark.parametrize("name", NAMES)
+def test_mistake_on_two_ranks_is_told_once_and_none_hangs(name: str, mistakes: Mistakes, ranks: Path) -> None:
+    first, second = json.loads((ranks / f"{name}.json").read_text())
+    assert (first["status"], second["status"]) == (2, 2), first["stderr"] + second["stderr"]
+    _assert_told(first["stderr"], mistakes[name][1])
+    assert not [line for line in second["stderr"].splitlines() if not is_noise(line)]
+    assert "Traceback" not in first["stdout"] + second["stdout"]
+    assert not list(ranks.glob("run-*"))
+
+
+@pytest.mark.parametrize("name", UNDER_TORCHRUN)
+def test_mistake_under_torchrun_is_told_once(name: str, mistakes: Mistakes, tmp_path: Path) -> None:
+    arguments, words = mistakes[name]
+    _assert_told(_run(arguments, 2, tmp_path / "run"), words)
+
+
+@pytest.mark.xfail(strict=True, reason="torchrun ends rank 0 before it has told what rank 1 failed of in silence")
+def test_mistake_is_told_though_rank_0_is_the_slower_one(tmp_path: Path) -> None:
+    """torchrun ends the other ranks as soon as one has failed."""
+    late = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(2)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = qdora("train", "adapter.rnak=3", nproc=2, timeout_s=60, PYTHONPATH=path)
+    assert done.returncode == 2, done.stderr
+    _assert_told(done.stderr, "there is no option adapter.rnak")
+
+
+def test_foreign_files_are_not_touched(mistakes: Mistakes, ranks: Path, folder: Path) -> None:
+    assert [file.name for file in (folder / "other").iterdir()] == ["thesis.txt"]
 
 
 def test_single_rank_plan_on_two_ranks_is_told(options: list[str]) -> None:
