@@ -1,12 +1,13 @@
-"""One rank of test_nf4_ranks: its stored rows, what a forward gathers, and its bytes.
+"""One rank of test_nf4_ranks: its stored rows, what a forward gathers, and its bytes, of some cases.
 
-ranks_nf4.py OUTPUT MODEL DOUBLE_QUANT
+ranks_nf4.py OUTPUT CASES   (CASES: JSON of name to folder, double_quant and dtype)
 """
 
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
@@ -19,42 +20,67 @@ from qdora.adapter.dora import AdaptedLinear, adapted_layers
 from qdora.config import AdapterConfig, Dtype, ModelConfig, ParallelConfig, QuantConfig
 from qdora.model import load_model
 from qdora.nf4 import NF4Linear
-from qdora.parallel import own_rows, weight_bytes
+from qdora.parallel import World, gather_rows, own_rows, weight_bytes
+
+DRIFT = 1.0015
+"""Of the magnitudes: a gain near this is 1 once it is rounded to bfloat16."""
 
 
-def reference(weight: Tensor, double_quant: bool) -> tuple[Tensor, Tensor]:
-    """Codes and values of the whole tensor by bitsandbytes' own functions."""
-    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=double_quant)
-    return packed.view(weight.shape[0], -1), bnb.dequantize_4bit(packed, state)
+def reference(weights: dict[str, Tensor], name: str, double_quant: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Codes, values and stored scales of the whole tensor by bitsandbytes, or as the checkpoint holds them."""
+    weight = weights[f"{name}.weight"]
+    if f"{name}.weight.absmax" in weights:
+        prefix = f"{name}.weight."
+        parts = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
+        state = bnb.QuantState.from_dict(dict(parts), device=torch.device("cpu"))
+        state.dtype = dtype
+        packed, scales = weight, parts["absmax"]
+    else:
+        packed, state = bnb.quantize_4bit(weight.to(dtype), quant_type="nf4", compress_statistics=double_quant)
+        scales = state.absmax
+    rows = state.shape[0]
+    return packed.view(rows, -1), bnb.dequantize_4bit(packed, state), scales.view(torch.uint8).view(rows, -1)
 
 
-def main() -> None:
+def run_case(folder: Path, double_quant: bool, dtype_name: str, world: World) -> dict[str, Any]:
     """Loads the model over all ranks, and compares every quantised layer."""
-    output, folder, double_quant = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "true"
-    config = ParallelConfig()
-    world = parallel.start(config)
-    quant = QuantConfig(double_quant=double_quant)
-    loaded = load_model(
-        folder, ModelConfig(path=str(folder), dtype=Dtype.float32), quant, AdapterConfig(rank=4), config, world
-    )
+    dtype = getattr(torch, dtype_name)
+    # Of a stored checkpoint the option says the opposite: what counts is how it is stored.
+    stored = "quantization_config" in json.loads((folder / "config.json").read_text())
+    quant = QuantConfig(double_quant=double_quant is not stored)
+    model = ModelConfig(path=str(folder), dtype=Dtype[dtype_name])
+    loaded = load_model(folder, model, quant, AdapterConfig(rank=4), ParallelConfig(), world)
     weights = load_file(folder / "model.safetensors")
     layers = adapted_layers(loaded.model)
     quantised = {name: layer for name, layer in layers.items() if isinstance(layer.base, NF4Linear)}
+    references = {name: reference(weights, name, double_quant, dtype) for name in quantised}
     own_equal, rows = {}, {}
     for name, layer in quantised.items():
         packed, first = own_rows(layer.base.packed)  # type: ignore[arg-type]
-        expected, _ = reference(weights[f"{name}.weight"], double_quant)
-        own_equal[name] = torch.equal(packed, expected[first : first + packed.shape[0]])
+        absmax, _ = own_rows(layer.base.absmax)  # type: ignore[arg-type]
+        codes, _, scales = references[name]
+        some = slice(first, first + packed.shape[0])
+        own_equal[name] = torch.equal(packed, codes[some]) and torch.equal(absmax, scales[some])
         rows[name] = packed.shape[0]
+        assert layer.magnitude is not None
+        own_rows(layer.magnitude)[0].mul_(DRIFT)
+    loaded.refresh(world.device)
+    gains = {
+        name: gather_rows([layer.gain], torch.uint8, world.device)[0].clone()  # type: ignore[list-item]
+        for name, layer in quantised.items()
+    }
 
     gathered_equal: dict[str, bool] = {}
+    adapter_dtypes: set[str] = set()
 
     def compare(layer: nn.Module, _: object) -> None:
         assert isinstance(layer, AdaptedLinear)
         name = next(name for name, other in quantised.items() if other is layer)
-        codes, values = reference(weights[f"{name}.weight"], double_quant)
-        same_codes = torch.equal(layer.base_tensors()[0], codes)
-        gathered_equal[name] = same_codes and torch.equal(nf4.weight_from(layer.base_tensors(), torch.float32), values)
+        codes, values, scales = references[name]
+        packed, absmax = layer.base_tensors()[:2]
+        same = torch.equal(packed, codes) and torch.equal(absmax, scales) and torch.equal(layer.gain, gains[name])  # type: ignore[arg-type]
+        gathered_equal[name] = same and torch.equal(nf4.weight_from(layer.base_tensors(), dtype), values)
+        adapter_dtypes.add(str(layer.lora_a.dtype))
 
     for layer in quantised.values():
         layer.register_forward_pre_hook(compare)
@@ -62,9 +88,11 @@ def main() -> None:
         loaded.model(input_ids=torch.arange(8)[None])
     parallel.reshard(loaded.model)
     own, total = weight_bytes(loaded.model)
-    result = {
+    return {
         "own_equal": own_equal,
         "gathered_equal": gathered_equal,
+        "gains_are_one": sum(int((gain.view(torch.float32) == 1).sum()) for gain in gains.values()),
+        "adapter_was_rounded": adapter_dtypes == {str(dtype)},
         "rows": rows,
         "own_bytes": own,
         "total_bytes": total,
@@ -77,7 +105,16 @@ def main() -> None:
         "num_parameters": len(list(loaded.model.parameters())),
         "not_quantised": list(loaded.report.not_quantised),
     }
-    (output / f"rank-{world.rank}.json").write_text(json.dumps(result))
+
+
+def main() -> None:
+    """Runs the cases and writes what was found."""
+    output, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    world = parallel.start(ParallelConfig())
+    results = {
+        name: run_case(Path(case["folder"]), case["double_quant"], case["dtype"], world) for name, case in cases.items()
+    }
+    (output / f"rank-{world.rank}.json").write_text(json.dumps(results))
     os._exit(0)  # see docs/design/0004
 
 
