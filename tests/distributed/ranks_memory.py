@@ -1,4 +1,4 @@
-"""One rank of test_loading_memory: peak host memory of `load_model` above what the process had before.
+"""One rank of test_loading_memory: peak host memory of `load_model` above what the process had before, and its reads.
 
 ranks_memory.py OUTPUT MODEL
 """
@@ -21,6 +21,11 @@ def status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def read_bytes() -> int:
+    """Bytes that this process asked the kernel for, whether from a disk or its cache."""
+    return int(Path("/proc/self/io").read_text().split()[1])  # rchar: N
+
+
 def main() -> None:
     """Loads once with a warm process, and measures."""
     output, folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -30,12 +35,15 @@ def main() -> None:
     build_model(folder, model, quant, adapter)  # imports the model's code, which is not its weights
     baseline = status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    read_before = read_bytes()
     started = time.perf_counter()
     loaded = load_model(folder, model, quant, adapter, config, world)
     seconds = time.perf_counter() - started
+    read = read_bytes() - read_before
     own, total = parallel.weight_bytes(loaded.model)
     result = {
         "peak_bytes": status_bytes("VmHWM") - baseline,
+        "read_bytes": read,
         "own_bytes": own,
         "total_bytes": total,
         "seconds": seconds,
