@@ -7,8 +7,14 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-$root/.venv/bin/python}"
 [[ -x "$python" ]] || python="$(command -v python3)"
 
-gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
+trap 'exit 130' INT
+gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null)"
+trap - INT
 nproc="${NPROC:-$((gpus > 0 ? gpus : 2))}"
+if [[ ! "$nproc" =~ ^[1-9][0-9]*$ ]]; then
+    echo "qdora: NPROC=$nproc is not a number of ranks: give 1 or more" >&2
+    exit 2
+fi
 
 if ((gpus == 0)); then
     cores="$(nproc)"

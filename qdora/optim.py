@@ -3,11 +3,11 @@
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from qdora.config import OptimConfig, Schedule
-from qdora.parallel import reshard
+from qdora.parallel import own_rows, reshard
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -47,18 +47,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
+def clip_gradients(model: nn.Module, max_norm: float, group: dist.ProcessGroup | None = None) -> float:
     """Scales the gradients down to a global L2 norm of `max_norm` (0: not at all) and returns the norm before.
 
-    *Collective* if sharded. Not finite if any gradient is not.
+    *Collective* over `group`, the ranks that share one copy of the weights. Not finite if any gradient is not.
     """
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm: Tensor = nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    gradients = [own_rows(parameter.grad)[0] for parameter in model.parameters() if parameter.grad is not None]
+    squared = nn.utils.get_total_norm(gradients).square()
+    if group is not None:
+        dist.all_reduce(squared, group=group)
+    norm = squared.sqrt()
     if max_norm > 0:
-        trainable = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        nn.utils.clip_grads_with_norm_(trainable, max_norm, norm)
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return float(norm)
 
 

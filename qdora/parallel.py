@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -215,7 +216,8 @@ def gather_rows(parameters: Sequence[Tensor], dtype: torch.dtype, device: torch.
         return [parameter.detach().to(device, dtype) for parameter in parameters]
     mesh = first.device_mesh
     ranks, group = mesh.size(mesh.ndim - 1), mesh.get_group(mesh.ndim - 1)
-    shapes = [(-(-parameter.shape[0] // ranks), parameter[0].numel()) for parameter in parameters]
+    # From the shape: `parameter[0]` of a DTensor would gather the whole of it, a collective for each.
+    shapes = [(-(-parameter.shape[0] // ranks), prod(parameter.shape[1:])) for parameter in parameters]
     own = torch.zeros(sum(rows * width for rows, width in shapes), dtype=dtype, device=device)
     offset = 0
     for parameter, (rows, width) in zip(parameters, shapes, strict=True):

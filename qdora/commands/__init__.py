@@ -72,6 +72,8 @@ def run(arguments: list[str]) -> int:
             print(f"qdora: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("qdora: interrupted at once; nothing new was saved", file=sys.stderr, flush=True)
         return EXIT_KEYBOARD
 
 

@@ -130,7 +130,7 @@ class Trainer:
         # Full fine-tuning reduces in each micro-batch: adding up would keep whole float32 gradients on every rank.
         reduce_each = self.config.adapter.method is AdapterMethod.none
         loss, num_tokens = accumulate_gradients(self.model, batches, self.world, reduce_each=reduce_each)
-        grad_norm = clip_gradients(self.model, self.config.optim.max_grad_norm)
+        grad_norm = clip_gradients(self.model, self.config.optim.max_grad_norm, self.world.shard_group)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingError(self._not_finite(batches, loss, grad_norm))
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, self.step, self.num_steps))

@@ -282,10 +282,16 @@ def test_train_script_uses_two_ranks_without_a_gpu(options: list[str], tmp_path:
     done = run(
         [str(ROOT / "launch" / "train.sh"), *options, f"output_dir={tmp_path}/run"],
         PYTHON=sys.executable,
-        NPROC="2",
+        CUDA_VISIBLE_DEVICES="",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.parametrize("nproc", ["0", "many"])
+def test_train_script_wants_a_number_of_ranks(nproc: str) -> None:
+    done = run([str(ROOT / "launch" / "train.sh")], PYTHON=sys.executable, NPROC=nproc)
+    assert (done.returncode, done.stderr) == (2, f"qdora: NPROC={nproc} is not a number of ranks: give 1 or more\n")
 
 
 def _read_back(folder: Path) -> list[dict[str, Any]]:
