@@ -35,8 +35,11 @@ if [[ ! -f "$model/config.json" ]]; then
 import sys
 from pathlib import Path
 
+from transformers.utils import logging
+
 from qdora.model.folder import convert_gguf
 
+logging.disable_progress_bar()
 convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))
 PYTHON
 fi
