@@ -26,10 +26,12 @@ from qdora.config import (
 )
 from qdora.data import Batch
 from qdora.model import load_model
+from qdora.optim import clip_gradients
 from qdora.parallel import World, gather_rows, own_rows
 from qdora.training.trainer import accumulate_gradients
 
 NUM_BATCHES, ROWS, LENGTH = 4, 2, 24
+CLIPPED_NORM = 0.01
 
 
 def batches_of(world: World, accumulate: bool) -> list[Batch]:
@@ -50,7 +52,7 @@ def batches_of(world: World, accumulate: bool) -> list[Batch]:
     return batches
 
 
-def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> float:
+def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> dict[str, float]:
     """Loads, moves the adapter off its start, and leaves the gathered gradients in OUTPUT/NAME.safetensors."""
     full = case["adapter"] == "none"
     config = ParallelConfig(
@@ -58,6 +60,7 @@ def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> float:
         shard_size=2 if case["plan"] == "hsdp" else None,
         activation_checkpointing=ActivationCheckpointing[case.get("checkpointing", "none")],
         reshard_after_forward=case.get("reshard_after_forward", True),
+        cpu_offload=case.get("cpu_offload", False),
     )
     world = parallel.start(config, trains_base=full)
     loaded = load_model(
@@ -85,14 +88,16 @@ def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> float:
         gradients[name] = whole.contiguous().clone()
     if world.is_main:
         save_file(gradients, output / f"{case['name']}.safetensors")
-    return loss
+    grad_norm = clip_gradients(loaded.model, CLIPPED_NORM, world.shard_group)
+    clipped_norm = clip_gradients(loaded.model, 0.0, world.shard_group)
+    return {"loss": loss, "grad_norm": grad_norm, "clipped_norm": clipped_norm}
 
 
 def main() -> None:
-    """Runs the cases and writes their losses."""
+    """Runs the cases and writes their losses and norms."""
     output, model_folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-    losses = {case["name"]: run_case(case, model_folder, output) for case in cases}
-    (output / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(losses))
+    found = {case["name"]: run_case(case, model_folder, output) for case in cases}
+    (output / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
     os._exit(0)  # see docs/design/0004
 
 

@@ -17,7 +17,16 @@ FLOAT32_TOLERANCE = 2e-5
 BFLOAT16_TOLERANCE = 3e-2
 """Relative to the norm of a gradient: bfloat16 products (4e-3 a rounding) of other groups of rows, through 2 layers."""
 
-METHODS = {"qdora": ("nf4", "dora"), "qlora": ("nf4", "lora"), "dora": ("none", "dora"), "full": ("none", "none")}
+CLIPPED_NORM = 0.01
+"""As in the script; below every gradient's norm."""
+
+METHODS = {
+    "qdora": ("nf4", "dora"),
+    "qlora": ("nf4", "lora"),
+    "dora": ("none", "dora"),
+    "lora": ("none", "lora"),
+    "full": ("none", "none"),
+}
 
 
 def _case(name: str, quant: str, adapter: str, **options: Any) -> dict[str, Any]:
@@ -29,12 +38,26 @@ CASES = [_case(name, *method) for name, method in METHODS.items()]
 CASES += [
     _case("qdora-one-batch", "nf4", "dora", accumulate=False),
     _case("qdora-bfloat16", "nf4", "dora", dtype="bfloat16"),
-    _case("qdora-full", "nf4", "dora", checkpointing="full"),
-    _case("qdora-selective", "nf4", "dora", checkpointing="selective"),
-    _case("dora-selective", "none", "dora", checkpointing="selective"),
-    _case("full-full", "none", "none", checkpointing="full"),
+    _case("lora-bfloat16", "none", "lora", dtype="bfloat16"),
     _case("qdora-ddp", "nf4", "dora", plan="ddp"),
+    _case("full-ddp", "none", "none", plan="ddp"),
     _case("qdora-no-reshard", "nf4", "dora", reshard_after_forward=False),
+    _case("qdora-offload", "nf4", "dora", cpu_offload=True),
+    _case("full-offload", "none", "none", cpu_offload=True),
+]
+CASES += [
+    _case(f"{name}-{checkpointing}", *METHODS[name], checkpointing=checkpointing)
+    for name, checkpointing in product(METHODS, ("full", "selective"))
+]
+CASES += [
+    _case(f"qdora-offload-{checkpointing}", "nf4", "dora", cpu_offload=True, checkpointing=checkpointing)
+    for checkpointing in ("full", "selective")
+]
+HSDP_CASES = [
+    _case("qdora-hsdp", "nf4", "dora", plan="hsdp"),
+    _case("qdora-hsdp-selective", "nf4", "dora", plan="hsdp", checkpointing="selective"),
+    _case("lora-hsdp", "none", "lora", plan="hsdp"),
+    _case("full-hsdp", "none", "none", plan="hsdp"),
 ]
 REFERENCE = {case["name"]: case["name"].split("-")[0] for case in CASES}
 """The case of one rank that a case must equal."""
@@ -46,25 +69,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), "qwen2", tie_word_embeddings=True, dtype=torch.float32)
 
 
-Results = dict[int, tuple[dict[str, float], Path]]
+Results = dict[int, tuple[dict[str, dict[str, float]], Path]]
 
 
 @pytest.fixture(scope="module")
 def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Losses and the folder of gradients, by number of ranks."""
+    """Losses and norms, and the folder of gradients, by number of ranks."""
     found: Results = {}
-    for ranks, cases in ((1, CASES), (2, CASES), (4, [_case("qdora-hsdp", "nf4", "dora", plan="hsdp")])):
+    for ranks, cases in ((1, CASES), (2, CASES), (4, HSDP_CASES)):
         output = tmp_path_factory.mktemp(f"ranks-{ranks}")
-        losses = run_ranks(SCRIPT, ranks, output, str(model), json.dumps(cases))
-        assert all(other == losses[0] for other in losses), "ranks differ in the loss they report"
-        found[ranks] = (losses[0], output)
+        values = run_ranks(SCRIPT, ranks, output, str(model), json.dumps(cases))
+        assert all(other == values[0] for other in values), "ranks differ in the loss or the norm they report"
+        found[ranks] = (values[0], output)
     return found
 
 
 def _assert_same(results: Results, ranks: int, name: str, reference: str, tolerance: float) -> None:
-    losses, folder = results[ranks]
-    expected_losses, expected_folder = results[1]
-    assert losses[name] == pytest.approx(expected_losses[reference], rel=tolerance)
+    values, folder = results[ranks]
+    expected_values, expected_folder = results[1]
+    assert values[name] == pytest.approx(expected_values[reference], rel=tolerance)
     gradients = load_file(folder / f"{name}.safetensors")
     expected = load_file(expected_folder / f"{reference}.safetensors")
     assert gradients.keys() == expected.keys()
@@ -76,14 +99,26 @@ def _assert_same(results: Results, ranks: int, name: str, reference: str, tolera
 
 @pytest.mark.parametrize(("ranks", "name"), list(product((1, 2), (case["name"] for case in CASES))))
 def test_gradients_do_not_depend_on_the_division(results: Results, ranks: int, name: str) -> None:
-    if name == "qdora-bfloat16":
+    if name.endswith("-bfloat16"):
         _assert_same(results, ranks, name, name, BFLOAT16_TOLERANCE)
     else:
         _assert_same(results, ranks, name, REFERENCE[name], FLOAT32_TOLERANCE)
 
 
-def test_gradients_of_hsdp_are_those_of_one_rank(results: Results) -> None:
-    _assert_same(results, 4, "qdora-hsdp", "qdora", FLOAT32_TOLERANCE)
+@pytest.mark.parametrize("name", [case["name"] for case in HSDP_CASES])
+def test_gradients_of_hsdp_are_those_of_one_rank(results: Results, name: str) -> None:
+    _assert_same(results, 4, name, name.split("-")[0], FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_norm_is_that_of_all_gradients_and_clipped_as_one(results: Results, ranks: int) -> None:
+    values, folder = results[ranks]
+    for name, found in values.items():
+        gradients = load_file(folder / f"{name}.safetensors").values()
+        whole = float(torch.cat([gradient.double().flatten() for gradient in gradients]).norm())
+        assert found["grad_norm"] == pytest.approx(whole, rel=1e-5), name
+        assert whole > CLIPPED_NORM
+        assert found["clipped_norm"] == pytest.approx(CLIPPED_NORM, rel=1e-3), name  # the divisor has 1e-6 added
 
 
 def test_gradients_reach_magnitudes_and_both_factors(results: Results) -> None:
