@@ -130,3 +130,33 @@ def test_evaluation_of_the_result_is_that_of_the_run(
     loss = json.loads((tmp_path / "results.json").read_text())["loss"]
     # Full fine-tuning is exported in bfloat16, which rounds what was trained in float32.
     assert loss == pytest.approx(summary_of(folders[2])["eval_losses"]["6"], rel=5e-3 if method == "full" else 1e-3)
+
+
+def test_epochs_and_intervals_decide_what_is_recorded(options: list[str], data: Path, tmp_path: Path) -> None:
+    """48 rows, 8 a step: one epoch and a half are 9 steps."""
+    arguments = [option for option in options if not option.startswith("train.num_steps")]
+    folders = {}
+    for attention in ("eager", "sdpa"):
+        folders[attention] = tmp_path / attention
+        done = qdora(
+            "train",
+            *arguments,
+            f"data.eval={data}",
+            "model.dtype=float32",
+            f"model.attention={attention}",
+            "train.num_epochs=1.5",
+            "train.log_every=4",
+            "train.eval_every=3",
+            f"output_dir={folders[attention]}",
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    lines = metrics_of(folders["eager"])
+    assert [line["step"] for line in lines] == [0, 3, 4, 6, 8, 9]  # every 4th, each evaluation, the last
+    assert [line["step"] for line in lines if "loss" in line] == [3, 4, 6, 8, 9]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 6, 9]
+    summary = summary_of(folders["eager"])
+    assert (summary["steps"], summary["num_steps"]) == (9, 9)
+    assert list(summary["eval_losses"]) == ["0", "3", "6", "9"]
+    losses = [[line["loss"] for line in metrics_of(folder)[1:]] for folder in folders.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # the same mathematics in another order
+    assert losses[0] != losses[1], "the option changed nothing"
