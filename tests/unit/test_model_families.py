@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qdora.config import (
     AdapterConfig,
     AdapterMethod,
+    Attention,
     Dtype,
     ModelConfig,
     ParallelConfig,
@@ -21,6 +22,7 @@ from qdora.config import (
 )
 from qdora.errors import AdapterError, ModelError
 from qdora.model import LoadedModel, load_model
+from qdora.model.loss import check_token_loss
 from qdora.parallel import start_alone
 from tests.support import FAMILIES, make_model, make_tokenizer
 
@@ -49,6 +51,16 @@ def test_family_has_the_logits_of_transformers(family: str, tmp_path: Path) -> N
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ours = load(folder, QuantConfig(method=QuantMethod.none))
     assert torch.equal(logits_of(ours.model), logits_of(theirs))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eager_attention_is_used_and_separates_packed_samples(family: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path, family)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = load(folder, QuantConfig(method=QuantMethod.none), attention=Attention.eager).model
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(logits_of(model), logits_of(theirs))
+    check_token_loss(model, torch.device("cpu"), packing=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
