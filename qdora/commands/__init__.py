@@ -7,6 +7,7 @@ YAML over the dataclasses and applies the overrides; what is passed on is the da
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ EXIT_KEYBOARD = 130
 STATUS_FILE = "QDORA_STATUS_FILE"
 """Environment variable of the file that the first rank of a machine leaves its exit status in, for the launcher."""
 HELP = ("-h", "--help")
+
+GRACE_S = 10.0
+"""How much later than the others rank 0 may find the same mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +72,15 @@ def run(arguments: list[str]) -> int:
             return 0
         return _call(COMMANDS[name], values)
     except QdoraError as error:
-        if is_main:
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if under_torchrun and not is_main:
+            # torchrun ends all ranks as soon as one has failed: that must be rank 0, which tells what all know.
+            time.sleep(GRACE_S)
+        if under_torchrun or is_main:  # another rank that is still here is the only one that knows
             print(f"qdora: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_main:
             print("qdora: interrupted at once; nothing new was saved", file=sys.stderr, flush=True)
         return EXIT_KEYBOARD
 

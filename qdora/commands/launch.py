@@ -6,6 +6,7 @@ printed only where the rank could not say anything itself: killed by a signal. A
 say how its ranks ended, so the first rank of this machine leaves its status in a file.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -25,7 +26,9 @@ SHUTDOWN_TIMEOUT_S = 300
 def launch(arguments: list[str]) -> int:
     """Runs torchrun with `arguments` in this process and returns the exit status of the ranks."""
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    if "LOGLEVEL" not in os.environ:  # torchrun has read it when it was imported: its loggers are set one by one
+        for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.NamedTemporaryFile("r", prefix="qdora-status-") as status:
         os.environ[STATUS_FILE] = status.name
         return _launch(arguments, status)
