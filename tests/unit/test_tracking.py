@@ -92,6 +92,7 @@ def test_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[str
     tracker.log({"loss": 1.5}, step=5)
     tracker.log({"loss": 9.0}, step=5)
     tracker.log_adapter(adapter)
+    time.sleep(2)  # W&B takes its first sample of the system on its own time
     tracker.finish("finished")
 
     (run,) = records(tmp_path, "run")
