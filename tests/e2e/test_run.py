@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -292,31 +291,3 @@ def test_train_script_uses_two_ranks_without_a_gpu(options: list[str], tmp_path:
 def test_train_script_wants_a_number_of_ranks(nproc: str) -> None:
     done = run([str(ROOT / "launch" / "train.sh")], PYTHON=sys.executable, NPROC=nproc)
     assert (done.returncode, done.stderr) == (2, f"qdora: NPROC={nproc} is not a number of ranks: give 1 or more\n")
-
-
-def _read_back(folder: Path) -> list[dict[str, Any]]:
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    done = run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)])
-    assert done.returncode == 0, done.stderr
-    text, records, place = done.stdout, [], 0
-    decoder = json.JSONDecoder()
-    while place < len(text):
-        while place < len(text) and text[place].isspace():
-            place += 1
-        if place < len(text):
-            record, place = decoder.raw_decode(text, place)
-            records.append(record)
-    return records
-
-
-def test_wandb_has_the_config_and_every_step_once(options: list[str], tmp_path: Path) -> None:
-    """Two ranks, one W&B run."""
-    arguments = [*options, "tracker=wandb", "tracker.mode=offline", f"output_dir={tmp_path}/run"]
-    arguments += ["data.eval=" + next(option for option in options if option.startswith("data.train")).split("=")[1]]
-    done = qdora("train", *arguments, nproc=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("W&B runs offline") == 1
-    text = json.dumps(_read_back(tmp_path / "run"))
-    for name in ("learning_rate", "grad_norm", "tokens_per_second", "eval_loss", "num_accumulation_steps"):
-        assert name in text
-    assert "magnitude_drift/model.layers.0.self_attn.q_proj" in text
