@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
-# benchmarks/run.sh [options of step.py]: the step benchmark on this machine; leave it alone meanwhile.
+# benchmarks/run.sh [options of run.py]: the benchmark on this machine, in benchmarks/results/; leave it alone meanwhile.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 launch/setup.sh dev
-export OMP_WAIT_POLICY=PASSIVE
-exec .venv/bin/python benchmarks/step.py --model models/SmolLM2-135M-Instruct \
-    --output "benchmarks/results/step-$(date +%Y-%m-%d).json" "$@"
+exec .venv/bin/python benchmarks/run.py "$@"

@@ -1,201 +1,130 @@
-"""One optimiser step of qdora against PEFT's: same model, same NF4 bytes, same initial adapters, same batches.
+"""Optimiser steps of several arms in turn, in this process (or under torchrun, in every rank's).
 
-    python benchmarks/step.py --model models/SmolLM2-135M-Instruct --tokens 1024 --output benchmarks/results/NAME.json
+    python benchmarks/step.py --model models/SmolLM2-135M-Instruct --tokens 1024 --output steps.json
 
-All arms live in one process and take steps in turn, so that whatever else the machine does meets them alike. What
-counts is the ratio of medians; peak memory needs a process an arm (`--arms qdora` alone gives it).
+All arms meet whatever else the machine does alike: what counts is the ratio of medians. Peak memory needs a process an
+arm (`--arms qdora` alone). `benchmarks/run.py` calls this for every case and puts the results together.
 """
 
 import argparse
+import contextlib
+import gc
 import json
-import platform
 import resource
-import statistics
-import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from arms import ARMS, Arm, Case, build
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from qdora import parallel
-from qdora.adapter.dora import adapted_layers
-from qdora.config import AdapterConfig, AdapterMethod, ModelConfig, ParallelConfig, Plan, QuantConfig
-from qdora.model import load_model
-from qdora.training.run import versions
+from qdora.config import ActivationCheckpointing, ParallelConfig
+from qdora.parallel import World
+from qdora.training.bound import Rates, measure_rates
 
-ARMS = ("peft-qlora", "peft-qdora", "qlora", "qdora")
-RANK = 16
-LEARNING_RATE = 1e-4
 LOSS_TOLERANCE = 0.02
 """Relative; the arms round bfloat16 products in different places."""
+OUT_OF_MEMORY = torch.OutOfMemoryError
 
 
-@dataclass(slots=True)
-class Arm:
-    """A model with its optimiser: `loss` gives the mean loss a token, `after_step` what must follow an update."""
-
-    loss: Callable[[Tensor], Tensor]
-    optimizer: torch.optim.Optimizer
-    after_step: Callable[[], None]
-
-    def step(self, tokens: Tensor) -> float:
-        """One update on (rows, length) tokens; returns the loss before it."""
-        loss = self.loss(tokens)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.after_step()
-        return float(loss.detach())
-
-
-def _initial(name: str, out: int, width: int) -> tuple[Tensor, Tensor]:
-    """A and B of the layer `name`, the same in every arm; B is not zero, so that nothing can be left out."""
-    generator = torch.Generator().manual_seed(sum(name.encode()))
-    a = torch.randn(RANK, width, generator=generator) * width**-0.5
-    return a.bfloat16(), (torch.randn(out, RANK, generator=generator) * 1e-3).bfloat16()
-
-
-def ours(folder: Path, dora: bool, world: parallel.World) -> Arm:
-    """qdora's own layers; float32 masters, bfloat16 arithmetic."""
-    method = AdapterMethod.dora if dora else AdapterMethod.lora
-    adapter = AdapterConfig(method=method, rank=RANK)
-    config = ModelConfig(path=str(folder))
-    loaded = load_model(folder, config, QuantConfig(), adapter, ParallelConfig(plan=Plan.none), world)
-    for name, layer in adapted_layers(loaded.model).items():
-        a, b = _initial(name, layer.out_features, layer.in_features)
-        layer.lora_a.data.copy_(a)
-        layer.lora_b.data.copy_(b)
-    loaded.refresh(world.device)
-    loaded.model.train()
-
-    def loss(tokens: Tensor) -> Tensor:
-        labels = torch.full_like(tokens, -100)
-        labels[:, :-1] = tokens[:, 1:]
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        total: Tensor = loaded.model.token_loss(tokens, positions, labels)
-        return total / (tokens.numel() - tokens.shape[0])
-
-    parameters = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
-    return Arm(loss, torch.optim.AdamW(parameters, LEARNING_RATE), lambda: loaded.refresh(world.device))
-
-
-def theirs(folder: Path, dora: bool, device: torch.device) -> Arm:
-    """PEFT over bitsandbytes' Linear4bit, adapters in bfloat16."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": device}
-    )
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes 0.50 repacks its weights in place at the first evaluation, which breaks PEFT's DoRA.
-            module.support_avx512bf16_for_cpu = False
-    model.is_loaded_in_4bit = True  # without it PEFT adapts the layers as if they were not quantised
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM")
-    peft_model: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
-    kinds = {type(module).__module__ for module in peft_model.modules() if hasattr(module, "lora_A")}
-    assert kinds == {"peft.tuners.lora.bnb"}, f"PEFT's 4-bit layers are not used: {kinds}"
-    for name, module in peft_model.named_modules():
-        if hasattr(module, "lora_A"):
-            a, b = _initial(name.removeprefix("base_model.model."), module.out_features, module.in_features)
-            module.lora_A["default"].weight.data = a.to(device)
-            module.lora_B["default"].weight.data = b.to(device)
-            if dora:  # m starts as the norm of W alone, as in qdora
-                vector = module.lora_magnitude_vector["default"]
-                vector.weight.data = vector.weight.data.bfloat16()
-    peft_model.train()
-    parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    return Arm(
-        lambda tokens: peft_model(input_ids=tokens, labels=tokens, use_cache=False).loss,
-        torch.optim.AdamW(parameters, LEARNING_RATE),
-        lambda: None,
-    )
-
-
-def measure(arms: dict[str, Arm], batches: list[Tensor], warmup: int) -> dict[str, dict[str, Any]]:
-    """Steps of all arms in turn; seconds of each step after the warm-up, and every loss."""
-    results: dict[str, dict[str, Any]] = {name: {"seconds": [], "losses": []} for name in arms}
-    for index, tokens in enumerate(batches):
+def measure(arms: dict[str, Arm], case: Case, world: World, vocabulary: int, warmup: int, steps: int) -> dict[str, Any]:
+    """Seconds of each step after the warm-up, and every loss, by arm; None where the memory does not suffice."""
+    results: dict[str, Any] = {name: {"seconds": [], "losses": []} for name in arms}
+    for index in range(warmup + steps):
+        batches = case.batches(world, index, vocabulary)
         for name, arm in arms.items():
-            if tokens.is_cuda:
-                torch.cuda.synchronize()
+            if results[name] is None:
+                continue
+            _wait(world)
             started = time.perf_counter()
-            loss = arm.step(tokens)
-            if tokens.is_cuda:
-                torch.cuda.synchronize()
+            try:
+                loss = arm.step(batches)
+            except OUT_OF_MEMORY:
+                results[name] = None
+                arm.optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                continue
+            _wait(world)
             results[name]["losses"].append(loss)
             if index >= warmup:
                 results[name]["seconds"].append(time.perf_counter() - started)
     return results
 
 
+def _wait(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+    parallel.all_sum(world, 0.0)
+
+
+def reset_peak(world: World) -> None:
+    """Forgets the peak so far: loading is not what is measured."""
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
+    with contextlib.suppress(OSError):  # where the kernel does not let: the peak then holds the loading too
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes(world: World) -> int:
+    """Peak since `reset_peak`: allocated on the GPU, else resident on the host."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def bounds(arms: dict[str, Arm], case: Case, rates: Rates) -> dict[str, float]:
+    """Seconds that a step of each of our arms cannot go below."""
+    tokens = case.tokens * case.accumulation
+    labels = tokens - tokens // case.length
+    return {name: arm.work.bound_s(rates, tokens, labels, case.accumulation) for name, arm in arms.items() if arm.work}
+
+
 def main() -> None:
-    """Measures, prints a table, writes JSON."""
+    """Measures and writes JSON (rank 0)."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens a step, in rows of --length")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens a micro-batch of a rank, in rows of --length")
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--recomputation", choices=[kind.name for kind in ActivationCheckpointing], default="none")
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
 
     logging.disable_progress_bar()
-    world = parallel.start_alone("benchmarks/step.py")
-    arms = {
-        name: theirs(options.model, "dora" in name, world.device)
-        if name.startswith("peft")
-        else ours(options.model, "dora" in name, world)
-        for name in options.arms
-    }
-    generator = torch.Generator().manual_seed(0)
-    shape = (options.tokens // options.length, options.length)
-    batches = [
-        torch.randint(1000, 40000, shape, generator=generator).to(world.device)
-        for _ in range(options.warmup + options.steps)
-    ]
-    results = measure(arms, batches, options.warmup)
-    first = [result["losses"][0] for result in results.values()]
+    recomputation = ActivationCheckpointing[options.recomputation]
+    case = Case(options.tokens, options.length, options.rank, recomputation, options.accumulation)
+    world = parallel.start(ParallelConfig())
+    arms = {name: build(name, options.model, case, world) for name in options.arms}
+    vocabulary = AutoConfig.from_pretrained(options.model).vocab_size
+    rates = measure_rates(world, torch.bfloat16)
+    reset_peak(world)
+    results = measure(arms, case, world, vocabulary, options.warmup, options.steps)
+    first = [result["losses"][0] for result in results.values() if result]
     assert max(first) - min(first) <= LOSS_TOLERANCE * min(first), f"the arms do not compute the same: {first}"
-
-    table = Table(title=f"seconds a step of {options.tokens} tokens, {world.device.type}")
-    for column in ("arm", "median", "min", "max", "loss", *(f"/ {name}" for name in arms if "peft" in name)):
-        table.add_column(column)
-    medians = {name: statistics.median(result["seconds"]) for name, result in results.items()}
-    for name, result in results.items():
-        seconds = [f"{value:.3f}" for value in (medians[name], min(result["seconds"]), max(result["seconds"]))]
-        ratios = [f"{medians[name] / medians[other]:.2f}" for other in arms if "peft" in other]
-        table.add_row(name, *seconds, f"{result['losses'][-1]:.4f}", *ratios)
-    Console().print(table)
-    if options.output:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    peak = max(parallel.gather(world, peak_bytes(world)))
+    if world.is_main:
         record = {
-            "commit": commit.stdout.strip(),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {world.device.type}",
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "versions": versions(),
-            "tokens": options.tokens,
-            "rank": RANK,
-            "medians": medians,
-            "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "ranks": world.size,
+            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
             "results": results,
+            "bounds": bounds(arms, case, rates),
+            "rates": {"matrix": rates.matrix, "copy": rates.copy, "link": rates.link if world.size > 1 else None},
+            "peak_bytes": peak,
         }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    parallel.stop()
 
 
 if __name__ == "__main__":

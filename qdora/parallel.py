@@ -189,7 +189,8 @@ def shard(
         fully_shard(
             block,
             mesh=world.mesh,
-            reshard_after_forward=config.reshard_after_forward,
+            # The last block's backward comes next: freed, it would be gathered again at once.
+            reshard_after_forward=config.reshard_after_forward and block is not blocks[-1],
             mp_policy=policy,
             offload_policy=offload,
         )
@@ -234,10 +235,14 @@ def gather_rows(parameters: Sequence[Tensor], dtype: torch.dtype, device: torch.
     return wholes
 
 
-def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Whether the next backward reduces gradients over the ranks (the last micro-batch of a step) or adds them up."""
+def set_gradient_sync(model: nn.Module, enabled: bool, *, keep_gathered: bool = False) -> None:
+    """Whether the next backward reduces gradients over the ranks (the last micro-batch of a step) or adds them up.
+
+    With `keep_gathered`, one that adds up leaves the weights gathered for the next micro-batch.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
+        model.set_reshard_after_backward(enabled or not keep_gathered)
 
 
 def average_gradients(model: nn.Module, world: World) -> None:

@@ -23,6 +23,7 @@ from qdora.optim import build_optimizer, clip_gradients, learning_rate, set_lear
 from qdora.parallel import World, all_sum, average_gradients, gather, set_gradient_sync
 from qdora.run_folder import RunFolder
 from qdora.tracking import Tracker
+from qdora.training.bound import measure_rates, work_of
 from qdora.training.progress import Progress
 
 DRIFT_EVERY = 10
@@ -39,6 +40,8 @@ class StepMetrics:
     grad_norm: float
     num_tokens: int
     seconds: float
+    mfu: float
+    """Share of the time that the machine's own bound allows (`qdora.training.bound`)."""
 
 
 class Interrupt:
@@ -92,6 +95,10 @@ class Trainer:
         self.step = 0
         self.num_tokens = 0
         self.step_seconds: list[tuple[int, float]] = []
+        self.rates = measure_rates(world, loaded.dtype)
+        self.work = work_of(loaded, world, config.parallel)
+        self.data_wait = 0.0
+        """Share of the last step's time that went into waiting for its batches."""
 
     def run(self, save: Callable[["Trainer"], None]) -> str:
         """Trains to `num_steps`; returns the run's status, `finished` or `interrupted`. *Collective*.
@@ -110,7 +117,11 @@ class Trainer:
             if self.step == 0:
                 self._log(progress, None, self.evaluate())
             while self.step < self.num_steps:
-                metrics = self.train_step(next(steps))
+                started = time.perf_counter()
+                batches = next(steps)
+                waited = time.perf_counter() - started
+                metrics = self.train_step(batches)
+                self.data_wait = waited / (waited + metrics.seconds)
                 self.step += 1
                 last = self.step == self.num_steps
                 stop = all_sum(self.world, interrupt.received is not None)[0] > 0
@@ -129,7 +140,13 @@ class Trainer:
         started = time.perf_counter()
         # Full fine-tuning reduces in each micro-batch: adding up would keep whole float32 gradients on every rank.
         reduce_each = self.config.adapter.method is AdapterMethod.none
-        loss, num_tokens = accumulate_gradients(self.model, batches, self.world, reduce_each=reduce_each)
+        loss, num_tokens, num_label_tokens = accumulate_gradients(
+            self.model,
+            batches,
+            self.world,
+            reduce_each=reduce_each,
+            keep_gathered=not self.config.parallel.reshard_after_forward,
+        )
         grad_norm = clip_gradients(self.model, self.config.optim.max_grad_norm, self.world.shard_group)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingError(self._not_finite(batches, loss, grad_norm))
@@ -137,7 +154,10 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.num_tokens += num_tokens
-        metrics = StepMetrics(loss, grad_norm, num_tokens, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        share = (num_tokens / self.world.size, num_label_tokens / self.world.size)
+        mfu = self.work.bound_s(self.rates, *share, len(batches)) / seconds
+        metrics = StepMetrics(loss, grad_norm, num_tokens, seconds, mfu)
         self.step_seconds.append((num_tokens, metrics.seconds))
         return metrics
 
@@ -172,6 +192,8 @@ class Trainer:
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
                 "grad_norm": metrics.grad_norm,
                 "tokens_per_second": metrics.num_tokens / metrics.seconds,
+                "mfu": metrics.mfu,
+                "data_wait": self.data_wait,
             }
         record |= {"num_tokens": self.num_tokens, "memory_gib": memory_gib(self.world)}
         if eval_loss is not None:
@@ -202,25 +224,26 @@ class Trainer:
 
 
 def accumulate_gradients(
-    model: Any, batches: list[Batch], world: World, *, reduce_each: bool = False
-) -> tuple[float, int]:
-    """Leaves the step's gradients on the parameters; returns its loss and its tokens over all ranks. *Collective*.
+    model: Any, batches: list[Batch], world: World, *, reduce_each: bool = False, keep_gathered: bool = False
+) -> tuple[float, int, int]:
+    """Leaves the step's gradients on the parameters; returns loss, tokens and label tokens of all ranks. *Collective*.
 
     The loss is the sum over label tokens divided by their number over all ranks and micro-batches, so that a division
     of the same samples changes a gradient by rounding only. Reducing the gradients divides by the ranks, which the loss
-    makes up for. With `reduce_each` every micro-batch reduces, else the last one alone.
+    makes up for. With `reduce_each` every micro-batch reduces, else the last one alone; with `keep_gathered` the others
+    leave the weights gathered.
     """
     own = (sum(batch.num_label_tokens for batch in batches), sum(batch.num_tokens for batch in batches))
     num_label_tokens, num_tokens = all_sum(world, *own)
     total = torch.zeros((), device=world.device)
     for index, batch in enumerate(batches):
-        set_gradient_sync(model, enabled=reduce_each or index == len(batches) - 1)
+        set_gradient_sync(model, reduce_each or index == len(batches) - 1, keep_gathered=keep_gathered)
         loss = batch_loss(model, batch, world.device) / num_label_tokens
         (loss * world.size).backward()
         total += loss.detach()
     average_gradients(model, world)
     (loss_value,) = all_sum(world, float(total))
-    return loss_value, int(num_tokens)
+    return loss_value, int(num_tokens), int(num_label_tokens)
 
 
 def num_steps(config: RunConfig, loader: BatchLoader) -> int:

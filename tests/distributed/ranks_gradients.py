@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qdora import parallel
 from qdora.config import (
@@ -28,10 +29,28 @@ from qdora.data import Batch
 from qdora.model import load_model
 from qdora.optim import clip_gradients
 from qdora.parallel import World, gather_rows, own_rows
+from qdora.training.bound import work_of
 from qdora.training.trainer import accumulate_gradients
 
 NUM_BATCHES, ROWS, LENGTH = 4, 2, 24
 CLIPPED_NORM = 0.01
+
+
+class ReceivedBytes(TorchDispatchMode):
+    """Counts the bytes of weights and gradients that other ranks send to this one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator is torch.ops.c10d._allgather_base_.default:
+            whole, own = args[:2]
+            self.count += (whole.numel() - own.numel()) * whole.element_size()
+        elif operator is torch.ops.c10d._reduce_scatter_base_.default:
+            own, whole = args[:2]
+            self.count += (whole.numel() - own.numel()) * whole.element_size()
+        return operator(*args, **(kwargs or {}))
 
 
 def batches_of(world: World, accumulate: bool) -> list[Batch]:
@@ -79,7 +98,9 @@ def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> dict[str
         own.add_(0.02 * noise[first : first + own.shape[0]])
     loaded.refresh(world.device)
     loaded.model.train()
-    loss, _ = accumulate_gradients(loaded.model, batches_of(world, case["accumulate"]), world)
+    batches = batches_of(world, case["accumulate"])
+    with ReceivedBytes() as received:
+        loss, _, _ = accumulate_gradients(loaded.model, batches, world, keep_gathered=not config.reshard_after_forward)
     missing = [name for name, parameter in trained.items() if parameter.grad is None]
     assert not missing, f"no gradient: {missing}"
     gradients = {}
@@ -90,7 +111,14 @@ def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> dict[str
         save_file(gradients, output / f"{case['name']}.safetensors")
     grad_norm = clip_gradients(loaded.model, CLIPPED_NORM, world.shard_group)
     clipped_norm = clip_gradients(loaded.model, 0.0, world.shard_group)
-    return {"loss": loss, "grad_norm": grad_norm, "clipped_norm": clipped_norm}
+    expected_bytes = work_of(loaded, world, config).step_bytes(len(batches))
+    return {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "clipped_norm": clipped_norm,
+        "received_bytes": received.count,
+        "expected_bytes": expected_bytes,
+    }
 
 
 def main() -> None:

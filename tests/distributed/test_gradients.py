@@ -87,7 +87,8 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
 def _assert_same(results: Results, ranks: int, name: str, reference: str, tolerance: float) -> None:
     values, folder = results[ranks]
     expected_values, expected_folder = results[1]
-    assert values[name] == pytest.approx(expected_values[reference], rel=tolerance)
+    for key in ("loss", "grad_norm", "clipped_norm"):
+        assert values[name][key] == pytest.approx(expected_values[reference][key], rel=tolerance), key
     gradients = load_file(folder / f"{name}.safetensors")
     expected = load_file(expected_folder / f"{reference}.safetensors")
     assert gradients.keys() == expected.keys()
@@ -119,6 +120,18 @@ def test_norm_is_that_of_all_gradients_and_clipped_as_one(results: Results, rank
         assert found["grad_norm"] == pytest.approx(whole, rel=1e-5), name
         assert whole > CLIPPED_NORM
         assert found["clipped_norm"] == pytest.approx(CLIPPED_NORM, rel=1e-3), name  # the divisor has 1e-6 added
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in CASES if case["plan"] == "fsdp"])
+def test_a_step_receives_the_bytes_that_the_formula_says(results: Results, name: str) -> None:
+    found = results[2][0][name]
+    assert found["received_bytes"] == found["expected_bytes"] > 0
+    assert results[1][0][name]["received_bytes"] == results[1][0][name]["expected_bytes"] == 0
+
+
+def test_keeping_weights_gathered_halves_what_a_step_receives(results: Results) -> None:
+    freed, kept = (results[2][0][name]["received_bytes"] for name in ("qdora", "qdora-no-reshard"))
+    assert kept < 0.6 * freed, "two micro-batches, each forward and backward"
 
 
 def test_gradients_reach_magnitudes_and_both_factors(results: Results) -> None:

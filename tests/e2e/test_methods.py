@@ -32,7 +32,17 @@ SUMMARY = {
     "load_s",
     "versions",
 }
-METRICS = {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "num_tokens", "memory_gib"}
+METRICS = {
+    "step",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+    "data_wait",
+    "num_tokens",
+    "memory_gib",
+}
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -102,6 +112,8 @@ def test_metrics_have_what_they_should(runs: tuple[str, dict[int, Path]]) -> Non
         lines = metrics_of(folder)
         assert [line["step"] for line in lines] == list(range(7))
         assert all(line.keys() >= METRICS for line in lines[1:])
+        assert all(0 < line["mfu"] < 1 for line in lines[1:]), "a share of what the machine can do"
+        assert all(0 < line["data_wait"] < 0.2 for line in lines[1:])
         assert "eval_loss" in lines[0]
         assert "eval_loss" in lines[6]
 

@@ -1,0 +1,186 @@
+"""What the benchmark compares: the same model, NF4 bytes, adapters and batches, as PEFT and as qdora train them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qdora.adapter.dora import adapted_layers
+from qdora.config import (
+    ActivationCheckpointing,
+    AdapterConfig,
+    AdapterMethod,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Plan,
+    QuantConfig,
+    QuantMethod,
+)
+from qdora.data import Batch
+from qdora.model import load_model
+from qdora.optim import build_optimizer, clip_gradients
+from qdora.parallel import World, all_sum, own_rows
+from qdora.training.bound import Work, work_of
+from qdora.training.trainer import accumulate_gradients
+
+ARMS = ("peft-lora", "peft-qlora", "peft-qdora", "dora", "qlora", "qdora")
+LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a step is: `tokens` a micro-batch of a rank in rows of `length`, `accumulation` micro-batches."""
+
+    tokens: int
+    length: int
+    rank: int
+    recomputation: ActivationCheckpointing
+    accumulation: int
+
+    def batches(self, world: World, index: int, vocabulary: int) -> list[Tensor]:
+        """This rank's micro-batches of step `index`, (rows, length) int64 each."""
+        generator = torch.Generator().manual_seed(index * world.size + world.rank)
+        shape = (self.tokens // self.length, self.length)
+        draws = [torch.randint(vocabulary, shape, generator=generator) for _ in range(self.accumulation)]
+        return [draw.to(world.device) for draw in draws]
+
+
+@dataclass(slots=True)
+class Arm:
+    """`gradients` of micro-batches gives the mean loss a token over all ranks and leaves the gradients."""
+
+    gradients: Callable[[list[Tensor]], float]
+    optimizer: torch.optim.Optimizer
+    work: Work | None = None
+
+    def step(self, batches: list[Tensor]) -> float:
+        """One update; returns the loss before it. *Collective*."""
+        loss = self.gradients(batches)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+
+def build(name: str, folder: Path, case: Case, world: World) -> Arm:
+    """The arm `name` of `ARMS`. *Collective*."""
+    return _theirs(name, folder, case, world) if name.startswith("peft") else _ours(name, folder, case, world)
+
+
+def _initial(name: str, rank: int, out: int, width: int) -> tuple[Tensor, Tensor]:
+    """A and B of the layer `name`, the same in every arm; B is not zero, so that nothing can be left out."""
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    a = torch.randn(rank, width, generator=generator) * width**-0.5
+    return a.bfloat16(), (torch.randn(out, rank, generator=generator) * 1e-3).bfloat16()
+
+
+def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
+    """As `qdora train` does a step: float32 master shards, bfloat16 arithmetic."""
+    loaded = load_model(
+        folder,
+        ModelConfig(path=str(folder)),
+        QuantConfig(method=QuantMethod.nf4 if name.startswith("q") else QuantMethod.none),
+        AdapterConfig(method=AdapterMethod.dora if "dora" in name else AdapterMethod.lora, rank=case.rank),
+        parallel := ParallelConfig(
+            plan=Plan.none if world.size == 1 else Plan.fsdp, activation_checkpointing=case.recomputation
+        ),
+        world,
+    )
+    for key, layer in adapted_layers(loaded.model).items():
+        for parameter, value in zip(
+            (layer.lora_a, layer.lora_b),
+            _initial(key, case.rank, layer.out_features, layer.in_features),
+            strict=True,
+        ):
+            own, first = own_rows(parameter)
+            own.copy_(value[first : first + own.shape[0]])
+    loaded.refresh(world.device)
+    loaded.model.train()
+    optimizer = build_optimizer(loaded.model, OptimConfig(learning_rate=LEARNING_RATE))
+    optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
+
+    def gradients(batches: list[Tensor]) -> float:
+        loss, *_ = accumulate_gradients(loaded.model, [_batch(tokens) for tokens in batches], world)
+        clip_gradients(loaded.model, OptimConfig().max_grad_norm, world.shard_group)
+        return loss
+
+    return Arm(gradients, optimizer, work_of(loaded, world, parallel))
+
+
+def _batch(tokens: Tensor) -> Batch:
+    labels = torch.full_like(tokens, -100)
+    labels[:, :-1] = tokens[:, 1:]
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return Batch(tokens, positions, labels, tokens.numel() - tokens.shape[0], tokens.numel())
+
+
+def _theirs(name: str, folder: Path, case: Case, world: World) -> Arm:
+    """PEFT, over bitsandbytes' Linear4bit or bfloat16, adapters in bfloat16; on several ranks under `fully_shard`."""
+    quantised, dora = "-q" in name, "dora" in name
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=quantization if quantised else None,
+        dtype=torch.bfloat16,
+        device_map={"": world.device},
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes 0.50 repacks its weights in place at the first evaluation, which breaks PEFT's DoRA.
+            module.support_avx512bf16_for_cpu = False
+    if quantised:
+        model.is_loaded_in_4bit = True  # without it PEFT adapts the layers as if they were not quantised
+    config = LoraConfig(
+        r=case.rank, lora_alpha=2 * case.rank, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM"
+    )
+    peft_model: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
+    kinds = {type(module).__module__ for module in peft_model.modules() if hasattr(module, "lora_A")}
+    wanted = "peft.tuners.lora.bnb" if quantised else "peft.tuners.lora.layer"
+    assert kinds == {wanted}, f"PEFT's layers are {kinds}, not {wanted}"
+    for key, module in peft_model.named_modules():
+        if hasattr(module, "lora_A"):
+            shape = (module.out_features, module.in_features)
+            a, b = _initial(key.removeprefix("base_model.model."), case.rank, *shape)
+            module.lora_A["default"].weight.data = a.to(world.device)
+            module.lora_B["default"].weight.data = b.to(world.device)
+            if dora:  # m starts as the norm of W alone, as in qdora
+                vector = module.lora_magnitude_vector["default"]
+                vector.weight.data = vector.weight.data.bfloat16()
+    if case.recomputation is not ActivationCheckpointing.none:
+        peft_model.gradient_checkpointing_enable({"use_reentrant": False})
+    peft_model.train()
+    if world.size > 1:
+        _shard_plainly(peft_model, world)
+    parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+
+    def gradients(batches: list[Tensor]) -> float:
+        total = 0.0
+        for index, tokens in enumerate(batches):
+            if world.size > 1:
+                peft_model.set_requires_gradient_sync(index == len(batches) - 1)
+            loss = peft_model(input_ids=tokens, labels=tokens, use_cache=False).loss / len(batches)
+            loss.backward()
+            total += float(loss.detach())
+        nn.utils.clip_grad_norm_(parameters, OptimConfig().max_grad_norm)
+        return all_sum(world, total)[0] / world.size
+
+    return Arm(gradients, torch.optim.AdamW(parameters, LEARNING_RATE, fused=True))
+
+
+def _shard_plainly(model: Any, world: World) -> None:
+    """`fully_shard` as it comes, block by block; bitsandbytes' 4-bit weights stay whole on every rank."""
+    whole = {parameter for parameter in model.parameters() if parameter.dtype == torch.uint8}
+    for block in model.get_decoder().layers:
+        fully_shard(block, mesh=world.mesh, ignored_params=whole)
+    fully_shard(model, mesh=world.mesh, ignored_params=whole)

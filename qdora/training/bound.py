@@ -1,0 +1,128 @@
+"""The time that a training step cannot go below on this machine; `mfu` is the share of the step that it makes up.
+
+    bound = max(matrix work / matrix rate + dequantised bytes / copy rate,  communicated bytes / link rate)
+
+Matrix work is 2 operations a weight, a token and a product: output and input gradient of every linear layer and of the
+head (at label tokens only), the weight gradient too where the base is trained, and one product more in the blocks with
+full recomputation (as in PaLM, arXiv:2204.02311, appendix B, for a frozen base). Attention, adapters, norms and the
+optimiser are left out, so that the bound can be neared and not reached. The three rates are measured, not looked up.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qdora.config import ActivationCheckpointing, ParallelConfig
+from qdora.model import LoadedModel
+from qdora.nf4 import NF4Linear
+from qdora.parallel import World, all_sum
+
+DEQUANTISED_BYTES = 0.56 + 2
+"""A weight and pass: NF4 code and scale in, bfloat16 out."""
+REPEATS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What one rank does a second at its best while all others do the same."""
+
+    matrix: float
+    """Operations of a matrix product in the compute dtype, 2 a multiplication and addition."""
+    copy: float
+    """Bytes read plus bytes written by a copy."""
+    link: float
+    """Bytes received in an all-gather over the ranks that share the weights; infinite where nothing is shared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a model asks of one rank."""
+
+    linear_flops: int
+    """A token of a micro-batch, forward and backward."""
+    head_flops: int
+    """A label token."""
+    dequantised_bytes: float
+    """A micro-batch."""
+    gathered_bytes: int
+    """What a rank receives of the others' shards: in each micro-batch, or in a step if `gathers_once`."""
+    gathers_once: bool
+    reduced_bytes: int
+    """A reduction of gradients: what a rank receives."""
+
+    def step_bytes(self, num_batches: int) -> int:
+        """What a rank receives in a step of so many micro-batches that reduces gradients once."""
+        return self.gathered_bytes * (1 if self.gathers_once else num_batches) + self.reduced_bytes
+
+    def bound_s(self, rates: Rates, num_tokens: float, num_label_tokens: float, num_batches: int) -> float:
+        """Seconds of a step of one rank with so many tokens in so many micro-batches, gradients reduced once."""
+        compute = (self.linear_flops * num_tokens + self.head_flops * num_label_tokens) / rates.matrix
+        compute += self.dequantised_bytes * num_batches / rates.copy
+        return max(compute, self.step_bytes(num_batches) / rates.link)
+
+
+def work_of(loaded: LoadedModel, world: World, config: ParallelConfig) -> Work:
+    """The work of `loaded`, sharded over `world` as `config` says."""
+    model = loaded.model
+    head = model.get_output_embeddings()
+    linears = [m for block in loaded.blocks for m in block.modules() if isinstance(m, nn.Linear | NF4Linear)]
+    full = config.activation_checkpointing is ActivationCheckpointing.full
+    passes = 3 if full else 2
+    linear_flops = sum(_flops(m, passes) for m in linears)
+    nf4 = sum(m.in_features * m.out_features for m in linears if isinstance(m, NF4Linear))
+    ranks = 1 if world.mesh is None else world.mesh.size(world.mesh.ndim - 1)
+    keep = not config.reshard_after_forward
+    # What is gathered again for the backward; the last block and the root stay from the forward.
+    freed = {id(parameter) for block in loaded.blocks[:-1] if not keep for parameter in block.parameters()}
+    gathered = reduced = 0
+    for parameter in model.parameters() if ranks > 1 else ():
+        # Every rank's share is padded to the same rows; a trained float32 master travels in the compute dtype.
+        others = -(-parameter.shape[0] // ranks) * (ranks - 1) * prod(parameter.shape[1:])
+        size = loaded.dtype.itemsize if parameter.requires_grad else parameter.element_size()
+        gathered += others * size * (2 if id(parameter) in freed else 1)
+        reduced += others * 4 * parameter.requires_grad
+    return Work(linear_flops, _flops(head, 2), DEQUANTISED_BYTES * nf4 * passes, gathered, keep, reduced)
+
+
+def _flops(linear: nn.Module, passes: int) -> int:
+    """Operations a token of a linear layer: `passes` products, and one for the weight's gradient if it is trained."""
+    if isinstance(linear, NF4Linear):
+        return 2 * passes * linear.in_features * linear.out_features
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return 2 * (passes + weight.requires_grad) * weight.numel()
+
+
+@torch.no_grad()
+def measure_rates(world: World, dtype: torch.dtype) -> Rates:
+    """Measures this machine for about half a second, all ranks at the same time. *Collective*."""
+    device = world.device
+    side, copied, sent = (8192, 2**30, 2**26) if device.type == "cuda" else (1024, 2**26, 2**23)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source, target = (torch.zeros(copied, dtype=torch.uint8, device=device) for _ in range(2))
+    matrix = 2 * side**3 / _shortest(world, lambda: torch.mm(a, b))
+    copy = 2 * copied / _shortest(world, lambda: target.copy_(source))
+    link, ranks = float("inf"), 1 if world.shard_group is None else dist.get_world_size(world.shard_group)
+    if ranks > 1:
+        received = list(target[: sent * ranks].view(ranks, sent))
+        seconds = _shortest(world, lambda: dist.all_gather(received, source[:sent], group=world.shard_group))
+        link = sent * (ranks - 1) / seconds
+    return Rates(matrix, copy, link)
+
+
+def _shortest(world: World, function: Callable[[], object]) -> float:
+    """Seconds of the shortest of some calls, the mean over the ranks. *Collective*."""
+    seconds = []
+    for _ in range(1 + REPEATS):
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        started = time.perf_counter()
+        function()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        seconds.append(time.perf_counter() - started)
+    return all_sum(world, min(seconds[1:]))[0] / world.size

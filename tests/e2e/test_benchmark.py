@@ -1,0 +1,53 @@
+"""The benchmark on a toy model: every arm runs, all agree in loss, and everything is written down."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import make_model, run
+
+ARMS = {"peft-qlora", "peft-qdora", "qlora", "qdora"}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_arms_take_the_same_steps(tmp_path: Path, root: Path, ranks: int) -> None:
+    model, output = make_model(tmp_path / "model", "llama", num_hidden_layers=1), tmp_path / "steps.json"
+    arms = ARMS | ({"peft-lora", "dora"} if ranks == 1 else set())
+    options = ["--tokens=64", "--length=32", "--accumulation=2", "--steps=2", f"--model={model}", f"--output={output}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    done = run([sys.executable, *launcher, str(root / "benchmarks" / "step.py"), *options, "--arms", *sorted(arms)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(output.read_text())
+    assert record["results"].keys() == arms
+    assert record["bounds"].keys() == {name for name in arms if not name.startswith("peft")}
+    assert record["ranks"] == ranks
+    for result in record["results"].values():
+        assert len(result["seconds"]) == 2
+        assert len(result["losses"]) == 4
+        assert result["losses"][-1] == pytest.approx(record["results"]["peft-qlora"]["losses"][-1], rel=0.01)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_every_case_of_a_gpu_runs_on_a_toy_model(tmp_path: Path, root: Path) -> None:
+    output = tmp_path / "results" / "tiny"
+    options = ["--tiny", "--repeats=1", "--steps=1", f"--output={output}"]
+    done = run([sys.executable, str(root / "benchmarks" / "run.py"), *options], cwd=tmp_path, timeout_s=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "there are no GPU figures" in done.stdout
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert record["gpu"] is None
+    assert record["versions"]["torch"]
+    cases = record["cases"]
+    varied = {(case["tokens"], case["rank"], case["recomputation"], case["accumulation"]) for case in cases}
+    assert len(varied) == len(cases) == 7
+    assert set(cases[0]["results"]) == ARMS | {"peft-lora", "dora"}
+    for case in cases:
+        assert set(case["results"]) >= ARMS
+        for name, result in case["results"].items():
+            assert result["median_s"] > 0
+            assert result["peak_bytes"] > 0
+            assert (result["bound_s"] is None) == name.startswith("peft")
+    assert output.with_suffix(".png").stat().st_size > 10_000
