@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from qdora.errors import ModelError
 from qdora.parallel import World, all_sum, reshard
 
-CHUNK_NUMEL = 2**24
-"""Logits alive at a time (64 MiB in float32)."""
+CHUNK_NUMEL = {"cpu": 2**24, "cuda": 2**26}
+"""Logits alive at a time: 64 MiB in float32; on a GPU enough tokens that reading the head's weight is not what counts."""
 IGNORED = -100
 """Label of a position without a target."""
 
@@ -38,11 +38,16 @@ class LogitTransform:
         logits = logits * self.scale if self.scale != 1.0 else logits
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
-    def gradient(self, transformed: Tensor, upstream: Tensor) -> Tensor:
-        """d loss / d z, given what `__call__` returned; in place on `upstream`."""
+    def slope(self, transformed: Tensor) -> Tensor | None:
+        """d transformed / d z, given what `__call__` returned; None where it is one everywhere."""
         if self.cap is not None:
-            upstream.mul_(1 - (transformed / self.cap).square_())
-        return upstream if self.scale == 1.0 else upstream.mul_(self.scale)
+            return (transformed / self.cap).square_().mul_(-self.scale).add_(self.scale)
+        return None if self.scale == 1.0 else transformed.new_tensor(self.scale)
+
+
+def _chunk_rows(weight: Tensor) -> int:
+    """How many positions meet the head (vocabulary, hidden size) at a time."""
+    return max(1, CHUNK_NUMEL[weight.device.type] // weight.shape[0])
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -55,20 +60,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
-        step = max(1, CHUNK_NUMEL // weight.shape[0])
+        step = _chunk_rows(weight)
+        # One buffer for all chunks and everything in place: fresh memory costs a CPU more than the arithmetic on it.
+        buffer = torch.empty(min(step, hidden.shape[0]), weight.shape[0], dtype=torch.float32, device=hidden.device)
         for first in range(0, hidden.shape[0], step):
             some, targets = hidden[first : first + step], labels[first : first + step, None]
-            logits = transform(nn.functional.linear(some, weight, bias).float())
-            normaliser = logits.logsumexp(1, keepdim=True)
-            total += (normaliser - logits.gather(1, targets)).sum()
+            rounded = nn.functional.linear(some, weight, bias)
+            logits = transform(buffer[: some.shape[0]].copy_(rounded))
+            slope = transform.slope(logits)
+            highest = logits.amax(1, keepdim=True)
+            total += (highest - logits.gather(1, targets)).sum()
+            exponentials = logits.sub_(highest).exp_()
+            normaliser = exponentials.sum(1, keepdim=True)
+            total += normaliser.log().sum()
             if not (need_hidden or need_weight):
                 continue
-            d_logits = (logits - normaliser).exp_()
+            d_logits = exponentials.div_(normaliser)
             d_logits.scatter_add_(1, targets, torch.full_like(normaliser, -1.0))
-            d_logits = transform.gradient(logits, d_logits)
+            if slope is not None:
+                d_logits.mul_(slope)
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
-            rounded = d_logits.to(hidden.dtype)
+            rounded.copy_(d_logits)
             if d_hidden is not None:
                 torch.mm(rounded, weight, out=d_hidden[first : first + step])
             if d_weight is not None:
@@ -120,7 +133,7 @@ def log_likelihoods(model: Any, input_ids: Tensor, position_ids: Tensor, labels:
     head, transform = model.get_output_embeddings(), LogitTransform.of(model.config)
     rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
     totals = torch.zeros(labels.shape[0], device=labels.device)
-    for some in torch.arange(len(rows), device=labels.device).split(max(1, CHUNK_NUMEL // head.weight.shape[0])):
+    for some in torch.arange(len(rows), device=labels.device).split(_chunk_rows(head.weight)):
         logits = transform(head(hidden[rows[some], columns[some]]).float())
         targets = labels[rows[some], columns[some], None]
         totals.index_add_(0, rows[some], logits.gather(1, targets)[:, 0] - logits.logsumexp(1))

@@ -1,5 +1,6 @@
 """The chunked cross entropy is the cross entropy of the whole logits."""
 
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from qdora.model.loss import (
     chunked_cross_entropy,
     log_likelihoods,
 )
+from tests.support import run
 
 HIDDEN, VOCABULARY = 24, 50
 TRANSFORMS = {
@@ -41,7 +43,7 @@ def expected(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
 def test_loss_and_gradients_are_those_of_the_whole_logits(
     monkeypatch: pytest.MonkeyPatch, name: str, bias: bool, chunk_rows: int
 ) -> None:
-    monkeypatch.setattr(loss, "CHUNK_NUMEL", chunk_rows * VOCABULARY)
+    monkeypatch.setitem(loss.CHUNK_NUMEL, "cpu", chunk_rows * VOCABULARY)
     torch.manual_seed(0)
     leaves = [torch.randn(2, 9, HIDDEN), torch.randn(VOCABULARY, HIDDEN)] + ([torch.randn(VOCABULARY)] if bias else [])
     labels = torch.randint(0, VOCABULARY, (2, 9))
@@ -55,6 +57,28 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(
     for ours, theirs in zip(*results, strict=True):
         assert ours is not None
         torch.testing.assert_close(ours, theirs)
+
+
+PEAK = """
+from pathlib import Path
+import torch
+from qdora.model.loss import LogitTransform, chunked_cross_entropy
+from tests.distributed.ranks_memory import status_bytes
+
+hidden = torch.randn(8192, 64, dtype=torch.bfloat16, requires_grad=True)
+weight = torch.randn(128_000, 64, dtype=torch.bfloat16)
+labels = torch.randint(0, 128_000, (8192,))
+before = status_bytes("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+chunked_cross_entropy(hidden, weight, None, labels, LogitTransform()).backward()
+print(status_bytes("VmHWM") - before)
+"""
+
+
+def test_memory_of_8192_tokens_and_128000_words_stays_small() -> None:
+    done = run([sys.executable, "-c", PEAK])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2**28, "the logits alone are 4 GB in float32"
 
 
 def test_row_without_a_label_adds_nothing() -> None:
@@ -127,7 +151,7 @@ def test_flash_attention_is_given_a_single_row() -> None:
 
 
 def test_log_likelihoods_are_row_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_NUMEL", 3 * VOCABULARY)
+    monkeypatch.setitem(loss.CHUNK_NUMEL, "cpu", 3 * VOCABULARY)
     torch.manual_seed(0)
     model = Toy(1.0)
     ids, labels = torch.randint(0, VOCABULARY, (3, 6)), torch.randint(0, VOCABULARY, (3, 6))
