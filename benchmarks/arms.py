@@ -25,12 +25,14 @@ from qdora.config import (
 )
 from qdora.data import Batch
 from qdora.model import load_model
+from qdora.model.activations import compile_blocks
 from qdora.optim import build_optimizer, clip_gradients
 from qdora.parallel import World, all_sum, own_rows
 from qdora.training.bound import Work, work_of
 from qdora.training.trainer import accumulate_gradients
 
-ARMS = ("peft-lora", "peft-qlora", "peft-qdora", "dora", "qlora", "qdora")
+ARMS = ("peft-lora", "peft-qlora", "peft-qdora", "dora", "qlora", "qdora", "qdora-compiled")
+QUANTISED = ("peft-qlora", "peft-qdora", "qlora", "qdora", "qdora-compiled")
 LEARNING_RATE = 1e-4
 
 
@@ -85,7 +87,7 @@ def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
     loaded = load_model(
         folder,
         ModelConfig(path=str(folder)),
-        QuantConfig(method=QuantMethod.nf4 if name.startswith("q") else QuantMethod.none),
+        QuantConfig(method=QuantMethod.nf4 if name in QUANTISED else QuantMethod.none),
         AdapterConfig(method=AdapterMethod.dora if "dora" in name else AdapterMethod.lora, rank=case.rank),
         parallel := ParallelConfig(
             plan=Plan.none if world.size == 1 else Plan.fsdp, activation_checkpointing=case.recomputation
@@ -101,6 +103,8 @@ def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
             own, first = own_rows(parameter)
             own.copy_(value[first : first + own.shape[0]])
     loaded.refresh(world.device)
+    if name.endswith("-compiled"):
+        compile_blocks(loaded.blocks, world.device)
     loaded.model.train()
     optimizer = build_optimizer(loaded.model, OptimConfig(learning_rate=LEARNING_RATE))
     optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
@@ -122,7 +126,7 @@ def _batch(tokens: Tensor) -> Batch:
 
 def _theirs(name: str, folder: Path, case: Case, world: World) -> Arm:
     """PEFT, over bitsandbytes' Linear4bit or bfloat16, adapters in bfloat16; on several ranks under `fully_shard`."""
-    quantised, dora = "-q" in name, "dora" in name
+    quantised, dora = name in QUANTISED, "dora" in name
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

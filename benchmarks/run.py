@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS
+from arms import ARMS, QUANTISED
 from matplotlib.figure import Figure
 from random_model import SHAPES, write_random_model
 from rich.console import Console
@@ -30,7 +30,6 @@ from qdora.training.run import versions
 
 HERE = Path(__file__).parent
 REPEATS = 3
-QUANTISED = tuple(name for name in ARMS if "-q" in name or name.startswith("q"))
 BASELINES = ("peft-lora", "peft-qlora", "peft-qdora", "qlora")
 TIMEOUT_S = 3600
 

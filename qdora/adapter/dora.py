@@ -70,6 +70,11 @@ def adapted_linear(
     return y, xa
 
 
+@adapted_linear.register_fake
+def _(x, base, gain, lora_a, lora_b, magnitude, scaling):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], lora_b.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
+
+
 def _scaled_b(lora_b: Tensor, g: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
     """B' = s g B, rounded once."""
     b = lora_b.to(dtype).float() * scaling
@@ -110,6 +115,13 @@ def adapted_linear_backward(
         dx = dy @ nf4.weight_from(base, dy.dtype, fold)
         dx.addmm_(dxa, lora_a.to(dy.dtype))
     return dx, da, db, dm
+
+
+@adapted_linear_backward.register_fake
+def _(dy, x, xa, y, base, gain, lora_a, lora_b, magnitude, scaling, need_dx):  # type: ignore[no-untyped-def]
+    dx = torch.empty_like(x) if need_dx else dy.new_empty(0)
+    dm = dy.new_empty(0) if magnitude is None or y is None else torch.empty_like(magnitude)
+    return dx, torch.empty_like(lora_a), torch.empty_like(lora_b), dm
 
 
 def _column_dot(a: Tensor, b: Tensor) -> Tensor:

@@ -158,6 +158,8 @@ class TrainConfig:
     """Rows a rank computes at once."""
     num_accumulation_steps: int = 8
     """Micro-batches a rank adds up before an update."""
+    compile: bool = False
+    """torch.compile each block: less memory and fewer kernels, for a minute or so of compilation at the start."""
     log_every: int = 1
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 0

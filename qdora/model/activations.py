@@ -1,6 +1,11 @@
-"""Activation recomputation of a block: all of it (`full`), or all but matrix products and attention (`selective`)."""
+"""How a block computes: compiled or not, and what of it is recomputed in the backward.
+
+Recomputed is all of it (`full`), or all but matrix products and attention (`selective`).
+"""
 
 import functools
+import os
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from qdora.config import ActivationCheckpointing
+from qdora.errors import ConfigError
 
 _KEPT = {
     torch.ops.qdora.adapted_linear.default,
@@ -43,3 +49,18 @@ def _forward(forward: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, **options, **kwargs)
+
+
+def compile_blocks(blocks: Sequence[nn.Module], device: torch.device) -> None:
+    """Makes each block's forward (and backward) one compiled graph, inside FSDP2's hooks; mutates the blocks.
+
+    Compilation happens at the first call of each kind (training, evaluation) and once more where the number of tokens
+    changes, after which it is dynamic. Blocks that are alike share it.
+
+    Raises:
+        ConfigError: on a CPU without a C++ compiler.
+    """
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        raise ConfigError("train.compile=true needs a C++ compiler on a CPU: install g++, or set train.compile=false")
+    for block in blocks:
+        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]

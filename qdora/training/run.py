@@ -19,6 +19,7 @@ from qdora.config import AdapterMethod, Plan, RunConfig
 from qdora.data import BatchLoader, TokenDataset, prepare
 from qdora.errors import EXIT_INTERRUPTED, CheckpointError, ModelError, TrainingError
 from qdora.model import LoadedModel, load_model, load_tokenizer, model_folder
+from qdora.model.activations import compile_blocks
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.export import export_model
 from qdora.model.loss import check_token_loss
@@ -80,6 +81,8 @@ def _train(config: RunConfig, world: World) -> int:
 
     loaded = load_model(base, config.model, config.quant, config.adapter, config.parallel, world, seed=config.seed)
     check_token_loss(loaded.model, world.device, config.data.packing)
+    if config.train.compile:
+        compile_blocks(loaded.blocks, world.device)
     trainer = Trainer(config, world, loaded, train_loader, eval_loader, folder)
     fingerprints = {"data": train_data.fingerprint, "model": model_fingerprint(base)}
     if found is not None:

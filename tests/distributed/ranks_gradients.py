@@ -6,10 +6,12 @@ ranks_gradients.py OUTPUT MODEL CASES   (CASES: JSON list of dictionaries, see `
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +29,7 @@ from qdora.config import (
 )
 from qdora.data import Batch
 from qdora.model import load_model
+from qdora.model.activations import compile_blocks
 from qdora.optim import clip_gradients
 from qdora.parallel import World, gather_rows, own_rows
 from qdora.training.bound import work_of
@@ -97,10 +100,18 @@ def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> dict[str
         own, first = own_rows(parameter)
         own.add_(0.02 * noise[first : first + own.shape[0]])
     loaded.refresh(world.device)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    if case.get("compiled"):
+        compile_blocks(loaded.blocks, world.device)
     loaded.model.train()
     batches = batches_of(world, case["accumulate"])
-    with ReceivedBytes() as received:
+    received = ReceivedBytes()
+    with nullcontext() if case.get("compiled") else received:  # nothing is compiled under a dispatch mode
         loss, _, _ = accumulate_gradients(loaded.model, batches, world, keep_gathered=not config.reshard_after_forward)
+    counters = torch._dynamo.utils.counters
+    assert bool(counters["stats"]["unique_graphs"]) == bool(case.get("compiled")), counters
+    assert not counters["graph_break"], f"a block is not one graph: {counters['graph_break']}"
     missing = [name for name, parameter in trained.items() if parameter.grad is None]
     assert not missing, f"no gradient: {missing}"
     gradients = {}
