@@ -212,17 +212,38 @@ def weight_from(tensors: list[Tensor], dtype: torch.dtype, row_scale: Tensor | N
     return dequantize(tensors[0], scales, dtype)
 
 
-class _FrozenLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(*tensors)
-        return torch.nn.functional.linear(x, weight_from(list(tensors), x.dtype))
+@torch.library.custom_op("qdora::frozen_linear", mutates_args=())
+def frozen_linear(x: Tensor, base: list[Tensor]) -> Tensor:
+    """x W^T (..., out) of a frozen weight, given as `weight_from` takes it, which the backward dequantises again.
 
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
-        return (dy @ weight_from(list(ctx.saved_tensors), dy.dtype), *(None,) * len(ctx.saved_tensors))
+    One opaque operator: a compiler must not see, and move, reads of the reused buffer.
+    """
+    return torch.nn.functional.linear(x, weight_from(base, x.dtype))
 
 
-def frozen_linear(x: Tensor, tensors: list[Tensor]) -> Tensor:
-    """x W^T of a frozen weight, without keeping the dequantised weight for the backward."""
-    return _FrozenLinear.apply(x, *tensors)  # type: ignore[no-any-return]
+@torch.library.custom_op("qdora::frozen_linear_backward", mutates_args=())
+def frozen_linear_backward(dy: Tensor, base: list[Tensor]) -> Tensor:
+    """dy W."""
+    return dy @ weight_from(base, dy.dtype)
+
+
+@frozen_linear.register_fake
+def _(x, base):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], base[0].shape[0])
+
+
+@frozen_linear_backward.register_fake
+def _(dy, base):  # type: ignore[no-untyped-def]
+    return dy.new_empty(*dy.shape[:-1], base[0].shape[1] * (1 if len(base) == 1 else 2))
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[1])
+
+
+def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+    base = list(ctx.saved_tensors)
+    return frozen_linear_backward(dy.contiguous(), base), [None] * len(base)
+
+
+frozen_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -215,7 +215,7 @@ class AdaptedLinear(nn.Module):
         """PEFT's semantics: y = W x + (g - 1) W drop(x) + g s B A drop(x), unfused: three more passes over y."""
         dropped = nn.functional.dropout(x, self.dropout)
         update = dropped @ self.lora_a.to(x.dtype).T @ self.lora_b.to(x.dtype).T * self.scaling
-        y = nf4.frozen_linear(x, self.base_tensors())
+        y: Tensor = nf4.frozen_linear(x, self.base_tensors())
         if self.gain is None or self.magnitude is None:
             y = y + update
         else:

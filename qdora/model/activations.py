@@ -18,6 +18,7 @@ from qdora.errors import ConfigError
 
 _KEPT = {
     torch.ops.qdora.adapted_linear.default,
+    torch.ops.qdora.frozen_linear.default,
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,

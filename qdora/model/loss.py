@@ -16,7 +16,7 @@ from qdora.errors import ModelError
 from qdora.parallel import World, all_sum, reshard
 
 CHUNK_NUMEL = {"cpu": 2**24, "cuda": 2**26}
-"""Logits alive at a time: 64 MiB in float32; on a GPU enough tokens that reading the head's weight is not what counts."""
+"""Logits alive at a time: 64 MiB in float32; on a GPU more tokens, for which reading the head's weight pays."""
 IGNORED = -100
 """Label of a position without a target."""
 

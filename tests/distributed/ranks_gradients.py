@@ -89,7 +89,9 @@ def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> dict[str
         model_folder,
         ModelConfig(path=str(model_folder), dtype=Dtype[case["dtype"]]),
         QuantConfig(method=QuantMethod[case["quant"]]),
-        AdapterConfig(method=AdapterMethod[case["adapter"]], rank=4),
+        AdapterConfig(
+            method=AdapterMethod[case["adapter"]], rank=4, target_modules=case.get("target_modules", "all-linear")
+        ),
         config,
         world,
     )

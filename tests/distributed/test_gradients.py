@@ -57,6 +57,12 @@ CASES += [
     _case(f"qdora-compiled-{checkpointing}", "nf4", "dora", compiled=True, checkpointing=checkpointing)
     for checkpointing in ("none", "full", "selective")
 ]
+SOME = ["q_proj", "up_proj"]
+CASES += [
+    _case("some", "nf4", "dora", target_modules=SOME),
+    _case("some-compiled", "nf4", "dora", target_modules=SOME, compiled=True),
+    _case("some-selective", "nf4", "dora", target_modules=SOME, checkpointing="selective"),
+]
 HSDP_CASES = [
     _case("qdora-hsdp", "nf4", "dora", plan="hsdp"),
     _case("qdora-hsdp-selective", "nf4", "dora", plan="hsdp", checkpointing="selective"),
