@@ -101,13 +101,14 @@ def _flops(linear: nn.Module, passes: int) -> int:
 def measure_rates(world: World, dtype: torch.dtype) -> Rates:
     """Measures this machine for about half a second, all ranks at the same time. *Collective*."""
     device = world.device
-    side, copied, sent = (8192, 2**30, 2**26) if device.type == "cuda" else (1024, 2**26, 2**23)
+    side, copied = (4096, 2**28) if device.type == "cuda" else (1024, 2**25)  # little beside a model
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source, target = (torch.zeros(copied, dtype=torch.uint8, device=device) for _ in range(2))
     matrix = 2 * side**3 / _shortest(world, lambda: torch.mm(a, b))
     copy = 2 * copied / _shortest(world, lambda: target.copy_(source))
     link, ranks = float("inf"), 1 if world.shard_group is None else dist.get_world_size(world.shard_group)
     if ranks > 1:
+        sent = copied // ranks
         received = list(target[: sent * ranks].view(ranks, sent))
         seconds = _shortest(world, lambda: dist.all_gather(received, source[:sent], group=world.shard_group))
         link = sent * (ranks - 1) / seconds

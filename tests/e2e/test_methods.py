@@ -113,7 +113,7 @@ def test_metrics_have_what_they_should(runs: tuple[str, dict[int, Path]]) -> Non
         assert [line["step"] for line in lines] == list(range(7))
         assert all(line.keys() >= METRICS for line in lines[1:])
         assert all(0 < line["mfu"] < 1 for line in lines[1:]), "a share of what the machine can do"
-        assert all(0 < line["data_wait"] < 0.2 for line in lines[1:])
+        assert all(0 < line["data_wait"] < 1 for line in lines[1:])
         assert "eval_loss" in lines[0]
         assert "eval_loss" in lines[6]
 
