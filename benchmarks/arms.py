@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qdora.adapter.dora import adapted_layers
@@ -32,6 +33,8 @@ from qdora.training.bound import Work, work_of
 from qdora.training.trainer import accumulate_gradients
 
 ARMS = ("peft-lora", "peft-qlora", "peft-qdora", "dora", "qlora", "qdora", "qdora-compiled")
+SAME = (("peft-qlora", "qlora"), ("peft-qdora", "qdora", "qdora-compiled"))
+"""Arms that compute the same loss and gradients."""
 QUANTISED = ("peft-qlora", "peft-qdora", "qlora", "qdora", "qdora-compiled")
 LEARNING_RATE = 1e-4
 
@@ -56,18 +59,21 @@ class Case:
 
 @dataclass(slots=True)
 class Arm:
-    """`gradients` of micro-batches gives the mean loss a token over all ranks and leaves the gradients."""
+    """`gradients` of micro-batches leaves the clipped gradients.
 
-    gradients: Callable[[list[Tensor]], float]
+    It gives the mean loss a token over all ranks, and the gradients' norm before clipping.
+    """
+
+    gradients: Callable[[list[Tensor]], tuple[float, float]]
     optimizer: torch.optim.Optimizer
     work: Work | None = None
 
-    def step(self, batches: list[Tensor]) -> float:
-        """One update; returns the loss before it. *Collective*."""
-        loss = self.gradients(batches)
+    def step(self, batches: list[Tensor]) -> tuple[float, float]:
+        """One update; returns loss and gradient norm before it. *Collective*."""
+        loss, norm = self.gradients(batches)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss
+        return loss, norm
 
 
 def build(name: str, folder: Path, case: Case, world: World) -> Arm:
@@ -109,10 +115,9 @@ def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
     optimizer = build_optimizer(loaded.model, OptimConfig(learning_rate=LEARNING_RATE))
     optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
 
-    def gradients(batches: list[Tensor]) -> float:
+    def gradients(batches: list[Tensor]) -> tuple[float, float]:
         loss, *_ = accumulate_gradients(loaded.model, [_batch(tokens) for tokens in batches], world)
-        clip_gradients(loaded.model, OptimConfig().max_grad_norm, world.shard_group)
-        return loss
+        return loss, clip_gradients(loaded.model, OptimConfig().max_grad_norm, world.shard_group)
 
     return Arm(gradients, optimizer, work_of(loaded, world, parallel))
 
@@ -168,7 +173,7 @@ def _theirs(name: str, folder: Path, case: Case, world: World) -> Arm:
         _shard_plainly(peft_model, world)
     parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
 
-    def gradients(batches: list[Tensor]) -> float:
+    def gradients(batches: list[Tensor]) -> tuple[float, float]:
         total = 0.0
         for index, tokens in enumerate(batches):
             if world.size > 1:
@@ -176,8 +181,9 @@ def _theirs(name: str, folder: Path, case: Case, world: World) -> Arm:
             loss = peft_model(input_ids=tokens, labels=tokens, use_cache=False).loss / len(batches)
             loss.backward()
             total += float(loss.detach())
-        nn.utils.clip_grad_norm_(parameters, OptimConfig().max_grad_norm)
-        return all_sum(world, total)[0] / world.size
+        norm: Any = nn.utils.clip_grad_norm_(parameters, OptimConfig().max_grad_norm)
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return all_sum(world, total)[0] / world.size, float(whole)
 
     return Arm(gradients, torch.optim.AdamW(parameters, LEARNING_RATE, fused=True))
 

@@ -119,7 +119,7 @@ def adapted_linear_backward(
 
 @adapted_linear_backward.register_fake
 def _(dy, x, xa, y, base, gain, lora_a, lora_b, magnitude, scaling, need_dx):  # type: ignore[no-untyped-def]
-    dx = torch.empty_like(x) if need_dx else dy.new_empty(0)
+    dx = x.new_empty(x.shape) if need_dx else dy.new_empty(0)
     dm = dy.new_empty(0) if magnitude is None or y is None else torch.empty_like(magnitude)
     return dx, torch.empty_like(lora_a), torch.empty_like(lora_b), dm
 

@@ -6,16 +6,19 @@ Recomputed is all of it (`full`), or all but matrix products and attention (`sel
 import functools
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from qdora.config import ActivationCheckpointing
 from qdora.errors import ConfigError
 
+RECOMPILE_LIMIT = 64
 _KEPT = {
     torch.ops.qdora.adapted_linear.default,
     torch.ops.qdora.frozen_linear.default,
@@ -61,7 +64,13 @@ def compile_blocks(blocks: Sequence[nn.Module], device: torch.device) -> None:
     Raises:
         ConfigError: on a CPU without a C++ compiler.
     """
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
-        raise ConfigError("train.compile=true needs a C++ compiler on a CPU: install g++, or set train.compile=false")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise ConfigError(
+            f"train.compile=true needs a C++ compiler on a CPU, and there is no {compiler}: install it, name another "
+            "in CXX, or set train.compile=false"
+        )
+    # Blocks share their code, and each kind of block, call and shape is a graph of it: 8 are too few.
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for block in blocks:
         block.forward = torch.compile(block.forward)  # type: ignore[method-assign]

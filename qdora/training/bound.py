@@ -1,11 +1,12 @@
-"""The time that a training step cannot go below on this machine; `mfu` is the share of the step that it makes up.
+"""About the shortest time that a training step could take on this machine; `mfu` is its share of the step's own.
 
     bound = max(matrix work / matrix rate + dequantised bytes / copy rate,  communicated bytes / link rate)
 
 Matrix work is 2 operations a weight, a token and a product: output and input gradient of every linear layer and of the
 head (at label tokens only), the weight gradient too where the base is trained, and one product more in the blocks with
-full recomputation (as in PaLM, arXiv:2204.02311, appendix B, for a frozen base). Attention, adapters, norms and the
-optimiser are left out, so that the bound can be neared and not reached. The three rates are measured, not looked up.
+full recomputation (as in PaLM, arXiv:2204.02311, appendix B, for a frozen base). Attention, adapters, norms, the
+optimiser, and what `ddp` and `hsdp` reduce over their replicas are left out, so that the bound can be neared and not
+reached. The three rates are measured, not looked up.
 """
 
 import time
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qdora.config import ActivationCheckpointing, ParallelConfig
+from qdora.config import ActivationCheckpointing, AdapterMethod, ParallelConfig
 from qdora.model import LoadedModel
 from qdora.nf4 import NF4Linear
 from qdora.parallel import World, all_sum
@@ -53,14 +54,16 @@ class Work:
     """What a rank receives of the others' shards: in each micro-batch, or in a step if `gathers_once`."""
     gathers_once: bool
     reduced_bytes: int
-    """A reduction of gradients: what a rank receives."""
+    """What a rank receives of the others' gradients: in a step, or in each micro-batch if `reduces_each`."""
+    reduces_each: bool
 
     def step_bytes(self, num_batches: int) -> int:
-        """What a rank receives in a step of so many micro-batches that reduces gradients once."""
-        return self.gathered_bytes * (1 if self.gathers_once else num_batches) + self.reduced_bytes
+        """What a rank receives in a step of so many micro-batches."""
+        gathers = 1 if self.gathers_once else num_batches
+        return self.gathered_bytes * gathers + self.reduced_bytes * (num_batches if self.reduces_each else 1)
 
     def bound_s(self, rates: Rates, num_tokens: float, num_label_tokens: float, num_batches: int) -> float:
-        """Seconds of a step of one rank with so many tokens in so many micro-batches, gradients reduced once."""
+        """Seconds of a step of one rank with so many tokens in so many micro-batches."""
         compute = (self.linear_flops * num_tokens + self.head_flops * num_label_tokens) / rates.matrix
         compute += self.dequantised_bytes * num_batches / rates.copy
         return max(compute, self.step_bytes(num_batches) / rates.link)
@@ -86,7 +89,9 @@ def work_of(loaded: LoadedModel, world: World, config: ParallelConfig) -> Work:
         size = loaded.dtype.itemsize if parameter.requires_grad else parameter.element_size()
         gathered += others * size * (2 if id(parameter) in freed else 1)
         reduced += others * 4 * parameter.requires_grad
-    return Work(linear_flops, _flops(head, 2), DEQUANTISED_BYTES * nf4 * passes, gathered, keep, reduced)
+    each = loaded.adapter.method is AdapterMethod.none  # as the trainer does: see `accumulate_gradients`
+    dequantised = DEQUANTISED_BYTES * nf4 * passes
+    return Work(linear_flops, _flops(head, 2), dequantised, gathered, keep and not each, reduced, each)
 
 
 def _flops(linear: nn.Module, passes: int) -> int:
@@ -102,15 +107,16 @@ def measure_rates(world: World, dtype: torch.dtype) -> Rates:
     """Measures this machine for about half a second, all ranks at the same time. *Collective*."""
     device = world.device
     side, copied = (4096, 2**28) if device.type == "cuda" else (1024, 2**25)  # little beside a model
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     source, target = (torch.zeros(copied, dtype=torch.uint8, device=device) for _ in range(2))
     matrix = 2 * side**3 / _shortest(world, lambda: torch.mm(a, b))
     copy = 2 * copied / _shortest(world, lambda: target.copy_(source))
     link, ranks = float("inf"), 1 if world.shard_group is None else dist.get_world_size(world.shard_group)
     if ranks > 1:
         sent = copied // ranks
-        received = list(target[: sent * ranks].view(ranks, sent))
-        seconds = _shortest(world, lambda: dist.all_gather(received, source[:sent], group=world.shard_group))
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+        seconds = _shortest(world, lambda: gather(target[: sent * ranks], source[:sent], group=world.shard_group))
         link = sent * (ranks - 1) / seconds
     return Rates(matrix, copy, link)
 
@@ -119,6 +125,7 @@ def _shortest(world: World, function: Callable[[], object]) -> float:
     """Seconds of the shortest of some calls, the mean over the ranks. *Collective*."""
     seconds = []
     for _ in range(1 + REPEATS):
+        all_sum(world, 0.0)  # together: ranks may share cores, or a link
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
         started = time.perf_counter()

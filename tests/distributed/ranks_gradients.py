@@ -110,7 +110,9 @@ def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> dict[str
     batches = batches_of(world, case["accumulate"])
     received = ReceivedBytes()
     with nullcontext() if case.get("compiled") else received:  # nothing is compiled under a dispatch mode
-        loss, _, _ = accumulate_gradients(loaded.model, batches, world, keep_gathered=not config.reshard_after_forward)
+        loss, _, _ = accumulate_gradients(
+            loaded.model, batches, world, reduce_each=full, keep_gathered=not config.reshard_after_forward
+        )
     counters = torch._dynamo.utils.counters
     assert bool(counters["stats"]["unique_graphs"]) == bool(case.get("compiled")), counters
     assert not counters["graph_break"], f"a block is not one graph: {counters['graph_break']}"

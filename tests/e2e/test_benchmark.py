@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import make_model, run
 
-ARMS = {"peft-qlora", "peft-qdora", "qlora", "qdora"}
+ARMS = {"peft-qlora", "peft-qdora", "qlora", "qdora", "qdora-compiled"}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -41,11 +41,12 @@ def test_every_case_of_a_gpu_runs_on_a_toy_model(tmp_path: Path, root: Path) -> 
     assert record["gpu"] is None
     assert record["versions"]["torch"]
     cases = record["cases"]
-    varied = {(case["tokens"], case["rank"], case["recomputation"], case["accumulation"]) for case in cases}
-    assert len(varied) == len(cases) == 7
-    assert set(cases[0]["results"]) == ARMS | {"peft-lora", "dora"}
+    keys = ("tokens", "rank", "recomputation", "accumulation", "arms")
+    varied = {tuple(map(str, (case[key] for key in keys))) for case in cases}
+    assert len(varied) == len(cases) == 8
+    assert set(cases[0]["results"]) == ARMS
     for case in cases:
-        assert set(case["results"]) >= ARMS
+        assert set(case["results"]) == set(case["arms"])
         for name, result in case["results"].items():
             assert result["median_s"] > 0
             assert result["peak_bytes"] > 0

@@ -54,12 +54,12 @@ def test_work_is_counted_by_products(
         config,
         world,
     )
-    expected = Work(linear * LINEAR, head * HEAD, DEQUANTISED_BYTES * LINEAR * passes, 0, False, 0)
+    expected = Work(linear * LINEAR, head * HEAD, DEQUANTISED_BYTES * LINEAR * passes, 0, False, 0, adapter == "none")
     assert work_of(loaded, world, config) == expected
 
 
 def test_bound_is_the_longer_of_computing_and_communicating() -> None:
-    work = Work(10, 20, 100.0, 1000, False, 500)
+    work = Work(10, 20, 100.0, 1000, False, 500, False)
     assert work.bound_s(Rates(5.0, 50.0, float("inf")), 7, 3, 2) == (10 * 7 + 20 * 3) / 5 + 2 * 100 / 50
     assert work.bound_s(Rates(5.0, 50.0, 1.0), 7, 3, 2) == 2 * 1000 + 500
 

@@ -16,23 +16,44 @@ from qdora.model import activations, load_model
 from tests.support import make_model
 
 SHAPES = [(2, 24), (2, 31), (2, 40), (2, 17), (3, 33), (4, 20)]
-MOST_GRAPHS = 6
-"""Blocks after the first get inputs with gradients, the first does not: each with the first shape, another length, and
-another number of rows."""
+MOST_GRAPHS = 18
+"""Training's first block (its input has no gradient), its others, and evaluation; Gemma's also by their attention. Each
+for the first shape, for any length, and for any number of rows."""
+
+
+def token_loss(model: Any, shape: tuple[int, int]) -> Tensor:
+    """Loss of random tokens."""
+    tokens = torch.randint(4, 200, shape, generator=torch.Generator().manual_seed(shape[1]))
+    loss: Tensor = model.token_loss(tokens, torch.arange(shape[1]).expand(shape), tokens.roll(-1, 1))
+    return loss
+
+
+@torch.no_grad()
+def evaluate(model: Any, shape: tuple[int, int]) -> Tensor:
+    """The same, as an evaluation does it."""
+    model.eval()
+    loss = token_loss(model, shape)
+    model.train()
+    return loss
 
 
 def step(model: Any, shape: tuple[int, int]) -> list[Tensor]:
     """Loss and gradients of random tokens."""
-    tokens = torch.randint(4, 200, shape, generator=torch.Generator().manual_seed(shape[1]))
-    positions = torch.arange(shape[1]).expand(shape)
-    loss = model.token_loss(tokens, positions, tokens.roll(-1, 1))
+    loss = token_loss(model, shape)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
-def test_compiled_blocks_compute_the_same_in_few_graphs(tmp_path: Path, family: str) -> None:
-    folder = make_model(tmp_path, family, dtype=torch.float32)
+GEMMA_3 = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 16,
+}
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("gemma3", GEMMA_3)])
+def test_compiled_blocks_compute_the_same_in_few_graphs(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+    folder = make_model(tmp_path, family, dtype=torch.float32, **changes)
     loaded = load_model(
         folder,
         ModelConfig(path=str(folder), dtype=Dtype.float32),
@@ -45,11 +66,11 @@ def test_compiled_blocks_compute_the_same_in_few_graphs(tmp_path: Path, family: 
         layer.lora_b.data.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
     loaded.refresh(torch.device("cpu"))
     loaded.model.train()
-    expected = [step(loaded.model, shape) for shape in SHAPES]
+    expected = [[*step(loaded.model, shape), evaluate(loaded.model, shape)] for shape in SHAPES]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     activations.compile_blocks(loaded.blocks, torch.device("cpu"))
-    found = [step(loaded.model, shape) for shape in SHAPES]
+    found = [[*step(loaded.model, shape), evaluate(loaded.model, shape)] for shape in SHAPES]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"], counters["graph_break"]
