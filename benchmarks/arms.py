@@ -27,6 +27,7 @@ from qdora.config import (
 from qdora.data import Batch
 from qdora.model import load_model
 from qdora.model.activations import compile_blocks
+from qdora.model.loss import IGNORED
 from qdora.optim import build_optimizer, clip_gradients
 from qdora.parallel import World, all_sum, own_rows
 from qdora.training.bound import Work, work_of
@@ -90,14 +91,15 @@ def _initial(name: str, rank: int, out: int, width: int) -> tuple[Tensor, Tensor
 
 def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
     """As `qdora train` does a step: float32 master shards, bfloat16 arithmetic."""
+    parallel = ParallelConfig(
+        plan=Plan.none if world.size == 1 else Plan.fsdp, activation_checkpointing=case.recomputation
+    )
     loaded = load_model(
         folder,
         ModelConfig(path=str(folder)),
         QuantConfig(method=QuantMethod.nf4 if name in QUANTISED else QuantMethod.none),
         AdapterConfig(method=AdapterMethod.dora if "dora" in name else AdapterMethod.lora, rank=case.rank),
-        parallel := ParallelConfig(
-            plan=Plan.none if world.size == 1 else Plan.fsdp, activation_checkpointing=case.recomputation
-        ),
+        parallel,
         world,
     )
     for key, layer in adapted_layers(loaded.model).items():
@@ -123,7 +125,7 @@ def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
 
 
 def _batch(tokens: Tensor) -> Batch:
-    labels = torch.full_like(tokens, -100)
+    labels = torch.full_like(tokens, IGNORED)
     labels[:, :-1] = tokens[:, 1:]
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     return Batch(tokens, positions, labels, tokens.numel() - tokens.shape[0], tokens.numel())

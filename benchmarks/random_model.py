@@ -1,13 +1,10 @@
 """Random weights in the shapes of models that people train: speed and memory need no others."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 LLAMA_3: dict[str, Any] = {
@@ -42,34 +39,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_random_model(folder: Path, shape: str) -> None:
-    """Writes config.json and one safetensors file a block into `folder`, if they are not there; bfloat16."""
+    """Writes a checkpoint of `shape` into `folder`, if there is none; bfloat16, all of it in host memory meanwhile."""
     if (folder / "config.json").exists():
         return
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    config = LlamaConfig(**SHAPES[shape], dtype="bfloat16", architectures=["LlamaForCausalLM"])
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.tie_weights()
-    parts: dict[str, list[tuple[str, torch.Size]]] = {}
-    for name, parameter in model.named_parameters():
-        parts.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else "rest", []).append(
-            (name, parameter.shape)
-        )
-    generator = torch.Generator().manual_seed(0)
-    names = {}
-    for index, entries in enumerate(parts.values()):
-        file = f"model-{index + 1:05d}-of-{len(parts):05d}.safetensors"
-        tensors = {
-            name: torch.ones(size, dtype=torch.bfloat16)
-            if len(size) == 1
-            else torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-            for name, size in entries
-        }
-        save_file(tensors, unfinished / file, metadata={"format": "pt"})
-        names |= dict.fromkeys(tensors, file)
-    index_file = {"metadata": {}, "weight_map": names}
-    (unfinished / "model.safetensors.index.json").write_text(json.dumps(index_file), encoding="utf-8")
-    config.save_pretrained(unfinished)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.bfloat16)
+    model.save_pretrained(unfinished)
     unfinished.rename(folder)

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import gc
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from qdora import parallel
 from qdora.config import ActivationCheckpointing, ParallelConfig
 from qdora.parallel import World
 from qdora.training.bound import Rates, measure_rates
+from qdora.training.trainer import memory_gib
 
 LOSS_TOLERANCE, NORM_TOLERANCE = 0.002, 0.05
 """Relative, before the first update, of arms that compute the same; they round bfloat16 in different places."""
@@ -40,7 +40,7 @@ def measure(arms: dict[str, Arm], case: Case, world: World, vocabulary: int, war
             arm = arms[name]
             if results[name] is None:
                 continue
-            _wait(world)
+            parallel.wait(world)
             started = time.perf_counter()
             try:
                 loss, norm = arm.step(batches)
@@ -51,18 +51,12 @@ def measure(arms: dict[str, Arm], case: Case, world: World, vocabulary: int, war
                 arm.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
                 continue
-            _wait(world)
+            parallel.wait(world)
             results[name]["losses"].append(loss)
             results[name]["grad_norms"].append(norm)
             if index >= warmup:
                 results[name]["seconds"].append(time.perf_counter() - started)
     return results
-
-
-def _wait(world: World) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)
-    parallel.all_sum(world, 0.0)
 
 
 def reset_peak(world: World) -> None:
@@ -72,17 +66,6 @@ def reset_peak(world: World) -> None:
         torch.cuda.reset_peak_memory_stats(world.device)
     with contextlib.suppress(OSError):  # where the kernel does not let: the peak then holds the loading too
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_bytes(world: World) -> int:
-    """Peak since `reset_peak`: allocated on the GPU, else resident on the host."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def check_same(results: dict[str, Any]) -> None:
@@ -126,7 +109,7 @@ def main() -> None:
     reset_peak(world)
     results = measure(arms, case, world, vocabulary, options.warmup, options.steps)
     check_same(results)
-    peak = max(parallel.gather(world, peak_bytes(world)))
+    peak = max(parallel.gather(world, memory_gib(world)))
     if world.is_main:
         record = {
             "ranks": world.size,
@@ -134,7 +117,7 @@ def main() -> None:
             "results": results,
             "bounds": bounds(arms, case, rates),
             "rates": {"matrix": rates.matrix, "copy": rates.copy, "link": rates.link if world.size > 1 else None},
-            "peak_bytes": peak,
+            "peak_bytes": round(peak * 2**30),
         }
         options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     parallel.stop()

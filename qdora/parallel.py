@@ -50,6 +50,11 @@ class World:
         return self.rank == 0
 
     @property
+    def num_shards(self) -> int:
+        """How many ranks share one copy of the weights; 1 where each has its own."""
+        return 1 if self.mesh is None else self.mesh.size(self.mesh.ndim - 1)
+
+    @property
     def shard_group(self) -> dist.ProcessGroup | None:
         """The ranks that share one copy of the weights, or None where each has its own."""
         return None if self.mesh is None else self.mesh.get_group(self.mesh.ndim - 1)
@@ -159,6 +164,13 @@ def all_sum(world: World, *values: float) -> list[float]:
     return total.tolist()  # type: ignore[no-any-return]
 
 
+def wait(world: World) -> None:
+    """Returns when every rank has come here with all its work so far done, its device's too. *Collective*."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+    all_sum(world, 0.0)
+
+
 def gather(world: World, value: T) -> list[T]:
     """Every rank's `value`, in rank order. *Collective*."""
     values = [value] * world.size
@@ -195,9 +207,8 @@ def shard(
             offload_policy=offload,
         )
     fully_shard(model, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
-    ranks = world.mesh.size(world.mesh.ndim - 1)
     for name, parameter in model.named_parameters():
-        assert own_rows(parameter)[0].shape[0] <= -(-parameter.shape[0] // ranks), f"{name} is not sharded"
+        assert own_rows(parameter)[0].shape[0] <= -(-parameter.shape[0] // world.num_shards), f"{name} is not sharded"
 
 
 def own_rows(parameter: Tensor) -> tuple[Tensor, int]:

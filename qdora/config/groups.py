@@ -159,7 +159,7 @@ class TrainConfig:
     num_accumulation_steps: int = 8
     """Micro-batches a rank adds up before an update."""
     compile: bool = False
-    """torch.compile each block: less memory and fewer kernels, for a minute or so of compilation at the start."""
+    """torch.compile each block: less memory, for a compilation at the start (25 s on a CPU)."""
     log_every: int = 1
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 0

@@ -40,11 +40,11 @@ class LogitTransform:
             logits.mul_(self.scale)
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
-    def slope(self, transformed: Tensor) -> Tensor | float:
-        """d transformed / d z, given what `__call__` returned."""
-        if self.cap is None:
-            return self.scale
-        return (transformed / self.cap).square_().mul_(-self.scale).add_(self.scale)
+    def slope(self, transformed: Tensor) -> Tensor | float | None:
+        """d transformed / d z, given what `__call__` returned; None where it is one."""
+        if self.cap is not None:
+            return (transformed / self.cap).square_().mul_(-self.scale).add_(self.scale)
+        return None if self.scale == 1.0 else self.scale
 
 
 def _chunk_rows(weight: Tensor) -> int:
@@ -69,7 +69,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             some, targets = hidden[first : first + step], labels[first : first + step, None]
             rounded = nn.functional.linear(some, weight, bias)
             logits = transform(buffer[: some.shape[0]].copy_(rounded))
-            slope = transform.slope(logits) if need_hidden or need_weight else 1.0
+            slope = transform.slope(logits) if need_hidden or need_weight else None
             highest = logits.amax(1, keepdim=True)
             total += (highest - logits.gather(1, targets)).sum()
             exponentials = logits.sub_(highest).exp_()
@@ -79,7 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             d_logits = exponentials.div_(normaliser)
             d_logits.scatter_add_(1, targets, torch.full_like(normaliser, -1.0))
-            if isinstance(slope, Tensor) or slope != 1.0:
+            if slope is not None:
                 d_logits.mul_(slope)
             if d_bias is not None:
                 d_bias += d_logits.sum(0)

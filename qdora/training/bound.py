@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qdora.config import ActivationCheckpointing, AdapterMethod, ParallelConfig
 from qdora.model import LoadedModel
 from qdora.nf4 import NF4Linear
-from qdora.parallel import World, all_sum
+from qdora.parallel import World, all_sum, wait
 
 DEQUANTISED_BYTES = 0.56 + 2
 """A weight and pass: NF4 code and scale in, bfloat16 out."""
@@ -78,7 +78,7 @@ def work_of(loaded: LoadedModel, world: World, config: ParallelConfig) -> Work:
     passes = 3 if full else 2
     linear_flops = sum(_flops(m, passes) for m in linears)
     nf4 = sum(m.in_features * m.out_features for m in linears if isinstance(m, NF4Linear))
-    ranks = 1 if world.mesh is None else world.mesh.size(world.mesh.ndim - 1)
+    ranks = world.num_shards
     keep = not config.reshard_after_forward
     # What is gathered again for the backward; the last block and the root stay from the forward.
     freed = {id(parameter) for block in loaded.blocks[:-1] if not keep for parameter in block.parameters()}
@@ -89,7 +89,8 @@ def work_of(loaded: LoadedModel, world: World, config: ParallelConfig) -> Work:
         size = loaded.dtype.itemsize if parameter.requires_grad else parameter.element_size()
         gathered += others * size * (2 if id(parameter) in freed else 1)
         reduced += others * 4 * parameter.requires_grad
-    each = loaded.adapter.method is AdapterMethod.none  # as the trainer does: see `accumulate_gradients`
+    # Full fine-tuning reduces in each micro-batch: adding up would keep whole float32 gradients on every rank.
+    each = loaded.adapter.method is AdapterMethod.none
     dequantised = DEQUANTISED_BYTES * nf4 * passes
     return Work(linear_flops, _flops(head, 2), dequantised, gathered, keep and not each, reduced, each)
 
@@ -112,7 +113,7 @@ def measure_rates(world: World, dtype: torch.dtype) -> Rates:
     source, target = (torch.zeros(copied, dtype=torch.uint8, device=device) for _ in range(2))
     matrix = 2 * side**3 / _shortest(world, lambda: torch.mm(a, b))
     copy = 2 * copied / _shortest(world, lambda: target.copy_(source))
-    link, ranks = float("inf"), 1 if world.shard_group is None else dist.get_world_size(world.shard_group)
+    link, ranks = float("inf"), world.num_shards
     if ranks > 1:
         sent = copied // ranks
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
@@ -125,9 +126,7 @@ def _shortest(world: World, function: Callable[[], object]) -> float:
     """Seconds of the shortest of some calls, the mean over the ranks. *Collective*."""
     seconds = []
     for _ in range(1 + REPEATS):
-        all_sum(world, 0.0)  # together: ranks may share cores, or a link
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
+        wait(world)  # together: ranks may share cores, or a link
         started = time.perf_counter()
         function()
         if world.device.type == "cuda":

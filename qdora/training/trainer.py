@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qdora.adapter.dora import magnitude_drift
-from qdora.config import AdapterMethod, RunConfig
+from qdora.config import RunConfig
 from qdora.data import Batch, BatchLoader
 from qdora.errors import TrainingError
 from qdora.model import LoadedModel
@@ -42,6 +42,8 @@ class StepMetrics:
     seconds: float
     mfu: float
     """Share of the time that the machine's own bound allows (`qdora.training.bound`)."""
+    data_wait: float = 0.0
+    """Share of the time that went into waiting for the batches."""
 
 
 class Interrupt:
@@ -97,8 +99,6 @@ class Trainer:
         self.step_seconds: list[tuple[int, float]] = []
         self.rates = measure_rates(world, loaded.dtype)
         self.work = work_of(loaded, world, config.parallel)
-        self.data_wait = 0.0
-        """Share of the last step's time that went into waiting for its batches."""
 
     def run(self, save: Callable[["Trainer"], None]) -> str:
         """Trains to `num_steps`; returns the run's status, `finished` or `interrupted`. *Collective*.
@@ -121,7 +121,7 @@ class Trainer:
                 batches = next(steps)
                 waited = time.perf_counter() - started
                 metrics = self.train_step(batches)
-                self.data_wait = waited / (waited + metrics.seconds)
+                metrics.data_wait = waited / (waited + metrics.seconds)
                 self.step += 1
                 last = self.step == self.num_steps
                 stop = all_sum(self.world, interrupt.received is not None)[0] > 0
@@ -138,14 +138,12 @@ class Trainer:
     def train_step(self, batches: list[Batch]) -> StepMetrics:
         """One optimiser update from this rank's micro-batches. *Collective*."""
         started = time.perf_counter()
-        # Full fine-tuning reduces in each micro-batch: adding up would keep whole float32 gradients on every rank.
-        reduce_each = self.config.adapter.method is AdapterMethod.none
         loss, num_tokens, num_label_tokens = accumulate_gradients(
             self.model,
             batches,
             self.world,
-            reduce_each=reduce_each,
-            keep_gathered=not self.config.parallel.reshard_after_forward,
+            reduce_each=self.work.reduces_each,
+            keep_gathered=self.work.gathers_once,
         )
         grad_norm = clip_gradients(self.model, self.config.optim.max_grad_norm, self.world.shard_group)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -193,7 +191,7 @@ class Trainer:
                 "grad_norm": metrics.grad_norm,
                 "tokens_per_second": metrics.num_tokens / metrics.seconds,
                 "mfu": metrics.mfu,
-                "data_wait": self.data_wait,
+                "data_wait": metrics.data_wait,
             }
         record |= {"num_tokens": self.num_tokens, "memory_gib": memory_gib(self.world)}
         if eval_loss is not None:

@@ -108,10 +108,11 @@ def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> dict[str
         compile_blocks(loaded.blocks, world.device)
     loaded.model.train()
     batches = batches_of(world, case["accumulate"])
+    work = work_of(loaded, world, config)
     received = ReceivedBytes()
     with nullcontext() if case.get("compiled") else received:  # nothing is compiled under a dispatch mode
         loss, _, _ = accumulate_gradients(
-            loaded.model, batches, world, reduce_each=full, keep_gathered=not config.reshard_after_forward
+            loaded.model, batches, world, reduce_each=work.reduces_each, keep_gathered=work.gathers_once
         )
     counters = torch._dynamo.utils.counters
     assert bool(counters["stats"]["unique_graphs"]) == bool(case.get("compiled")), counters
@@ -126,13 +127,12 @@ def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> dict[str
         save_file(gradients, output / f"{case['name']}.safetensors")
     grad_norm = clip_gradients(loaded.model, CLIPPED_NORM, world.shard_group)
     clipped_norm = clip_gradients(loaded.model, 0.0, world.shard_group)
-    expected_bytes = work_of(loaded, world, config).step_bytes(len(batches))
     return {
         "loss": loss,
         "grad_norm": grad_norm,
         "clipped_norm": clipped_norm,
         "received_bytes": received.count,
-        "expected_bytes": expected_bytes,
+        "expected_bytes": work.step_bytes(len(batches)),
     }
 
 
