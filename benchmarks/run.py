@@ -9,7 +9,6 @@ GPU's cases on a model of toy size, whatever the device is: it shows that they r
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,11 +21,10 @@ from typing import Any
 import torch
 from arms import ARMS, QUANTISED
 from matplotlib.figure import Figure
+from provenance import provenance
 from random_model import SHAPES, write_random_model
 from rich.console import Console
 from rich.table import Table
-
-from qdora.training.run import versions
 
 HERE = Path(__file__).parent
 REPEATS = 3
@@ -181,14 +179,7 @@ def main() -> None:
     options = parser.parse_args()
 
     use_gpu = torch.cuda.is_available()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    record: dict[str, Any] = {
-        "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "gpu": torch.cuda.get_device_name() if use_gpu else None,
-        "versions": versions(),
-        "cases": [],
-    }
+    record: dict[str, Any] = provenance() | {"cases": []}
     console = Console(highlight=False, width=120)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for job in jobs(use_gpu, options.tiny):
