@@ -118,7 +118,7 @@ def packing(files: list[str]) -> dict[str, dict[int, float]]:
         for length in (512, 1024, 2048):
             lengths = prepare(DataConfig(train=file, max_length=length), file, tokenizer).lengths
             rows = pack(lengths, np.arange(len(lengths)), length)
-            found.setdefault(Path(file).name, {})[length] = float(lengths.sum() / (len(rows) * length))
+            found.setdefault("/".join(Path(file).parts[-2:]), {})[length] = float(lengths.sum() / (len(rows) * length))
     return found
 
 
