@@ -41,14 +41,15 @@ OPERATORS = {
 }
 
 
-def median_ms(function: Callable[[], object], repeats: int = 15) -> float:
-    """Milliseconds of a call, after two that do not count."""
-    seconds = []
+def medians_ms(functions: dict[str, Callable[[], object]], repeats: int = 60) -> dict[str, float]:
+    """Milliseconds of a call of each, in turn, after two rounds that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(2 + repeats):
-        started = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - started)
-    return 1000 * statistics.median(seconds[2:])
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: 1000 * statistics.median(values[2:]) for name, values in seconds.items()}
 
 
 def step_parts(world: World, name: str) -> dict[str, float]:
@@ -79,17 +80,15 @@ def magnitude_gradient(out: int) -> dict[str, float]:
     pairs = [(torch.randn(TOKENS, out).bfloat16(), torch.randn(TOKENS, out).bfloat16()) for _ in range(12)]
     turn = iter(range(10**9))
 
-    def timed(function: Callable[[Tensor, Tensor], Tensor]) -> float:
-        return median_ms(lambda: function(*pairs[next(turn) % len(pairs)]))
-
     def in_chunks(dy: Tensor, y: Tensor) -> Tensor:
         return torch.stack([(a * b).sum(0) for a, b in zip(dy.split(128), y.split(128), strict=True)]).sum(0)
 
-    return {
-        "two passes": timed(lambda dy, y: (dy * y).sum(0).float()),
-        "chunks of 128 rows": timed(in_chunks),
-        "compiled": timed(torch.compile(lambda dy, y: (dy.float() * y.float()).sum(0), dynamic=True)),
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "two passes": lambda dy, y: (dy * y).sum(0).float(),
+        "chunks of 128 rows": in_chunks,
+        "compiled": torch.compile(lambda dy, y: (dy.float() * y.float()).sum(0), dynamic=True),
     }
+    return medians_ms({name: lambda way=way: way(*pairs[next(turn) % len(pairs)]) for name, way in ways.items()})
 
 
 def attention(length: int) -> dict[str, float]:
@@ -107,7 +106,7 @@ def attention(length: int) -> dict[str, float]:
     def flash() -> Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    return {function.__name__: median_ms(lambda f=function: f().backward(upstream)) for function in (flash, products)}
+    return medians_ms({way.__name__: lambda way=way: way().backward(upstream) for way in (flash, products)}, repeats=20)
 
 
 def packing(files: list[str]) -> dict[str, dict[int, float]]:
