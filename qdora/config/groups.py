@@ -159,7 +159,7 @@ class TrainConfig:
     num_accumulation_steps: int = 8
     """Micro-batches a rank adds up before an update."""
     compile: bool = False
-    """torch.compile each block: less memory, for a compilation at the start (25 s on a CPU)."""
+    """torch.compile each block: less memory, for a compilation at the start."""
     log_every: int = 1
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 0
