@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from tests.support import qdora
+from qdora.config import OptimConfig
+from qdora.optim import learning_rate
+from tests.support import make_model, qdora
 
 METHODS = {
     "qdora": ["adapter=dora", "quant=nf4"],
@@ -16,6 +19,9 @@ METHODS = {
     "lora": ["adapter=lora", "quant=none"],
     "full": ["adapter=none", "quant=none", "optim.learning_rate=1e-3"],
 }
+LINEARS = [(128, 128), (64, 128), (64, 128), (128, 128), (192, 128), (192, 128), (128, 192)]
+"""(out, in) of the tiny model's linear layers; beside them it has an embedding, a head, and three norms."""
+REST = 2 * 256 * 128 + 3 * 128
 LOSS_TOLERANCE = 2e-2
 """Relative, between one rank and two after six bfloat16 steps."""
 SUMMARY = {
@@ -97,6 +103,13 @@ def test_method_gives_the_same_losses_on_one_rank_and_two(runs: tuple[str, dict[
     assert pair == pytest.approx(alone, rel=LOSS_TOLERANCE)
 
 
+def num_trainable(method: str) -> int:
+    """Numbers that a method trains at rank 4."""
+    if method == "full":
+        return REST + sum(out * width for out, width in LINEARS)
+    return sum(4 * (out + width) + out * ("dora" in method) for out, width in LINEARS)
+
+
 def test_summary_has_what_it_should(runs: tuple[str, dict[int, Path]]) -> None:
     for nproc, folder in runs[1].items():
         summary = summary_of(folder)
@@ -105,6 +118,9 @@ def test_summary_has_what_it_should(runs: tuple[str, dict[int, Path]]) -> None:
         assert len(summary["peak_memory_gib"]) == len(summary["weight_bytes_per_rank"]) == nproc
         assert max(summary["weight_bytes_per_rank"]) < 1.05 * summary["weight_bytes_total"] / nproc
         assert summary["tokens_per_second"] > 0
+        assert summary["num_trainable_parameters"] == num_trainable(runs[0])
+        memory = [line["memory_gib"] for line in metrics_of(folder)]
+        assert 0 < memory[0] <= memory[-1] <= summary["peak_memory_gib"][0]
 
 
 def test_metrics_have_what_they_should(runs: tuple[str, dict[int, Path]]) -> None:
@@ -114,6 +130,9 @@ def test_metrics_have_what_they_should(runs: tuple[str, dict[int, Path]]) -> Non
         assert all(line.keys() >= METRICS for line in lines[1:])
         assert all(0 < line["mfu"] < 1 for line in lines[1:]), "a share of what the machine can do"
         assert all(0 < line["data_wait"] < 1 for line in lines[1:])
+        peak = OptimConfig(learning_rate=1e-3 if runs[0] == "full" else 1e-2)
+        course = [learning_rate(peak, step, 6) for step in range(6)]
+        assert [line["learning_rate"] for line in lines[1:]] == pytest.approx(course)
         assert "eval_loss" in lines[0]
         assert "eval_loss" in lines[6]
 
@@ -142,6 +161,39 @@ def test_evaluation_of_the_result_is_that_of_the_run(
     loss = json.loads((tmp_path / "results.json").read_text())["loss"]
     # Full fine-tuning is exported in bfloat16, which rounds what was trained in float32.
     assert loss == pytest.approx(summary_of(folders[2])["eval_losses"]["6"], rel=5e-3 if method == "full" else 1e-3)
+
+
+def test_max_grad_norm_and_warmup_reach_the_update(options: list[str], tmp_path: Path) -> None:
+    """A large epsilon makes AdamW's update proportional to the gradient, whose scale it hides otherwise."""
+    moved, rates = {}, {}
+    for max_grad_norm in ("0", "1e-3"):
+        folder = tmp_path / max_grad_norm
+        arguments = [f"optim.max_grad_norm={max_grad_norm}", "optim.epsilon=10", "optim.warmup_ratio=0.5"]
+        done = qdora("train", *options, *arguments, f"output_dir={folder}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+        moved[max_grad_norm] = float(torch.cat([t.flatten() for name, t in tensors.items() if "lora_B" in name]).norm())
+        norms = [line["grad_norm"] for line in metrics_of(folder)]
+        assert min(norms) > 0.1, "the norm before clipping"
+        rates[max_grad_norm] = [line["learning_rate"] for line in metrics_of(folder)]
+    assert 0 < moved["1e-3"] < 0.02 * moved["0"]
+    assert rates["0"] == rates["1e-3"]
+    assert rates["0"][:4] == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2])
+
+
+def test_what_was_left_out_is_told(options: list[str], tmp_path: Path) -> None:
+    """A layer whose rows hold no whole NF4 blocks, and a row of data above `data.max_length`."""
+    model = make_model(tmp_path / "model", "llama", num_hidden_layers=1, intermediate_size=100)
+    rows = [{"prompt": f"{n}", "completion": "so " * (40 if n == 5 else 2)} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [*options, f"model.path={model}", f"data.train={tmp_path}/rows.jsonl", "train.num_steps=1"]
+    done = qdora("train", *arguments, f"output_dir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    name = "model.layers.0.mlp.down_proj"
+    assert f"not quantised: {name} (100 inputs are not a multiple of 64)" in done.stdout
+    assert "1 truncated" in done.stdout
+    summary = summary_of(tmp_path / "run")
+    assert summary["not_quantised"][name] == "100 inputs are not a multiple of 64"
 
 
 def test_epochs_and_intervals_decide_what_is_recorded(options: list[str], data: Path, tmp_path: Path) -> None:

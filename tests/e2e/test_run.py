@@ -242,8 +242,9 @@ def test_loss_that_is_not_finite_stops_and_goes_on_from_the_last_good_checkpoint
     assert all(math.isfinite(loss) for loss in losses_of(folder))
 
 
-def test_row_that_breaks_the_loss_is_named(options: list[str], tiny: Path, tmp_path: Path) -> None:
-    """One token has an embedding of NaN, and one row of the data uses it."""
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_row_that_breaks_the_loss_is_named(options: list[str], tiny: Path, tmp_path: Path, nproc: int) -> None:
+    """One token has an embedding of NaN, and one row of the data, which one rank has, uses it."""
     broken = tmp_path / "broken"
     shutil.copytree(tiny, broken)
     tensors = load_file(broken / "model.safetensors")
@@ -252,7 +253,8 @@ def test_row_that_breaks_the_loss_is_named(options: list[str], tiny: Path, tmp_p
     rows = [{"prompt": f"{n}", "completion": "a@b" if n == 12 else "ab"} for n in range(16)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [*options, f"model.path={broken}", f"data.train={tmp_path}/rows.jsonl", f"output_dir={tmp_path}/run"]
-    done = qdora("train", *arguments, "train.micro_batch_size=1", "train.num_accumulation_steps=16")
+    arguments += ["train.micro_batch_size=1", f"train.num_accumulation_steps={16 // nproc}"]
+    done = qdora("train", *arguments, nproc=nproc)
     assert done.returncode == 2, done.stderr
     assert f"the loss is nan and the gradient norm nan, on {tmp_path}/rows.jsonl line 13. Nothing" in done.stderr
     assert "There is no earlier checkpoint" in done.stderr
@@ -291,3 +293,32 @@ def test_train_script_uses_two_ranks_without_a_gpu(options: list[str], tmp_path:
 def test_train_script_wants_a_number_of_ranks(nproc: str) -> None:
     done = run([str(ROOT / "launch" / "train.sh")], PYTHON=sys.executable, NPROC=nproc)
     assert (done.returncode, done.stderr) == (2, f"qdora: NPROC={nproc} is not a number of ranks: give 1 or more\n")
+
+
+PLANS = {
+    "ddp": (2, ["parallel=ddp"]),
+    "hsdp": (4, ["parallel=hsdp", "parallel.shard_size=2"]),
+    "gathered": (2, ["parallel.reshard_after_forward=false"]),
+    "offload": (2, ["parallel.cpu_offload=true", "parallel.activation_checkpointing=selective"]),
+    "compiled": (2, ["train.compile=true", "parallel.activation_checkpointing=full"]),
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_trains_and_resumes_bit_for_bit(options: list[str], data: Path, tmp_path: Path, plan: str) -> None:
+    """Losses as on one rank; what goes on from a checkpoint is what was never stopped."""
+    nproc, extra = PLANS[plan]
+    common = [*options, f"data.eval={data}", "model.dtype=float32", "train.checkpoint_every=3"]
+    alone, whole, part = (tmp_path / name for name in ("alone", "whole", "part"))
+    assert qdora("train", *common, f"output_dir={alone}").returncode == 0
+    arguments = [*common, *extra, f"train.num_accumulation_steps={4 // nproc}"]
+    done = qdora("train", *arguments, f"output_dir={whole}", nproc=nproc)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses_of(whole) == pytest.approx(losses_of(alone), rel=1e-4)
+    checkpoint = whole / "checkpoints" / "step-00000003"
+    done = qdora("train", *arguments, f"output_dir={part}", f"resume={checkpoint}", nproc=nproc)
+    assert "going on from step 3 of 6" in done.stdout, done.stderr
+    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, part)]
+    for name, tensor in adapters[0].items():
+        assert torch.equal(tensor, adapters[1][name]), name
