@@ -91,9 +91,7 @@ def _initial(name: str, rank: int, out: int, width: int) -> tuple[Tensor, Tensor
 
 def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
     """As `qdora train` does a step: float32 master shards, bfloat16 arithmetic."""
-    parallel = ParallelConfig(
-        plan=Plan.none if world.size == 1 else Plan.fsdp, activation_checkpointing=case.recomputation
-    )
+    parallel = ParallelConfig(plan=Plan.none if world.size == 1 else Plan.fsdp)
     loaded = load_model(
         folder,
         ModelConfig(path=str(folder)),
@@ -111,6 +109,7 @@ def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
             own, first = own_rows(parameter)
             own.copy_(value[first : first + own.shape[0]])
     loaded.refresh(world.device)
+    loaded.recompute(case.recomputation)
     if name.endswith("-compiled"):
         compile_blocks(loaded.blocks, world.device)
     loaded.model.train()

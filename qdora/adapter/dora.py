@@ -237,8 +237,6 @@ class AdaptedLinear(nn.Module):
         assert self.base_norm_squared is not None, "measure() comes first"
         a, s = lora_a.float(), self.scaling
         b = own_rows(self.lora_b)[0].to(a.device, lora_a.dtype).float()
-        if not b.any():
-            return self.base_norm_squared.sqrt().clamp_(min=NORM_FLOOR)
         norm_squared = self.base_norm_squared + s * s * ((b @ (a @ a.T)) * b).sum(1)
         for first, rows in self._own_weight(a.device):
             some = slice(first, first + rows.shape[0])

@@ -33,7 +33,8 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     attention: Attention = Attention.sdpa
-    """Attention implementation of transformers."""
+    """Attention implementation of transformers. On a GPU `flash_attention_2` (a package of its own) and
+    `flex_attention` need no (tokens x tokens) mask for packed rows."""
     dtype: Dtype = Dtype.bfloat16
     """Compute dtype, and storage dtype of every weight that is not quantised."""
     trust_remote_code: bool = False
@@ -199,8 +200,9 @@ class ParallelConfig:
     """Free a block's gathered weights after its forward and gather them again for its backward."""
     cpu_offload: bool = False
     """Keep the shards in host memory (fsdp and hsdp)."""
-    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
-    """`full` recomputes a block in backward; `selective` recomputes all but its matrix products and attention."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.auto
+    """`full` recomputes a block in backward, `selective` all but its matrix products and attention, `none` nothing;
+    `auto` takes the first of none, selective and full that the free memory has room for."""
     timeout_s: int = 600
     """Seconds a collective waits before the run fails."""
 

@@ -53,9 +53,10 @@ class Plan(Enum):
 
 
 class ActivationCheckpointing(Enum):
+    auto = "auto"
     none = "none"
-    full = "full"
     selective = "selective"
+    full = "full"
 
 
 class TrackerKind(Enum):

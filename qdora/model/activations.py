@@ -19,7 +19,7 @@ from qdora.config import ActivationCheckpointing
 from qdora.errors import ConfigError
 
 RECOMPILE_LIMIT = 64
-_KEPT = {
+KEPT_OPERATORS = {
     torch.ops.qdora.adapted_linear.default,
     torch.ops.qdora.frozen_linear.default,
     torch.ops.aten.mm.default,
@@ -32,7 +32,7 @@ _KEPT = {
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module], kind: ActivationCheckpointing) -> None:

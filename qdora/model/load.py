@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from qdora.adapter import dora, peft_format
 from qdora.adapter.dora import AdaptedLinear
-from qdora.config import AdapterConfig, AdapterMethod, ModelConfig, ParallelConfig, QuantConfig
+from qdora.config import (
+    ActivationCheckpointing,
+    AdapterConfig,
+    AdapterMethod,
+    Attention,
+    ModelConfig,
+    ParallelConfig,
+    QuantConfig,
+)
+from qdora.errors import ConfigError
 from qdora.model.activations import checkpoint_activations
 from qdora.model.build import EmptyModel, LayerReport, build_model, holders
 from qdora.model.loss import attach_token_loss
@@ -38,6 +47,12 @@ class LoadedModel:
     checkpoint_names: dict[str, str]
     """Parameter or buffer to its name in the base checkpoint, under which an export writes it."""
     load_s: float
+    recomputation: ActivationCheckpointing = ActivationCheckpointing.none
+
+    def recompute(self, kind: ActivationCheckpointing) -> None:
+        """Makes the blocks keep less for their backward; once, and before they are compiled."""
+        checkpoint_activations(self.blocks, kind)
+        self.recomputation = kind
 
     def refresh(self, device: torch.device) -> None:
         """Recomputes DoRA's row norms; must follow every change of the adapters. *Collective*."""
@@ -63,12 +78,14 @@ def load_model(
 
     Raises:
         ModelError, AdapterError: the checkpoint, a layer, or the adapter does not fit.
+        ConfigError: the attention cannot train on this device.
     """
     started = time.perf_counter()
+    if config.attention is Attention.flex_attention and trainable and world.device.type == "cpu":
+        raise ConfigError("model.attention=flex_attention has no backward on a CPU: use sdpa")
     with failing_together(world):
         empty = build_model(folder, config, quant, adapter, trainable=trainable)
     model = empty.model
-    checkpoint_activations(empty.blocks, parallel.activation_checkpointing)
     shard(model, empty.blocks, world, parallel, empty.dtype)
     materialise(model, torch.device("cpu") if parallel.cpu_offload else world.device, world.device)
     for name, module in base_modules(model):

@@ -74,7 +74,7 @@ def work_of(loaded: LoadedModel, world: World, config: ParallelConfig) -> Work:
     model = loaded.model
     head = model.get_output_embeddings()
     linears = [m for block in loaded.blocks for m in block.modules() if isinstance(m, nn.Linear | NF4Linear)]
-    full = config.activation_checkpointing is ActivationCheckpointing.full
+    full = loaded.recomputation is ActivationCheckpointing.full
     passes = 3 if full else 2
     linear_flops = sum(_flops(m, passes) for m in linears)
     nf4 = sum(m.in_features * m.out_features for m in linears if isinstance(m, NF4Linear))

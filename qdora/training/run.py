@@ -15,7 +15,7 @@ import torch
 from qdora import checkpoint, parallel
 from qdora.adapter import peft_format
 from qdora.checkpoint import Manifest
-from qdora.config import AdapterMethod, Plan, RunConfig
+from qdora.config import ActivationCheckpointing, AdapterMethod, Plan, RunConfig
 from qdora.data import BatchLoader, TokenDataset, prepare
 from qdora.errors import EXIT_INTERRUPTED, CheckpointError, ModelError, TrainingError
 from qdora.model import LoadedModel, load_model, load_tokenizer, model_folder
@@ -27,9 +27,10 @@ from qdora.optim import state_tensors
 from qdora.parallel import World
 from qdora.run_folder import RunFolder, config_values
 from qdora.tracking import make_tracker
+from qdora.training.memory import choose_recomputation, memory_gib
 from qdora.training.progress import summary_table
 from qdora.training.report import write_report
-from qdora.training.trainer import Trainer, memory_gib, num_steps
+from qdora.training.trainer import Trainer, num_steps
 
 FINGERPRINT_BYTES = 1024
 """Of each tensor of the base model."""
@@ -81,6 +82,7 @@ def _train(config: RunConfig, world: World) -> int:
 
     loaded = load_model(base, config.model, config.quant, config.adapter, config.parallel, world, seed=config.seed)
     check_token_loss(loaded.model, world.device, config.data.packing)
+    recomputation = _set_recomputation(config, world, loaded)
     if config.train.compile:
         compile_blocks(loaded.blocks, world.device)
     trainer = Trainer(config, world, loaded, train_loader, eval_loader, folder)
@@ -99,6 +101,7 @@ def _train(config: RunConfig, world: World) -> int:
     )
     if world.is_main:
         _announce(config, world, loaded, train_data, eval_data, trainer)
+        print(recomputation)
     status = "failed"
     try:
         status = trainer.run(partial(_save, fingerprints))
@@ -114,6 +117,17 @@ def _train(config: RunConfig, world: World) -> int:
     if world.is_main:
         _conclude(config, folder, status, trainer.tracker.location)
     return EXIT_INTERRUPTED if status == "interrupted" else 0
+
+
+def _set_recomputation(config: RunConfig, world: World, loaded: LoadedModel) -> str:
+    """Applies `parallel.activation_checkpointing` to the blocks; what to tell of it. *Collective*."""
+    kind = config.parallel.activation_checkpointing
+    if kind is not ActivationCheckpointing.auto:
+        loaded.recompute(kind)
+        return f"activations: recomputation {kind.name}, as configured"
+    kind, told = choose_recomputation(loaded, world, config.train.micro_batch_size, config.data.max_length)
+    loaded.recompute(kind)
+    return f"activations: {told}"
 
 
 def _save(fingerprints: dict[str, str], trainer: Trainer) -> None:

@@ -1,7 +1,6 @@
 """The training loop: one optimiser step is `Trainer.train_step`."""
 
 import math
-import resource
 import signal
 import threading
 import time
@@ -24,6 +23,7 @@ from qdora.parallel import World, all_sum, average_gradients, gather, set_gradie
 from qdora.run_folder import RunFolder
 from qdora.tracking import Tracker
 from qdora.training.bound import measure_rates, work_of
+from qdora.training.memory import memory_gib
 from qdora.training.progress import Progress
 
 DRIFT_EVERY = 10
@@ -250,10 +250,3 @@ def num_steps(config: RunConfig, loader: BatchLoader) -> int:
         return config.train.num_steps
     epochs = 1.0 if config.train.num_epochs is None else config.train.num_epochs
     return max(1, math.ceil(epochs * loader.steps_per_epoch))
-
-
-def memory_gib(world: World) -> float:
-    """Peak memory of this rank: allocated on its GPU, else resident on the host."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

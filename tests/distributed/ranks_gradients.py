@@ -80,7 +80,6 @@ def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> dict[str
     config = ParallelConfig(
         plan=Plan[case["plan"]],
         shard_size=2 if case["plan"] == "hsdp" else None,
-        activation_checkpointing=ActivationCheckpointing[case.get("checkpointing", "none")],
         reshard_after_forward=case.get("reshard_after_forward", True),
         cpu_offload=case.get("cpu_offload", False),
     )
@@ -102,6 +101,7 @@ def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> dict[str
         own, first = own_rows(parameter)
         own.add_(0.02 * noise[first : first + own.shape[0]])
     loaded.refresh(world.device)
+    loaded.recompute(ActivationCheckpointing[case.get("checkpointing", "none")])
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     if case.get("compiled"):

@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_work_is_counted_by_products(
     folder: Path, quant: str, adapter: str, recomputation: str, linear: int, head: int, passes: int
 ) -> None:
-    config = ParallelConfig(activation_checkpointing=ActivationCheckpointing[recomputation])
+    config = ParallelConfig()
     world = parallel.start_alone("test")
     loaded = load_model(
         folder,
@@ -54,6 +54,7 @@ def test_work_is_counted_by_products(
         config,
         world,
     )
+    loaded.recompute(ActivationCheckpointing[recomputation])
     expected = Work(linear * LINEAR, head * HEAD, DEQUANTISED_BYTES * LINEAR * passes, 0, False, 0, adapter == "none")
     assert work_of(loaded, world, config) == expected
 

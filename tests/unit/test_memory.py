@@ -1,0 +1,92 @@
+"""What a step keeps is what was said before it, and the recomputation follows from the memory that is free."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from qdora import parallel
+from qdora.config import ActivationCheckpointing, AdapterConfig, AdapterMethod, ModelConfig, ParallelConfig, QuantConfig
+from qdora.model import LoadedModel, load_model
+from qdora.parallel import World
+from qdora.training import memory
+from tests.support import make_model
+
+ROWS, LENGTH = 4, 256
+TOLERANCE = 0.04
+"""Between counted bytes and the allocator's, a block: positions and mask are kept once and counted in each."""
+NONE, SELECTIVE, FULL = memory.FASTEST_FIRST
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Models of 4 and of 8 blocks."""
+    folder = tmp_path_factory.mktemp("models")
+    return {blocks: make_model(folder / str(blocks), "llama", num_hidden_layers=blocks) for blocks in (4, 8)}
+
+
+def load(folder: Path, method: AdapterMethod = AdapterMethod.dora, dropout: float = 0.0) -> tuple[LoadedModel, World]:
+    """The model on this process alone, in training mode."""
+    world = parallel.start_alone("test")
+    adapter = AdapterConfig(method=method, rank=4, dropout=dropout)
+    loaded = load_model(folder, ModelConfig(path=str(folder)), QuantConfig(), adapter, ParallelConfig(), world)
+    loaded.model.train()
+    return loaded, world
+
+
+def bytes_alive_after_forward(loaded: LoadedModel) -> int:
+    """Bytes that the allocator gave out during a forward pass of the blocks, less those that came back."""
+    tokens = torch.randint(4, 200, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(LENGTH).expand(tokens.shape)
+    for _ in range(2):  # the second time all buffers are there
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            hidden = loaded.model.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False)
+        del hidden
+    return sum(event.self_cpu_memory_usage for event in profiled.events())
+
+
+@pytest.mark.parametrize("kind", memory.FASTEST_FIRST)
+@pytest.mark.parametrize("method", [AdapterMethod.dora, AdapterMethod.lora])
+def test_what_a_block_keeps_is_what_the_allocator_gave(
+    folders: dict[int, Path], kind: ActivationCheckpointing, method: AdapterMethod
+) -> None:
+    counted, alive = {}, {}
+    for blocks, folder in folders.items():
+        loaded, world = load(folder, method)
+        kept = memory.activation_bytes(loaded, world, ROWS, LENGTH)
+        assert len(kept) == blocks
+        counted[blocks] = sum(block[kind] for block in kept)
+        loaded.recompute(kind)
+        alive[blocks] = bytes_alive_after_forward(loaded)
+    assert counted[8] - counted[4] == pytest.approx(alive[8] - alive[4], rel=TOLERANCE)
+
+
+def test_measuring_changes_nothing(folders: dict[int, Path]) -> None:
+    """Neither the random state, with dropout, nor the mode, nor the blocks, nor a gradient."""
+    loaded, world = load(folders[4], dropout=0.5)
+    loaded.model.eval()
+    forwards = [block.forward for block in loaded.blocks]
+    state = torch.get_rng_state()
+    memory.activation_bytes(loaded, world, ROWS, LENGTH)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not loaded.model.training
+    assert [block.forward for block in loaded.blocks] == forwards
+    assert all(parameter.grad is None for parameter in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("kind", memory.FASTEST_FIRST)
+def test_fastest_kind_that_fits_is_chosen(
+    folders: dict[int, Path], monkeypatch: pytest.MonkeyPatch, kind: ActivationCheckpointing
+) -> None:
+    """With exactly the room that `kind` needs; with too little for any it is `full`."""
+    loaded, world = load(folders[4])
+    needed = memory.step_bytes(loaded, world, ROWS, LENGTH)
+    assert needed[NONE] > needed[SELECTIVE] > needed[FULL] > 0
+    for share, expected in ((1.001, kind), (0.5, FULL)):
+        free = int(share * needed[kind] / memory.USABLE["cpu"])
+        monkeypatch.setattr(memory, "free_memory", functools.partial(lambda free, _: free, free))
+        chosen, told = memory.choose_recomputation(loaded, world, ROWS, LENGTH)
+        assert chosen is expected
+        assert ("may not fit" in told) == (share == 0.5)
