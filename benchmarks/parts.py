@@ -7,7 +7,11 @@
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +33,8 @@ from qdora.parallel import World
 from qdora.training.bound import measure_rates
 
 MODEL = Path("models/SmolLM2-135M-Instruct")
-TOKENS, LENGTH, HEADS, KEY_HEADS, HEAD_DIM = 1024, 256, 9, 3, 64
+TOKENS, LENGTH, WIDTH, RANK, HEADS, KEY_HEADS, HEAD_DIM = 1024, 256, 576, 16, 9, 3, 64
+KEPT_MEMORY = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
 OUTPUTS = (192, 576, 1536)
 """Of the layers of SmolLM2-135M."""
 OPERATORS = {
@@ -54,7 +59,7 @@ def medians_ms(functions: dict[str, Callable[[], object]], repeats: int = 60) ->
 
 def step_parts(world: World, name: str) -> dict[str, float]:
     """Seconds of a step of the arm `name`, of its optimiser with what follows it, and of some operators."""
-    case = Case(TOKENS, LENGTH, 16, ActivationCheckpointing.none, 1)
+    case = Case(TOKENS, LENGTH, RANK, ActivationCheckpointing.none, 1)
     arm: Arm = build(name, MODEL, case, world)
     batches = [case.batches(world, index, 40000) for index in range(7)]
     for batch in batches[:2]:
@@ -109,6 +114,51 @@ def attention(length: int) -> dict[str, float]:
     return medians_ms({way.__name__: lambda way=way: way().backward(upstream) for way in (flash, products)}, repeats=20)
 
 
+def shared_inputs() -> dict[str, float]:
+    """Milliseconds of x -> A x, dA and dx of q, k, v: an operator each, and as one that knows of all three."""
+    x = torch.randn(TOKENS, WIDTH).bfloat16()
+    a = [torch.randn(RANK, WIDTH).bfloat16() for _ in range(3)]
+    dxa = [torch.randn(TOKENS, RANK).bfloat16() for _ in range(3)]
+    dx = [torch.randn(TOKENS, WIDTH).bfloat16() for _ in range(3)]
+
+    def apart() -> None:
+        for one, d, out in zip(a, dxa, dx, strict=True):
+            torch.mm(x, one.T)
+            torch.mm(d.T, x)
+            out.addmm_(d, one)
+        dx[0] + dx[1] + dx[2]  # autograd's
+
+    def together() -> None:
+        whole, d = torch.cat(a), torch.cat(dxa, 1)
+        torch.mm(x, whole.T)
+        torch.mm(d.T, x)
+        dx[0].add_(dx[1]).add_(dx[2]).addmm_(d, whole)
+
+    return medians_ms({way.__name__: way for way in (apart, together)})
+
+
+def environments() -> dict[str, dict[str, float]]:
+    """Seconds of a step by what the process is started with: threads that wait, and glibc's allocator."""
+    kinds = {
+        "threads sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
+        "threads wait a tenth of a millisecond": {"GOMP_SPINCOUNT": "10000"},
+        "threads never sleep": {"OMP_WAIT_POLICY": "ACTIVE"},
+        "memory is kept": {"GOMP_SPINCOUNT": "10000", "GLIBC_TUNABLES": KEPT_MEMORY},
+    }
+    plain = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    plain["OMP_NUM_THREADS"] = str(os.cpu_count())
+    found: dict[str, dict[str, list[float]]] = {}
+    for _ in range(2):  # in turn
+        for kind, variables in kinds.items():
+            with tempfile.NamedTemporaryFile() as output:
+                command = [sys.executable, str(Path(__file__).with_name("step.py")), "--model", str(MODEL)]
+                command += ["--arms", "peft-qlora", "qlora", "qdora", "--output", output.name]
+                subprocess.run(command, env=plain | variables, check=True, capture_output=True)
+                for arm, result in json.loads(Path(output.name).read_text(encoding="utf-8"))["results"].items():
+                    found.setdefault(kind, {}).setdefault(arm, []).extend(result["seconds"])
+    return {kind: {arm: statistics.median(values) for arm, values in arms.items()} for kind, arms in found.items()}
+
+
 def packing(files: list[str]) -> dict[str, dict[int, float]]:
     """Share of the rows' length that holds tokens, by file and row length."""
     tokenizer = load_tokenizer(MODEL, ModelConfig(path=str(MODEL)))
@@ -132,6 +182,8 @@ def main() -> None:
         "matrix_rate": measure_rates(world, torch.bfloat16).matrix,
         "step_s": {name: step_parts(world, name) for name in ("qlora", "qdora")},
         "magnitude_gradient_ms": {out: magnitude_gradient(out) for out in OUTPUTS},
+        "shared_inputs_ms": shared_inputs(),
+        "environments_s": environments(),
         "attention_ms": {length: attention(length) for length in (256, 1024)},
         "packing": packing(["data/identity_train.jsonl", *options.pack]),
     }

@@ -40,6 +40,7 @@ def checkpoint_activations(blocks: Sequence[nn.Module], kind: ActivationCheckpoi
 
     The forward itself is replaced, inside FSDP2's hooks and under the same module names.
     """
+    assert kind is not ActivationCheckpointing.auto, "chosen by qdora.training.memory before"
     if kind is ActivationCheckpointing.none:
         return
     options: dict[str, Any] = {"use_reentrant": False}
