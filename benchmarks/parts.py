@@ -147,16 +147,15 @@ def environments() -> dict[str, dict[str, float]]:
     }
     plain = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     plain["OMP_NUM_THREADS"] = str(os.cpu_count())
-    found: dict[str, dict[str, list[float]]] = {}
-    for _ in range(2):  # in turn
-        for kind, variables in kinds.items():
-            with tempfile.NamedTemporaryFile() as output:
-                command = [sys.executable, str(Path(__file__).with_name("step.py")), "--model", str(MODEL)]
-                command += ["--arms", "peft-qlora", "qlora", "qdora", "--output", output.name]
-                subprocess.run(command, env=plain | variables, check=True, capture_output=True)
-                for arm, result in json.loads(Path(output.name).read_text(encoding="utf-8"))["results"].items():
-                    found.setdefault(kind, {}).setdefault(arm, []).extend(result["seconds"])
-    return {kind: {arm: statistics.median(values) for arm, values in arms.items()} for kind, arms in found.items()}
+    found: dict[str, dict[str, float]] = {}
+    for kind, variables in kinds.items():
+        with tempfile.NamedTemporaryFile() as output:
+            command = [sys.executable, str(Path(__file__).with_name("step.py")), "--model", str(MODEL)]
+            command += ["--arms", "peft-qlora", "qlora", "qdora", "--output", output.name]
+            subprocess.run(command, env=plain | variables, check=True, capture_output=True)
+            results = json.loads(Path(output.name).read_text(encoding="utf-8"))["results"]
+        found[kind] = {arm: statistics.median(result["seconds"]) for arm, result in results.items()}
+    return found
 
 
 def packing(files: list[str]) -> dict[str, dict[int, float]]:

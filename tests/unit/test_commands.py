@@ -70,8 +70,8 @@ def test_help_describes_every_option(name: str, capsys: pytest.CaptureFixture[st
         kind = classes.setdefault(group, get_type_hints(classes[""])[group] if group else classes[""])
         place = next(number for number, line in enumerate(options) if line.startswith(f"{option}="))
         described = " ".join(options[place + 1 :])
-        description = field_docs(kind).get(field, "")
-        assert described.startswith(" ".join(description.split())), option
+        description = " ".join(field_docs(kind).get(field, "").split())
+        assert described.startswith(description), option
         hint = get_type_hints(kind)[field]
         if hasattr(hint, "__members__"):
             assert f"{description} One of: {', '.join(hint.__members__)}" in flowing, option
