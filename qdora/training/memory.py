@@ -4,8 +4,9 @@ What is kept is measured: one forward pass in which every block computes as in t
 it holds for any model, and is known before the first step. What is free already lacks the weights and the
 dequantisation buffer, which are there by then; what comes on top while a step runs is counted:
 
-    kept by all blocks + 2 * the largest block's (recomputed, and its backward's temporaries) + 2 gathered blocks
-    + gradients and AdamW's two moments of the rank's own parameters + a chunk of the loss
+    kept by all blocks + 2 * the largest block's (recomputed, and its backward's temporaries)
+    + 2 gathered blocks, or all if they stay + gradients and AdamW's two moments of the rank's own parameters
+    + a chunk of the loss
 """
 
 import functools
@@ -71,14 +72,15 @@ def _free_in_cgroups() -> list[int]:
 
 
 def choose_recomputation(
-    loaded: LoadedModel, world: World, rows: int, length: int
+    loaded: LoadedModel, world: World, rows: int, length: int, keep_gathered: bool
 ) -> tuple[ActivationCheckpointing, str]:
     """The fastest kind that every rank has memory for, or else `full`; and what decided, in words. *Collective*.
 
     Args:
         rows, length: of a micro-batch, at most.
+        keep_gathered: whether the blocks stay gathered from their forward to their backward.
     """
-    parts = gather(world, (free_memory(world), step_bytes(loaded, world, rows, length)))
+    parts = gather(world, (free_memory(world), step_bytes(loaded, world, rows, length, keep_gathered)))
     free = min(part[0] for part in parts)
     needed = {kind: max(part[1][kind] for part in parts) for kind in FASTEST_FIRST}
     fitting = [kind for kind in FASTEST_FIRST if needed[kind] <= USABLE[world.device.type] * free]
@@ -90,12 +92,15 @@ def choose_recomputation(
     return kind, told
 
 
-def step_bytes(loaded: LoadedModel, world: World, rows: int, length: int) -> dict[ActivationCheckpointing, int]:
+def step_bytes(
+    loaded: LoadedModel, world: World, rows: int, length: int, keep_gathered: bool
+) -> dict[ActivationCheckpointing, int]:
     """Bytes that a step needs at most above what is there, by kind of recomputation. *Collective* if sharded."""
     kept = activation_bytes(loaded, world, rows, length)
     gathered = 0
     if world.num_shards > 1:
-        gathered = 2 * max(sum(_gathered_bytes(p, loaded.dtype) for p in block.parameters()) for block in loaded.blocks)
+        sizes = [sum(_gathered_bytes(p, loaded.dtype) for p in block.parameters()) for block in loaded.blocks]
+        gathered = sum(sizes) if keep_gathered else 2 * max(sizes)
     own = sum(own_rows(p)[0].numel() for p in loaded.model.parameters() if p.requires_grad)
     hidden = rows * length * loaded.model.config.get_text_config().hidden_size * loaded.dtype.itemsize
     rest = gathered + 3 * 4 * own + hidden + 6 * CHUNK_NUMEL[world.device.type]  # logits in float32, and rounded

@@ -125,7 +125,8 @@ def _set_recomputation(config: RunConfig, world: World, loaded: LoadedModel) -> 
     if kind is not ActivationCheckpointing.auto:
         loaded.recompute(kind)
         return f"activations: recomputation {kind.name}, as configured"
-    kind, told = choose_recomputation(loaded, world, config.train.micro_batch_size, config.data.max_length)
+    rows, length = config.train.micro_batch_size, config.data.max_length
+    kind, told = choose_recomputation(loaded, world, rows, length, not config.parallel.reshard_after_forward)
     loaded.recompute(kind)
     return f"activations: {told}"
 

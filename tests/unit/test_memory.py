@@ -82,11 +82,11 @@ def test_fastest_kind_that_fits_is_chosen(
 ) -> None:
     """With exactly the room that `kind` needs; with too little for any it is `full`."""
     loaded, world = load(folders[4])
-    needed = memory.step_bytes(loaded, world, ROWS, LENGTH)
+    needed = memory.step_bytes(loaded, world, ROWS, LENGTH, keep_gathered=False)
     assert needed[NONE] > needed[SELECTIVE] > needed[FULL] > 0
     for share, expected in ((1.001, kind), (0.5, FULL)):
         free = int(share * needed[kind] / memory.USABLE["cpu"])
         monkeypatch.setattr(memory, "free_memory", functools.partial(lambda free, _: free, free))
-        chosen, told = memory.choose_recomputation(loaded, world, ROWS, LENGTH)
+        chosen, told = memory.choose_recomputation(loaded, world, ROWS, LENGTH, keep_gathered=False)
         assert chosen is expected
         assert ("may not fit" in told) == (share == 0.5)
