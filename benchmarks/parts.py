@@ -30,7 +30,7 @@ from qdora.data import prepare
 from qdora.data.loader import pack
 from qdora.model import load_tokenizer
 from qdora.parallel import World
-from qdora.training.bound import measure_rates
+from qdora.rates import measure_rates
 
 MODEL = Path("models/SmolLM2-135M-Instruct")
 TOKENS, LENGTH, WIDTH, RANK, HEADS, KEY_HEADS, HEAD_DIM = 1024, 256, 576, 16, 9, 3, 64

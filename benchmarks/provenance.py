@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qdora.training.run import versions
+from qdora.training.results import versions
 
 
 def provenance() -> dict[str, Any]:

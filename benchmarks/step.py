@@ -22,7 +22,7 @@ from transformers.utils import logging
 from qdora import parallel
 from qdora.config import ActivationCheckpointing, ParallelConfig
 from qdora.parallel import World
-from qdora.training.bound import Rates, measure_rates
+from qdora.rates import Rates, measure_rates
 from qdora.training.memory import FASTEST_FIRST, memory_gib
 
 LOSS_TOLERANCE, NORM_TOLERANCE = 0.002, 0.05

@@ -8,7 +8,7 @@ extra="${1:-}"
 wanted="$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)"
 stamp=".venv/installed${extra:+-$extra}"
 
-if [[ ! -f "$stamp" || "$(<"$stamp")" != "$wanted" ]]; then
+if ! grep -qsx "$wanted" "$stamp" .venv/installed-dev; then
     base_python="${PYTHON:-python3}"
     if ! "$base_python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
         echo "qdora needs Python 3.11, 3.12 or 3.13; $base_python is $("$base_python" -V). Set PYTHON=/path/to/python3.x" >&2

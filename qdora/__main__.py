@@ -2,23 +2,28 @@
 
 import os
 import sys
-from pathlib import Path
 
-from qdora.commands import STATUS_FILE, run
+from qdora.commands import run
+from qdora.errors import EXIT_ERROR
+from qdora.rank_files import end_with_launcher, leave_error, leave_status
 
 
 def main() -> None:
     """Entry point of the `qdora` script."""
-    status = run(sys.argv[1:])
-    if "RANK" in os.environ:
-        if STATUS_FILE in os.environ and os.environ.get("LOCAL_RANK") == "0":
-            Path(os.environ[STATUS_FILE]).write_text(str(status), encoding="utf-8")
-        # torch 2.13: a rank that leaves while threads of its process groups still end can abort with SIGABRT (seen in
-        # 3 of 10 exits over gloo), which would hide the status. Everything is closed by now: leave without teardown.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    end_with_launcher()
+    try:
+        status = run(sys.argv[1:])
+    except Exception as error:
+        if not leave_error(error):
+            raise
+        status = EXIT_ERROR
+    leave_status(status)
+    # Everything is closed by now: leave without teardown. torch 2.13: a rank that leaves while threads of its process
+    # groups still end can abort with SIGABRT (seen in 3 of 10 exits over gloo), which would hide the status. And W&B
+    # would wait for a process of its own that hangs.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

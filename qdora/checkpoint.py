@@ -1,28 +1,46 @@
-"""Training checkpoints: what training changes, never the frozen base.
+"""Training checkpoints: what training changes, never the frozen base; written while training goes on.
 
     checkpoints/step-00000012/   manifest.json, and the tensors as torch.distributed.checkpoint writes them
+    checkpoints/latest           the name of the newest, moved last; resume=.../latest reads it
 
-A checkpoint is written under a temporary name and renamed when complete, so a folder without `.partial` is whole.
+Tensors are copied to host memory, which is all that training waits for. A thread of each rank has them written to
+`step-N.partial` (torch makes them durable) and takes their checksums. At the end of a step by which every rank is done,
+rank 0 adds the manifest with the checksums and renames the folder: one without a suffix is whole. A write that fails (a
+full disk) leaves the earlier checkpoints as they are and is tried again later.
 """
 
+import hashlib
 import json
+import logging
 import shutil
+import time
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from qdora.errors import CheckpointError
-from qdora.parallel import World, failing_together, gather, main_first
+from qdora.checkpoint_reader import Reader
+from qdora.errors import CheckpointError, first_line
+from qdora.files import sync, write_durably
+from qdora.parallel import World, broadcast, failing_together, gather
 
+logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+LATEST = "latest"
+SCHEMA_VERSION = 3
+# On one rank; it comes from a thread of torch's, where no block around a call would reach it.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,14 +50,200 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
     step: int
     num_tokens: int
+    eval_loss: float | None
     loader: dict[str, int]
+    guard: dict[str, Any]
+    """Of `StepGuard`."""
+    rows_per_step: int
     world_size: int
     run_id: str
     tracker_id: str | None
     config: dict[str, Any]
+    """As it was given: on another number of ranks than at first, accumulation makes up for them."""
     versions: dict[str, str]
     data_fingerprint: str
     model_fingerprint: str
+    checksums: dict[str, str] = field(default_factory=dict)
+    """Every other file's SHA-256."""
+
+    def to_json(self) -> str:
+        """With the SHA-256 of its own text."""
+        values = asdict(self)
+        return json.dumps(values | {"sha256": _digest(values)}, indent=2) + "\n"
+
+
+class Checkpoints:
+    """The checkpoints of a run, at most one of them being written.
+
+    Methods are *collective* and belong to the end of a step; `written` is not.
+    """
+
+    def __init__(self, folder: Path, world: World, keep: int) -> None:
+        self.folder, self.world, self.keep = folder, world, keep
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._sealing: Future[dict[str, str]] | None = None
+        self._manifest: Manifest | None = None
+        self.failure: str | None = None
+        """Why the last one could not be written, if so."""
+        self.retry_at: int | None = None
+        """The step at which to try again."""
+        self._num_failures = 0
+        self.stall_s = self.total_stall_s = 0.0
+        """Seconds that training has waited, the first since it was last set to 0."""
+
+    @property
+    def under_way(self) -> bool:
+        """Whether one is being written; the same on all ranks."""
+        return self._manifest is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write."""
+        return self._sealing is None or self._sealing.done()
+
+    def save_async(self, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+        """Copies `tensors` and begins to write them; waits for the one before, if it is not there yet."""
+        self.wait()
+        started = time.perf_counter()
+        partial = self._path(manifest.step).with_suffix(".partial")
+
+        def clear() -> None:
+            for leftover in self.folder.glob("step-*.partial"):
+                _remove(leftover)
+            partial.mkdir(parents=True)
+
+        self._manifest, self._sealing = manifest, None
+        self.failure = self._on_main(clear)
+        if self.failure is None:
+            state = tensors | _rng_state(self.world)
+            alone = not dist.is_initialized()
+            writing: Any = async_save(state, checkpoint_id=partial, process_group=self._group, no_dist=alone)
+            self._sealing = self._thread.submit(_seal, writing, partial, self.world.rank)
+        self._count(started)
+
+    def wait(self) -> None:
+        """Waits for the one under way, if there is one, and publishes it, or notes in `failure` why it could not be."""
+        if self._manifest is None:
+            return
+        started, manifest = time.perf_counter(), self._manifest
+        final = self._path(manifest.step)
+        partial = final.with_suffix(".partial")
+        checksums, error = {}, self.failure
+        if self._sealing is not None:
+            try:
+                checksums = self._sealing.result()
+            except (OSError, RuntimeError, CheckpointException) as raised:
+                error = _first_line(raised)
+        parts = gather(self.world, (checksums, error), self.world.patient_group)
+        error = next((reason for _, reason in parts if reason), None)
+        manifest.checksums = {name: value for part, _ in parts for name, value in part.items()}
+
+        def publish() -> None:
+            write_durably(partial / MANIFEST, manifest.to_json())
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            sync(self.folder)
+            write_durably(self.folder / LATEST, final.name + "\n")
+
+        self.failure = error or self._on_main(publish)
+        self.retry_at = None
+        if self.failure is None:
+            self._num_failures = 0
+            if self.world.is_main:
+                self._remove_old()
+        else:
+            self._on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+            self.retry_at = manifest.step + 2**self._num_failures
+            self._num_failures += 1
+            if self.world.is_main:
+                words = "the checkpoint of step %d could not be written: %s. Earlier ones stay"
+                logger.warning(words, manifest.step, self.failure)
+        self._manifest = self._sealing = None
+        self._count(started)
+
+    def _count(self, started: float) -> None:
+        seconds = time.perf_counter() - started
+        self.stall_s += seconds
+        self.total_stall_s += seconds
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _on_main(self, action: Callable[[], None]) -> str | None:
+        """Why `action` failed on rank 0, on every rank."""
+        reason = None
+        if self.world.is_main:
+            try:
+                action()
+            except OSError as error:
+                reason = _first_line(error)
+        return broadcast(self.world, reason, self.world.patient_group)
+
+    def _remove_old(self) -> None:
+        """Leaves the newest `keep` and the best by eval loss."""
+        found = complete(self.folder)
+        losses = {}
+        for path in found:
+            with suppress(CheckpointError):
+                losses[path] = read_manifest(path).eval_loss
+        best = sorted((loss, path) for path, loss in losses.items() if loss is not None)[:1]
+        for old in found[: -self.keep]:
+            if old not in [path for _, path in best]:
+                try:
+                    _remove(old.rename(old.with_suffix(".partial")))  # never half of one under its name
+                except OSError as error:
+                    logger.warning("the old checkpoint %s could not be removed: %s", old, error)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def _seal(writing: "Future[Any]", partial: Path, rank: int) -> dict[str, str]:
+    """Waits until all of `partial` is on the disk; checksums of this rank's files."""
+    writing.result()
+    own = [file for file in sorted(partial.iterdir()) if file.name.startswith(f"__{rank}_")]
+    own += [partial / ".metadata"] if rank == 0 else []
+    return {file.name: _checksum(file) for file in own}
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first; what is half written has a suffix."""
+    return sorted(path for path in folder.glob("step-*") if not path.suffix)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None.
+
+    Raises:
+        CheckpointError: of another version of qdora.
+    """
+    try:
+        manifest = read_manifest(checkpoint)
+    except DamagedError as error:
+        return str(error)
+    for name in manifest.checksums.keys() ^ {file.name for file in checkpoint.iterdir()} - {MANIFEST}:
+        return f"{name} is missing" if name in manifest.checksums else f"{name} does not belong there"
+    for name, expected in manifest.checksums.items():
+        try:
+            if _checksum(checkpoint / name) != expected:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return _first_line(error)
+    return None
 
 
 def _rng_state(world: World) -> dict[str, Tensor]:
@@ -49,69 +253,75 @@ def _rng_state(world: World) -> dict[str, Tensor]:
     return state
 
 
-def save(folder: Path, tensors: dict[str, Tensor], manifest: Manifest, world: World, keep: int) -> Path:
-    """Writes `folder/step-N`, after which the newest `keep` and at least two remain. *Collective*.
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are not what was written."""
 
-    Older ones go first: the newest is known to be good only when the step after it has been computed.
+
+def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are what was written, and what to tell of the newer ones, set aside now.
+
+    Raises:
+        CheckpointError: there are checkpoints and all are damaged, or one is of another version of qdora.
     """
-    final = folder / f"step-{manifest.step:08d}"
-    partial = final.with_name(final.name + ".partial")
-
-    def clear() -> None:
-        if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("*.partial"):
-                shutil.rmtree(leftover)
-            for old in complete(folder)[: -max(keep - 1, 1)]:
-                shutil.rmtree(old)
-
-    main_first(world, clear)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on one rank: "torch.distributed is not initialized, assuming single process"
-        dcp_save(tensors | _rng_state(world), checkpoint_id=partial)
-
-    def publish() -> None:
-        if world.is_main:
-            (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-
-    main_first(world, publish)
-    return final
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(complete(folder)):
+        reason = damage(checkpoint)
+        if reason is None:
+            return checkpoint, [
+                f"{bad} is damaged ({why}) and was renamed to {_set_aside(bad, 'damaged').name}"
+                for bad, why in damaged.items()
+            ]
+        damaged[checkpoint] = reason
+    if damaged:
+        newest, reason = next(iter(damaged.items()))
+        raise CheckpointError(
+            f"every checkpoint in {folder} is damaged, the newest ({newest.name}): {reason}. To start anew, give "
+            "another output_dir or remove them"
+        )
+    return None, []
 
 
-def complete(folder: Path) -> list[Path]:
-    """The whole checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if not path.suffix and (path / MANIFEST).exists())
+def _set_aside(checkpoint: Path, why: str) -> Path:
+    aside = checkpoint.with_suffix(f".{why}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
 
 
 def set_aside(folder: Path, step: int) -> str:
     """Renames the checkpoint of weights that turned out not to compute, if there is one; what to tell the user."""
-    given, aside = folder / f"step-{step:08d}", folder / f"step-{step:08d}.suspect"
+    given = folder / f"step-{step:08d}"
     told = ""
     if given.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        given.rename(aside)
-        told = f"{given.name} holds these weights and was renamed to {aside.name}. "
+        told = f"{given.name} holds these weights and was renamed to {_set_aside(given, 'suspect').name}. "
     good = complete(folder)
     return told + (f"The same command goes on from {good[-1]}" if good else "There is no earlier checkpoint")
+
+
+def supersede(folder: Path, step: int) -> None:
+    """Renames the checkpoints after `step`: the run goes on from there, and theirs are steps of another course."""
+    for later in complete(folder):
+        if later.name > f"step-{step:08d}":
+            _set_aside(later, "superseded")
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: not a checkpoint, or of another version of qdora.
+        DamagedError: it cannot be read.
+        CheckpointError: it is of another version of qdora.
     """
     try:
         values = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{checkpoint} is not a checkpoint of qdora: {error}") from None
-    if values.get("schema_version") != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{checkpoint} has schema version {values.get('schema_version')}, this qdora reads {SCHEMA_VERSION}"
-        )
+        digest, version = values.pop("sha256", None), values["schema_version"]
+    except FileNotFoundError:
+        raise DamagedError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{MANIFEST} cannot be read: {_first_line(error)}") from None
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(f"{checkpoint} has schema version {version}, this qdora reads {SCHEMA_VERSION}")
+    if digest != _digest(values):
+        raise DamagedError(f"{MANIFEST} is not what was written")
     return Manifest(**values)
 
 
@@ -121,13 +331,19 @@ def load(checkpoint: Path, tensors: dict[str, Tensor], manifest: Manifest, world
     Raises:
         CheckpointError: its tensors are not those.
     """
-    rng = _rng_state(world) if gather(world, manifest.world_size)[0] == world.size else {}
-    with failing_together(world), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            dcp_load(tensors | rng, checkpoint_id=checkpoint)
-        except (RuntimeError, KeyError, ValueError, OSError, CheckpointException) as error:
-            raise CheckpointError(f"{checkpoint} cannot be read into this model: {_first_line(error)}") from None
+    rng = _rng_state(world) if manifest.world_size == world.size else {}
+    reader = Reader(checkpoint)
+    try:
+        with failing_together(world):
+            try:
+                reader.read_metadata()  # what is wrong with it, torch would print with a traceback
+            except (RuntimeError, ValueError, OSError, EOFError, AttributeError, UnpicklingError) as error:
+                raise CheckpointError(_first_line(error)) from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp_load(tensors | rng, storage_reader=reader)
+    except (RuntimeError, KeyError, ValueError, OSError, CheckpointError, CheckpointException) as error:
+        raise CheckpointError(f"{checkpoint} cannot be read into this model: {_first_line(error)}") from None
     for name, state in rng.items():
         if ".cpu." in name:
             torch.set_rng_state(state)
@@ -136,4 +352,6 @@ def load(checkpoint: Path, tensors: dict[str, Tensor], manifest: Manifest, world
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, CheckpointException):  # one reason of those that ranks had
+        error = next(iter(error.failures.values()))[0]
+    return first_line(error)

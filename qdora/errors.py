@@ -7,12 +7,18 @@ without a traceback, and exits with `EXIT_USER_ERROR`.
 import difflib
 from collections.abc import Iterable
 
+EXIT_ERROR = 1  # what nobody foresaw
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved and resumable, a scheduler may requeue
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved and resumable, a scheduler may requeue
+EXIT_KEYBOARD = 130  # what a shell shows for a Ctrl-C
 
 
 class QdoraError(Exception):
     """Something the user can mend. Its text is the whole message."""
+
+
+class OutOfMemoryError(QdoraError):
+    """A step did not fit; on one rank, while the others know nothing of it."""
 
 
 class ConfigError(QdoraError):
@@ -37,6 +43,11 @@ class CheckpointError(QdoraError):
 
 class TrainingError(QdoraError):
     """Training itself went wrong, for example a loss that is not finite."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error of another library says, or its name where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

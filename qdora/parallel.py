@@ -7,27 +7,32 @@ Frozen parameters are stored in the dtype they are gathered in; a frozen float32
 so `shard` refuses it.
 """
 
+import faulthandler
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from qdora.config import ParallelConfig, Plan
 from qdora.errors import ConfigError, ModelError, QdoraError
+from qdora.rank_files import open_stack
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=24)
+WATCHED_SHARE = 0.9
+"""Of the timeout: a rank says where it stands before a collective gives up or is aborted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ class World:
     plan: Plan
     mesh: DeviceMesh | None
     """One axis under `fsdp`, (replicate, shard) under `hsdp`, None where nothing is sharded."""
+    timeout_s: int
+    """Seconds that ranks wait for each other."""
     patient_group: dist.ProcessGroup | None = None
     """All ranks, for waits that may take hours: rank 0 downloads or tokenises."""
 
@@ -69,6 +76,7 @@ def start(config: ParallelConfig, trains_base: bool = False) -> World:
     Raises:
         ConfigError: the plan does not fit the number of ranks.
     """
+    global _stack
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if config.plan is Plan.none and size > 1:
@@ -84,13 +92,13 @@ def start(config: ParallelConfig, trains_base: bool = False) -> World:
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
+    if size > 1 and _stack is None:
+        _stack = open_stack()
     if (size > 1 or trains_base) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         timeout = timedelta(seconds=config.timeout_s)
-        if size > 1:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, timeout=timeout, store=HashStore(), rank=0, world_size=1)
+        store = _store(timeout) if size > 1 else HashStore()
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     mesh = None
     if trains_base or (size > 1 and config.plan is not Plan.ddp):
         groups = {Plan.fsdp: size, Plan.none: 1, Plan.ddp: 1, Plan.hsdp: min(shard_size, size)}[config.plan]
@@ -98,7 +106,18 @@ def start(config: ParallelConfig, trains_base: bool = False) -> World:
         axes = ("replicate", "shard")[-len(shape) :]
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=axes)
     patient_group = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
-    return World(rank, size, local_rank, local_size, device, config.plan, mesh, patient_group)
+    return World(rank, size, local_rank, local_size, device, config.plan, mesh, config.timeout_s, patient_group)
+
+
+def _store(timeout: timedelta) -> Store:
+    """Where ranks find each other; apart from that of ranks which torchrun has restarted.
+
+    torchrun's own store outlives a restart (pytorch/pytorch#135712): new ranks would find the addresses of dead ones.
+    """
+    store: Store = next(rendezvous("env://", timeout=timeout))[0]
+    store.set_timeout(timeout)
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store) if shared else store
 
 
 def start_alone(what: str) -> World:
@@ -113,8 +132,26 @@ def start_alone(what: str) -> World:
     return start(ParallelConfig(plan=Plan.none))
 
 
+_stack: IO[str] | None = None
+
+
+def arm_watchdog(world: World) -> None:
+    """Ends this rank, leaving where it stands, unless it is here again (or in `stop`) within the timeout.
+
+    Called for each micro-batch. In C, so that whatever holds Python up does not hold this up.
+    """
+    if world.size > 1:
+        faulthandler.dump_traceback_later(WATCHED_SHARE * world.timeout_s, exit=True, file=_stack or sys.stderr)
+
+
+def disarm_watchdog() -> None:
+    """Work without a limit of time follows."""
+    faulthandler.cancel_dump_traceback_later()
+
+
 def stop() -> None:
     """Leaves the process group, if there is one."""
+    disarm_watchdog()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -148,11 +185,11 @@ def main_first(world: World, function: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def broadcast(world: World, value: T) -> T:
-    """Rank 0's `value` on every rank. *Collective*."""
+def broadcast(world: World, value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Rank 0's `value` on every rank. *Collective* over `group`."""
     values = [value]
     if world.size > 1:
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=group)
     return values[0]
 
 
@@ -171,11 +208,11 @@ def wait(world: World) -> None:
     all_sum(world, 0.0)
 
 
-def gather(world: World, value: T) -> list[T]:
-    """Every rank's `value`, in rank order. *Collective*."""
+def gather(world: World, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's `value`, in rank order. *Collective* over `group`."""
     values = [value] * world.size
     if world.size > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values
 
 

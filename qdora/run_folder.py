@@ -1,6 +1,10 @@
 """A run's own folder: config.yaml, metrics.jsonl, summary.json, adapter/, checkpoints/, report.png."""
 
+import fcntl
 import json
+import logging
+import os
+import time
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from enum import Enum
@@ -10,14 +14,20 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from qdora import checkpoint
+from qdora.adapter import peft_format
 from qdora.checkpoint import Manifest
 from qdora.config import RunConfig
 from qdora.errors import CheckpointError, ConfigError
+from qdora.files import write_durably
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 _IDENTITY = ("model", "quant", "adapter", "data", "seed")
 """Groups that make a run what it is: a checkpoint continues only under the same values."""
-_HARMLESS = {"data.cache_dir", "data.eval"}
+LOCK_PATIENCE_S = 20.0
+"""Ranks whose launcher was killed finish their step and save first."""
+_HARMLESS = {"data.cache_dir", "data.eval", "data.train", "model.path"}
+"""Data and model that were moved are the same: the checkpoint knows their fingerprints."""
 
 
 def plain(value: Any) -> Any:
@@ -88,39 +98,98 @@ class RunFolder:
         self.report = path / "report.png"
         self.summary = path / "summary.json"
         self.config = path / "config.yaml"
+        self._unwritten: list[str] = []
+        self._lock: int | None = None
 
     def find_checkpoint(self, config: RunConfig) -> tuple[Path, Manifest] | None:
         """The checkpoint to go on from under `config.resume`, or None for a fresh start.
 
         Raises:
             ConfigError: the folder is of another run, or not empty where a new one is wanted.
-            CheckpointError: `resume` names a path without a checkpoint.
+            CheckpointError: `resume` names a path without a whole checkpoint, or all of the folder's are damaged.
         """
-        if config.resume == "never":
-            if self.path.exists() and any(self.path.iterdir()):
+        _check_can_be_made(self.path)
+        if self.path.exists():
+            self._take()
+        same_command = self.config.exists() and self._stored_config().get("resume") == config.resume
+        if config.resume == "never" and not same_command:
+            if self._holds_something():
                 raise ConfigError(f"resume=never wants a new folder, but {self.path} is not empty")
             return None
         self._check_same_run(config)
-        if config.resume != "auto":
-            found = Path(config.resume)
-            if not (found / checkpoint.MANIFEST).exists():
-                raise CheckpointError(f"resume={config.resume}: no checkpoint there (no {checkpoint.MANIFEST})")
-        else:
-            checkpoints = checkpoint.complete(self.checkpoints)
-            if not checkpoints:
+        # The same command again goes on from what it had made; else it would begin at `resume` each time.
+        if config.resume != "auto" and not (same_command and checkpoint.complete(self.checkpoints)):
+            if config.resume == "never":
                 return None
-            found = checkpoints[-1]
+            found = Path(config.resume)
+            if found.name == checkpoint.LATEST and found.is_file():
+                found = found.parent / found.read_text(encoding="utf-8").strip()
+            if not (found / checkpoint.MANIFEST).exists():
+                raise CheckpointError(
+                    f"resume={config.resume}: no checkpoint there (no {checkpoint.MANIFEST}); it is auto, never, "
+                    "or the folder of one, such as RUN/checkpoints/step-00000010"
+                )
+            reason = checkpoint.damage(found)
+            if reason is not None:
+                raise CheckpointError(f"resume={config.resume} is damaged: {reason}")
+        else:
+            newest, told = checkpoint.latest_valid(self.checkpoints)
+            for line in told:
+                logger.warning("%s", line)
+            if newest is None:
+                return None
+            found = newest
         manifest = checkpoint.read_manifest(found)
-        _check_identity(config_values(config), manifest.config, str(found))
+        _check_identity(config, manifest.config, str(found))
         return found, manifest
 
     def _check_same_run(self, config: RunConfig) -> None:
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self._holds_something():
             return
         if not self.config.exists():
             raise ConfigError(f"output_dir={self.path} holds files that are not of a run: give another folder")
-        stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        _check_identity(config_values(config), stored, str(self.path))
+        _check_identity(config, self._stored_config(), str(self.path))
+
+    def _holds_something(self) -> bool:
+        """Also what is half written may be left of a start that failed."""
+        return self.path.exists() and any(file.suffix != ".partial" for file in self.path.iterdir())
+
+    def _take(self) -> None:
+        """Locks the folder for this process, as long as it lives.
+
+        Raises:
+            ConfigError: a run is going on in it.
+        """
+        if self._lock is None:
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        deadline = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"a run is going on in {self.path}: wait for its end, stop it, or give another output_dir"
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                return
+
+    def release(self) -> None:
+        """Lets other runs have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _stored_config(self) -> dict[str, Any]:
+        try:
+            stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self.config} is damaged: {' '.join(str(error).split())}") from None
+        if not isinstance(stored, dict):
+            raise ConfigError(f"{self.config} is damaged: it holds no options")
+        return stored
 
     def read_config(self) -> RunConfig:
         """The configuration that the run in this folder was started with.
@@ -130,13 +199,18 @@ class RunFolder:
         """
         if not self.config.exists():
             raise ConfigError(f"run={self.path}: no run there (no {self.config.name})")
-        return config_from_values(RunConfig, yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        return config_from_values(RunConfig, self._stored_config())
 
     def is_finished(self) -> bool:
         """Whether the run ended and its result is there."""
         if not self.summary.exists() or not (self.adapter.exists() or self.model.exists()):
             return False
-        return bool(json.loads(self.summary.read_text(encoding="utf-8"))["status"] == "finished")
+        weights = self.adapter / peft_format.WEIGHTS
+        if weights.exists() and not weights.stat().st_size:
+            return False
+        with suppress(ValueError, TypeError, KeyError):  # damaged: made again
+            return bool(json.loads(self.summary.read_text(encoding="utf-8"))["status"] == "finished")
+        return False
 
     def finished_adapter(self) -> Path:
         """The folder of the run's adapter.
@@ -153,39 +227,73 @@ class RunFolder:
         raise ConfigError(f"run={self.path} has no adapter: it is not finished; start it again to go on")
 
     def start(self, config: RunConfig, first_step: int) -> None:
-        """Writes config.yaml and drops metrics of steps after `first_step`, which will be made again."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Takes the folder and writes config.yaml; the summary goes, and of steps after `first_step` the metrics, too.
+
+        Checkpoints of such steps are set aside: those steps are made again.
+
+        Raises:
+            ConfigError: another run has the folder, or it cannot be written.
+        """
         text = yaml.safe_dump(config_values(config), sort_keys=False, allow_unicode=True)
-        _write(self.config, text)
-        kept = [record for record in self.read_metrics() if record["step"] <= first_step] if first_step else []
-        _write(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take()
+            write_durably(self.config, text)
+            self.summary.unlink(missing_ok=True)
+            kept = [record for record in self.read_metrics() if record["step"] <= first_step] if first_step else []
+            write_durably(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+            checkpoint.supersede(self.checkpoints, first_step)
+        except OSError as error:
+            raise ConfigError(f"output_dir={self.path} cannot be written: {error}") from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl."""
         return read_metrics(self.metrics)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends a line to metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Appends a line to metrics.jsonl; what a full disk does not take is appended with a later one."""
+        self._unwritten.append(json.dumps(record) + "\n")
+        try:
+            self.flush()
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                logger.warning("%s could not be written, its lines are kept for later: %s", self.metrics, error)
+
+    def flush(self) -> None:
+        """Appends what is kept, or raises `OSError`."""
+        size = self.metrics.stat().st_size if self.metrics.exists() else 0
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write("".join(self._unwritten))
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.metrics, size)  # half a line would spoil the next
+            raise
+        self._unwritten.clear()
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
-        _write(self.summary, json.dumps(summary, indent=2) + "\n")
+        write_durably(self.summary, json.dumps(summary, indent=2) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _check_can_be_made(folder: Path) -> None:
+    """Raises `ConfigError` before anything is loaded; what the system refuses all the same shows when it is made."""
+    there = next(place for place in [folder.absolute(), *folder.absolute().parents] if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "cannot be written" if there.is_dir() else "is a file"
+        raise ConfigError(f"output_dir={folder} cannot be made: {there} {what}")
 
 
-def _check_identity(wanted: dict[str, Any], stored: dict[str, Any], where: str) -> None:
+def _check_identity(config: RunConfig, stored: dict[str, Any], where: str) -> None:
+    if config.allow_changes:
+        return
+    wanted = config_values(config)
     ours = flatten({key: wanted[key] for key in _IDENTITY})
     theirs = flatten({key: stored.get(key) for key in _IDENTITY})
     different = [name for name in ours if name not in _HARMLESS and ours[name] != theirs.get(name)]
     if different:
         pairs = ", ".join(f"{name}={theirs.get(name)} (now {ours[name]})" for name in different)
         raise ConfigError(
-            f"{where} belongs to another run: it has {pairs}. Use those values, or another output_dir (or resume=never)"
+            f"{where} belongs to another run: it has {pairs}. Use those values, another output_dir, or "
+            "allow_changes=true to go on all the same"
         )

@@ -4,24 +4,33 @@ Training never stops for W&B: starting and finishing are bounded by `timeout_s`,
 once and records nothing more. metrics.jsonl is the record that does not depend on it.
 """
 
+import json
 import logging
 import netrc
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, Literal
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
+import psutil
+
 from qdora.config import TrackerConfig, TrackerKind, TrackerMode
 
 Errors = tuple[type[Exception], ...]
 logger = logging.getLogger(__name__)
 PROBE_TIMEOUT_S = 3.0
+FINISH_GRACE_S = 5.0
+"""Beyond the timeout that W&B's own process is given, should that process be what hangs."""
 
 
 class Tracker:
@@ -41,29 +50,34 @@ class Tracker:
         """With `tracker.log_adapter=true`, records the adapter folder as an artifact. Its files must stay in place."""
 
     def finish(self, status: str) -> None:
-        """Ends the run, `finished` as a success and any other status as a failure. Nothing is recorded after it."""
+        """Ends the run: `preempted` as W&B's own such state, `failed` as a failure. Nothing is recorded after it."""
 
 
 class WandbTracker(Tracker):
-    """Records in a started `wandb.Run`; `offline_reason` says why it is not online."""
+    """Records in a started `wandb.Run`; `offline_reason` says why it is not online.
 
-    def __init__(self, run: Any, config: TrackerConfig, errors: Errors, offline_reason: str | None) -> None:
-        self._run, self._config, self._errors = run, config, errors
-        self._folder = Path(run.dir).resolve().parent
-        super().__init__(id=run.id, location=str(self._folder) if offline_reason else run.url)
-        self._last_step_path = self._folder.parent / f"last-step-{run.id}"
-        self._last_step = run.step - 1  # of a resumed run the server knows it, offline the file below
+    A thread makes the calls, in order: whatever holds W&B up, no step waits for it. Steps up to `last_step` are left
+    out.
+    """
+
+    def __init__(
+        self, run: Any, config: TrackerConfig, errors: Errors, offline_reason: str | None, last_step: int
+    ) -> None:
+        self._run, self._config, self._errors, self._last_step = run, config, errors, last_step
+        folder = Path(run.dir).resolve().parent
+        self._sync = f"wandb sync {'' if offline_reason else '--include-online '}{folder}"
+        super().__init__(id=run.id, location=str(folder) if offline_reason else run.url)
         if offline_reason:
-            self.notice = f"W&B runs offline ({offline_reason}); upload it later with: wandb sync {self._folder}"
-            with suppress(FileNotFoundError, ValueError):
-                self._last_step = int(self._last_step_path.read_text())
-        self._guard("define_metric", lambda run: run.define_metric("*", step_metric="step"))
+            self.notice = f"W&B runs offline ({offline_reason}); upload it later with: {self._sync}"
+        self._calls: SimpleQueue[tuple[str, Callable[[Any], object]] | None] = SimpleQueue()
+        self._thread = Thread(target=self._make_calls, daemon=True)
+        self._thread.start()
+        self._calls.put(("define_metric", lambda run: run.define_metric("*", step_metric="step")))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         if step > self._last_step:
             self._last_step = step
-            self._guard("log", lambda run: run.log({**metrics, "step": step}, step=step, commit=True))
-            self._guard("log", lambda run: self._last_step_path.write_text(str(step)))
+            self._calls.put(("log", lambda run: run.log({**metrics, "step": step}, step=step, commit=True)))
 
     def log_adapter(self, folder: Path) -> None:
         def call(run: Any) -> None:
@@ -74,24 +88,40 @@ class WandbTracker(Tracker):
             run.log_artifact(artifact)
 
         if self._config.log_adapter:
-            self._guard("log_adapter", call)
+            self._calls.put(("log_adapter", call))
 
     def finish(self, status: str) -> None:
         def call(run: Any) -> None:
             run.summary["status"] = status
-            run.finish(exit_code=0 if status == "finished" else 1)
+            if status == "preempted":
+                run.mark_preempting()
+            run.finish(exit_code=1 if status in ("preempted", "failed") else 0)
 
-        self._guard("finish", call)
-        self._run = None
+        self._calls.put(("finish", call))
+        self._calls.put(None)
+        self._thread.join(self._config.timeout_s + FINISH_GRACE_S)
+        if self._thread.is_alive():
+            self._warn("finish", f"no end within {self._config.timeout_s + FINISH_GRACE_S:g} s")
 
-    def _guard(self, action: str, call: Callable[[Any], object]) -> None:
-        try:
-            if self._run is not None:
+    def _make_calls(self) -> None:
+        while (item := self._calls.get()) is not None:
+            action, call = item
+            if self._run is None:
+                continue
+            try:
                 call(self._run)
-        except self._errors as error:
-            self._run = None
-            message = "W&B stopped recording in %s (%s), training goes on; upload what it has with: wandb sync %s"
-            logger.warning(message, action, _one_line(error), self._folder)
+            except self._errors as error:
+                self._warn(action, _one_line(error))
+                if action != "log_adapter":  # the artifact alone is lost
+                    self._run = None
+
+    def _warn(self, action: str, why: str) -> None:
+        logger.warning(
+            "W&B failed in %s (%s), which the run outlasts; upload what it has with: %s (metrics.jsonl has all of it)",
+            action,
+            why,
+            self._sync,
+        )
 
 
 def make_tracker(
@@ -131,13 +161,53 @@ def make_tracker(
         offline_reason = _offline_reason(config, wandb.setup(wandb.Settings(silent=True)).settings)
         if offline_reason is None:
             try:
-                return WandbTracker(start("online"), config, errors, None)
+                run = start("online")
+                return WandbTracker(run, config, errors, None, run.step - 1)  # the server knows it
             except errors as error:
                 offline_reason = _one_line(error)
                 wandb.teardown()  # else the run's id stays taken
-        return WandbTracker(start("offline"), config, errors, offline_reason)
+        last_step = _last_step_on_disk(output_dir, resume_id, config.timeout_s)
+        return WandbTracker(start("offline"), config, errors, offline_reason, last_step)
     except errors as error:
         return Tracker(id=resume_id, notice=f"W&B could not start and records nothing: {_one_line(error)}")
+
+
+def _last_step_on_disk(output_dir: Path, resume_id: str | None, timeout_s: float) -> int:
+    """The last step that earlier offline parts of a run hold, or -1.
+
+    W&B's process writes seconds later: killed with the run it has not, left alone it goes on and is waited for.
+    """
+    last = -1
+    for file in (output_dir / "wandb").glob(f"offline-run-*-{resume_id}/run-{resume_id}.wandb"):
+        deadline = time.monotonic() + timeout_s
+        while _is_open(file) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        for line in subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines():
+            record = json.loads(line)
+            if record["type"] == "history":
+                last = max(last, record["history"]["item"]["_step"])
+    return last
+
+
+def _is_open(file: Path) -> bool:
+    for process in psutil.process_iter(["name"]):
+        with suppress(psutil.Error):
+            if process.info["name"] == "wandb-core" and str(file.resolve()) in {
+                own.path for own in process.open_files()
+            }:
+                return True
+    return False
+
+
+def offline_reason(config: TrackerConfig) -> str | None:
+    """Why a run would be recorded offline, or None; asks the server whether it is there."""
+    import wandb
+
+    try:
+        return _offline_reason(config, wandb.setup(wandb.Settings(silent=True)).settings)
+    except (wandb.Error, ValueError) as error:
+        return _one_line(error)
 
 
 def _requested_mode(config: TrackerConfig) -> str:
@@ -153,7 +223,7 @@ def _offline_reason(config: TrackerConfig, settings: Any) -> str | None:
         return "as configured"
     if not (settings.api_key or settings.identity_token_file or _has_netrc_entry(urlsplit(url).netloc)):
         return "no API key, `wandb login` stores one"  # with `online` too: W&B would wait at a prompt
-    return None if mode == "online" or _answers(url) else f"{url} does not answer"
+    return None if mode == "online" or answers(url) else f"{url} does not answer"
 
 
 def _has_netrc_entry(host: str) -> bool:
@@ -163,7 +233,7 @@ def _has_netrc_entry(host: str) -> bool:
         return False
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     """Whether something speaks HTTP at `url`, through the environment's proxies, within `PROBE_TIMEOUT_S`."""
     answered = Event()
 

@@ -88,13 +88,15 @@ def run(arguments: list[str], *, timeout_s: float = 180, cwd: Path = ROOT, **env
     )
 
 
+def launcher(nproc: int, torchrun: bool = False) -> list[str]:
+    """What starts a script, or `-m qdora`: alone, or under torchrun where there are several ranks or it is wanted."""
+    given = ["-m", "qdora.commands.launch", "--standalone", "--nproc-per-node", str(nproc)]
+    return [sys.executable, *(given if nproc > 1 or torchrun else [])]
+
+
 def qdora(*arguments: str, nproc: int = 1, **options: Any) -> Any:
     """`qdora ...` as a user runs it: alone, or under torchrun on `nproc` ranks."""
-    prefix = [sys.executable, "-m", "qdora"]
-    if nproc > 1:
-        launcher = ["qdora.commands.launch", "--standalone", "--nproc-per-node", str(nproc), "-m", "qdora"]
-        prefix = [sys.executable, "-m", *launcher]
-    return run([*prefix, *arguments], **options)
+    return run([*launcher(nproc), "-m", "qdora", *arguments], **options)
 
 
 def run_ranks(script: Path, nproc: int, output: Path, *arguments: str, timeout_s: float = 180) -> list[Any]:
@@ -103,7 +105,15 @@ def run_ranks(script: Path, nproc: int, output: Path, *arguments: str, timeout_s
     Fails with the ranks' output if one of them fails.
     """
     output.mkdir(parents=True, exist_ok=True)
-    launcher = ["qdora.commands.launch", "--standalone", "--nproc-per-node", str(nproc)]
-    done = run([sys.executable, "-m", *launcher, str(script), str(output), *arguments], timeout_s=timeout_s)
+    done = run([*launcher(nproc, torchrun=True), str(script), str(output), *arguments], timeout_s=timeout_s)
     assert done.returncode == 0, f"ranks ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return [json.loads((output / f"rank-{rank}.json").read_text()) for rank in range(nproc)]
+
+
+def wandb_records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of a kind in the .wandb files below `folder`, in the order in which the runs started."""
+    lines: list[str] = []
+    for path in sorted(folder.glob("wandb/*run-*/run-*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        lines += subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
+    return [record[kind] for record in map(json.loads, lines) if record["type"] == kind]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qdora.adapter.dora import AdaptedLinear, adapted_layers
 from qdora.config import AdapterConfig, AdapterMethod
 from qdora.errors import AdapterError
+from qdora.files import sync, write_durably
 from qdora.parallel import World, gather_rows, own_rows
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -50,10 +51,10 @@ def save(model: nn.Module, folder: Path, config: AdapterConfig, base: str, dtype
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / f"{WEIGHTS}.partial", metadata={"format": "pt"})
+        sync(folder / f"{WEIGHTS}.partial")
         (folder / f"{WEIGHTS}.partial").replace(folder / WEIGHTS)
         text = json.dumps(_to_peft(config, base, _target_modules(model)), indent=2, sort_keys=True)
-        (folder / f"{CONFIG}.partial").write_text(text + "\n", encoding="utf-8")
-        (folder / f"{CONFIG}.partial").replace(folder / CONFIG)
+        write_durably(folder / CONFIG, text + "\n")
 
 
 def _target_modules(model: nn.Module) -> list[str]:

@@ -5,14 +5,16 @@ YAML over the dataclasses and applies the overrides; what is passed on is the da
 """
 
 import importlib
+import io
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass, is_dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -23,12 +25,10 @@ from omegaconf.errors import OmegaConfBaseException
 from qdora import config
 from qdora.commands.explain import check_known, explain
 from qdora.commands.help import describe
-from qdora.errors import EXIT_USER_ERROR, ConfigError, QdoraError, nearest
+from qdora.errors import EXIT_KEYBOARD, EXIT_USER_ERROR, ConfigError, QdoraError, nearest
+from qdora.interrupt import interrupt
+from qdora.rank_files import leave_error
 
-EXIT_KEYBOARD = 130
-"""What a shell shows for a Ctrl-C; during training it saves and ends in `EXIT_INTERRUPTED` instead."""
-STATUS_FILE = "QDORA_STATUS_FILE"
-"""Environment variable of the file that the first rank of a machine leaves its exit status in, for the launcher."""
 HELP = ("-h", "--help")
 
 GRACE_S = 10.0
@@ -43,12 +43,15 @@ class Command:
     target: str
     """`module:function`, imported only when it is called; takes the dataclass, returns the exit status."""
     summary: str
+    can_resume: bool = False
+    """Whether a signal may end it anywhere, as the same command goes on."""
 
 
 COMMANDS = {
-    "train": Command(config.RunConfig, "qdora.training:train", "fine-tune a model"),
+    "train": Command(config.RunConfig, "qdora.training:train", "fine-tune a model", can_resume=True),
     "merge": Command(config.MergeConfig, "qdora.merging:merge", "write base and adapter as one ordinary checkpoint"),
     "evaluate": Command(config.EvaluateConfig, "qdora.evaluation:evaluate", "score a run or a model on held-out data"),
+    "doctor": Command(config.DoctorConfig, "qdora.doctor:doctor", "check whether a run can start on this machine"),
 }
 
 
@@ -60,6 +63,9 @@ def run(arguments: list[str]) -> int:
             print(_usage())
             return 0 if arguments else EXIT_USER_ERROR
         name = arguments[0]
+        if name == "--version":
+            print(f"qdora {metadata.version('qdora')}")
+            return 0
         if name not in COMMANDS:
             raise ConfigError(f"unknown command {name!r}{nearest(name, COMMANDS)}; there are: {', '.join(COMMANDS)}")
         overrides = [argument for argument in arguments[1:] if argument not in HELP]
@@ -72,17 +78,23 @@ def run(arguments: list[str]) -> int:
             return 0
         return _call(COMMANDS[name], values)
     except QdoraError as error:
-        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        if under_torchrun and not is_main:
-            # torchrun ends all ranks as soon as one has failed: that must be rank 0, which tells what all know.
-            time.sleep(GRACE_S)
-        if under_torchrun or is_main:  # another rank that is still here is the only one that knows
-            print(f"qdora: {error}", file=sys.stderr, flush=True)
+        if not leave_error(error):
+            _print_once(error, is_main)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         if is_main:
             print("qdora: interrupted at once; nothing new was saved", file=sys.stderr, flush=True)
         return EXIT_KEYBOARD
+
+
+def _print_once(error: QdoraError, is_main: bool) -> None:
+    """On rank 0; ranks of plain torchrun wait, so that one which knows it alone tells it, and another only then."""
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if under_torchrun and not is_main:
+        # torchrun ends all ranks as soon as one has failed: that must be rank 0, which tells what all know.
+        time.sleep(GRACE_S)
+    if under_torchrun or is_main:
+        print(f"qdora: {error}", file=sys.stderr, flush=True)
 
 
 def conf_folder() -> Path:
@@ -98,17 +110,46 @@ def compose(name: str, arguments: list[str]) -> DictConfig | None:
     Raises:
         ConfigError: an override names nothing, or has a value of the wrong type.
     """
+    if not {"-m", "--multirun"}.isdisjoint(arguments):
+        raise ConfigError("--multirun is several runs, and one process does one: call qdora once for each")
     config_class = COMMANDS[name].config_class
+    arguments, named = _named_as_groups(arguments, config_class)
     ConfigStore.instance().store(name=f"{name}_schema", node=config_class)
     composed: list[DictConfig] = []
+    said = io.StringIO()
     with _environment(sys.argv, [f"qdora {name}", *arguments]):
         try:
-            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(composed.append)()
-        except (HydraException, OmegaConfBaseException) as error:
+            with redirect_stderr(said):
+                hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(composed.append)()
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ConfigError(explain(error, config_class, conf_folder(), arguments)) from None
-    if len(composed) > 1:
-        raise ConfigError(f"{len(composed)} configurations were given (--multirun); one process does one run")
+        except SystemExit as left:  # argparse, on what begins with a dash
+            if left.code:
+                what = said.getvalue().strip().rpartition("error: ")[2]
+                raise ConfigError(f"{what}. Options are written name=value; --help lists them") from None
+            raise
+    sys.stderr.write(said.getvalue())
+    for values in composed:
+        values.update(named)
     return composed[0] if composed else None
+
+
+def _named_as_groups(arguments: list[str], config_class: type) -> tuple[list[str], dict[str, str | None]]:
+    """Takes out what sets a plain option with a group's name, as `adapter=DIR`: Hydra would look for such a choice."""
+    hints = get_type_hints(config_class)
+    groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
+    plain = {option for option, hint in hints.items() if option in groups and not is_dataclass(hint)}
+    kept: list[str] = []
+    named: dict[str, str | None] = {}
+    for argument in arguments:
+        option, equals, value = argument.lstrip("+").partition("=")
+        if equals and option in plain:
+            if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+                value = value[1:-1]
+            named[option] = None if value == "null" else value
+        else:
+            kept.append(argument)
+    return kept, named
 
 
 def typed(values: DictConfig, config_class: type) -> Any:
@@ -143,8 +184,9 @@ def _environment(argv: list[str], replacement: list[str]) -> Iterator[None]:
 def _call(command: Command, values: DictConfig) -> int:
     typed_config = typed(values, command.config_class)
     module, function = command.target.split(":")
-    target: Callable[[Any], int] = getattr(importlib.import_module(module), function)
-    return target(typed_config)
+    with interrupt.listening() if command.can_resume else nullcontext():
+        target: Callable[[Any], int] = getattr(importlib.import_module(module), function)
+        return target(typed_config)
 
 
 def _show(text: str) -> None:

@@ -48,6 +48,9 @@ def explain(error: Exception, config_class: type, conf: Path, arguments: list[st
         if isinstance(link, ValidationError):
             return _wrong_value(link)
     text = str(error)
+    empty = next((name for name in arguments if re.fullmatch(r"\w+=(null|\[.*\])?", name)), None)
+    if text.startswith("Config group override") and empty is not None:
+        return f"{empty}: a group takes the name of one of its choices"
     named = re.search(r"override '([^']+)'", text) or re.search(r"Key '([^']+)'", text)
     if named:
         return _unknown(named[1].lstrip("+~"), config_class, conf, chain, arguments)
@@ -60,6 +63,9 @@ def _missing(error: MissingConfigException, conf: Path) -> str:
     choices = sorted(path.stem for path in (conf / group).glob("*.yaml"))
     if not group or not choices:
         groups = sorted(path.name for path in conf.iterdir() if path.is_dir())
+        first = wanted.partition("/")[0]
+        if first in groups:
+            return f"{first}={wanted[len(first) + 1 :]}: no such choice of {first}; a path is given as {first}.path=..."
         return f"there is no option group {group or wanted!r}{nearest(group or wanted, groups)}"
     return f"{group}={name}: no such choice{nearest(name, choices)}; there are: {', '.join(choices)}"
 
@@ -80,4 +86,6 @@ def _unknown(name: str, config_class: type, conf: Path, chain: list[Exception], 
     hint = nearest(name, [*options, *groups])
     if typed and name in groups and name == "experiment":
         return f"{typed}: a recipe is added with a plus sign: +{typed.lstrip('+')}"
-    return f"there is no option {name}{hint}. --help lists them all"
+    if name in groups or name in {option.partition(".")[0] for option in options}:
+        return f"{typed or name}: this command has no choices of {name}. --help lists its options"
+    return f"there is no option {name}{hint or '.'} --help lists them all"

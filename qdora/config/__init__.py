@@ -3,7 +3,7 @@
 Values are checked when a dataclass is made, across groups in the three of the commands. All raise `ConfigError`.
 """
 
-from qdora.config.commands import EvaluateConfig, MergeConfig, RunConfig
+from qdora.config.commands import DoctorConfig, EvaluateConfig, MergeConfig, RunConfig
 from qdora.config.groups import (
     AdapterConfig,
     DataConfig,
@@ -21,10 +21,12 @@ from qdora.config.words import (
     DataFormat,
     Dtype,
     MergeBase,
+    OnBadStep,
     Overlong,
     Plan,
     Protocol,
     QuantMethod,
+    Report,
     Schedule,
     TrackerKind,
     TrackerMode,
@@ -37,11 +39,13 @@ __all__ = [
     "Attention",
     "DataConfig",
     "DataFormat",
+    "DoctorConfig",
     "Dtype",
     "EvaluateConfig",
     "MergeBase",
     "MergeConfig",
     "ModelConfig",
+    "OnBadStep",
     "OptimConfig",
     "Overlong",
     "ParallelConfig",
@@ -49,6 +53,7 @@ __all__ = [
     "Protocol",
     "QuantConfig",
     "QuantMethod",
+    "Report",
     "RunConfig",
     "Schedule",
     "TrackerConfig",

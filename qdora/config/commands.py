@@ -15,7 +15,7 @@ from qdora.config.groups import (
     TrainConfig,
     require,
 )
-from qdora.config.words import AdapterMethod, MergeBase, Protocol, QuantMethod
+from qdora.config.words import AdapterMethod, MergeBase, Protocol, QuantMethod, Report
 
 T = TypeVar("T", ModelConfig, DataConfig)
 
@@ -63,8 +63,11 @@ class RunConfig:
     """The run's own folder; null means `outputs/<run_id>`."""
     resume: str = "auto"
     """`auto` goes on if the folder has a checkpoint of the same run; `never`; or the path of a checkpoint."""
+    allow_changes: bool = False
+    """Go on though the data, the base model, quantisation, adapter, seed or the rows a step have changed."""
 
     def __post_init__(self) -> None:
+        require(self.output_dir != "", "output_dir is empty: give a folder, or leave it out")
         require(self.model.path is not None, "model.path is not set: give a folder, a .gguf file or a hub id")
         require(self.data.train is not None, "data.train is not set: give a file, a folder or a hub id")
         require(
@@ -148,3 +151,16 @@ class EvaluateConfig:
         for name in ("limit", "batch_size", "max_new_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class DoctorConfig:
+    """`qdora doctor`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    output_dir: str = "outputs"
+    """Where runs would be written."""
+    report: Report = Report.table
+    """`table` for people, `json` for machines."""

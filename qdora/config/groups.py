@@ -10,6 +10,7 @@ from qdora.config.words import (
     Attention,
     DataFormat,
     Dtype,
+    OnBadStep,
     Overlong,
     Plan,
     QuantMethod,
@@ -39,6 +40,9 @@ class ModelConfig:
     """Compute dtype, and storage dtype of every weight that is not quantised."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
+
+    def __post_init__(self) -> None:
+        require(self.path != "", "model.path is empty: give a folder, a .gguf file or a hub id")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,6 +118,8 @@ class DataConfig:
     """Folder of tokenised data; null means `qdora` in the user's cache folder."""
 
     def __post_init__(self) -> None:
+        for name in ("train", "eval"):
+            require(getattr(self, name) != "", f"data.{name} is empty: give a file, a folder or a hub id")
         require(self.max_length >= 2, f"data.max_length is {self.max_length}; it must be at least 2")
         require(self.limit is None or self.limit >= 1, f"data.limit is {self.limit}; it must be at least 1 or null")
 
@@ -168,7 +174,12 @@ class TrainConfig:
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0 means only at the end."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay; two at least, as weights prove good only in the step after."""
+    """How many of the newest checkpoints stay, besides the best by eval loss; two at least, as weights prove good only
+    in the step after."""
+    on_bad_step: OnBadStep = OnBadStep.stop
+    """`stop` ends the run at a step whose loss or gradient is not finite (or a spike), `skip` goes on without it."""
+    spike_deviations: float | None = None
+    """A loss or gradient norm so many standard deviations above the last 128 steps' mean is a spike; null: none is."""
 
     def __post_init__(self) -> None:
         require(
@@ -177,6 +188,10 @@ class TrainConfig:
             "and leave the other null",
         )
         require(self.num_epochs is None or self.num_epochs > 0, f"train.num_epochs is {self.num_epochs}; above 0")
+        require(
+            self.spike_deviations is None or self.spike_deviations > 0,
+            f"train.spike_deviations is {self.spike_deviations}; it must be above 0 or null",
+        )
         for name, minimum in (
             ("num_steps", 1),
             ("micro_batch_size", 1),
@@ -184,7 +199,7 @@ class TrainConfig:
             ("log_every", 1),
             ("eval_every", 0),
             ("checkpoint_every", 0),
-            ("keep_checkpoints", 1),
+            ("keep_checkpoints", 2),
         ):
             value = getattr(self, name)
             require(value is None or value >= minimum, f"train.{name} is {value}; it must be at least {minimum}")

@@ -45,6 +45,11 @@ class Schedule(Enum):
     constant = "constant"
 
 
+class OnBadStep(Enum):
+    stop = "stop"
+    skip = "skip"
+
+
 class Plan(Enum):
     fsdp = "fsdp"
     hsdp = "hsdp"
@@ -78,3 +83,8 @@ class Protocol(Enum):
 
 class MergeBase(Enum):
     nf4 = "nf4"
+
+
+class Report(Enum):
+    table = "table"
+    json = "json"

@@ -18,7 +18,7 @@ from qdora.data.encode import DEFAULT_TEMPLATE, detect, encode
 from qdora.data.sources import fingerprint, load_rows
 from qdora.errors import DataError
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Counts up when the same data would be tokenised or stored differently."""
 IGNORED = -100
 """Label of a position without a target."""
@@ -37,6 +37,8 @@ class DataReport:
     num_truncated: int = 0
     num_dropped_overlong: int = 0
     num_dropped_without_labels: int = 0
+    fingerprint: str = ""
+    """Of the samples as they are trained on, wherever they came from."""
 
     def describe(self) -> str:
         """One line for people."""
@@ -63,7 +65,7 @@ class TokenDataset:
         self._folder = folder
         values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         self.report = DataReport(**values)
-        self.fingerprint = folder.name
+        self.fingerprint = self.report.fingerprint
 
     @property
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -100,13 +102,15 @@ def prepare(config: DataConfig, source: str, tokenizer: Any) -> TokenDataset:
     if not folder.exists():
         beside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
         try:
+            beside.mkdir(parents=True)
             _tokenise(config, source, tokenizer, beside)
             beside.rename(folder)
-        except OSError:
+        except OSError as error:
             if not folder.exists():  # else another process was first
-                raise
+                raise DataError(
+                    f"the tokenised data could not be written: {error}. Make room, or give data.cache_dir=..."
+                ) from None
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     return TokenDataset(folder)
@@ -184,10 +188,14 @@ def _tokenise(config: DataConfig, source: str, tokenizer: Any, folder: Path) -> 
             f"{config.max_length} ({report.num_truncated} were truncated, {report.num_dropped_overlong} dropped as too "
             "long): raise data.max_length"
         )
+    digest = hashlib.sha256(np.asarray(starts, dtype=np.int64).tobytes())
     for name, kind in (("tokens", np.int32), ("learned", np.bool_)):
+        with (folder / f"{name}.bin").open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
         np.save(folder / f"{name}.npy", np.fromfile(folder / f"{name}.bin", dtype=kind))
         (folder / f"{name}.bin").unlink()
     np.save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))
     np.save(folder / "places.npy", np.asarray(places, dtype=np.int64))
     (folder / "places.json").write_text(json.dumps([*files]) + "\n", encoding="utf-8")
+    report.fingerprint = digest.hexdigest()[:24]
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")

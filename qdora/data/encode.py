@@ -14,7 +14,7 @@ work, and which tokens those are by the tokenizer's offsets.
 
 import itertools
 import json
-from typing import Any
+from typing import Any, TypeGuard
 
 import jinja2
 
@@ -133,8 +133,9 @@ def conversation(row: Row, form: DataFormat) -> list[dict[str, str]]:
         DataError: a turn without a role or a text.
     """
     if form is DataFormat.instruction:
-        user, given = _text(row, "instruction", form), row.values.get("input") or ""
-        user = f"{user}\n\n{given}" if given else user
+        user = _text(row, "instruction", form)
+        if row.values.get("input"):
+            user = f"{user}\n\n{_text(row, 'input', form)}"
         return [{"role": "user", "content": user}, {"role": "assistant", "content": _text(row, "output", form)}]
     turns = row.values.get("messages", row.values.get("conversations"))
     if not isinstance(turns, list) or not turns:
@@ -143,7 +144,7 @@ def conversation(row: Row, form: DataFormat) -> list[dict[str, str]]:
     for turn in turns:
         said = turn if isinstance(turn, dict) else {}
         role, content = said.get("role", said.get("from")), said.get("content", said.get("value"))
-        if role not in _ROLES or not isinstance(content, str):
+        if not isinstance(role, str) or role not in _ROLES or not _is_text(content):
             raise DataError(
                 f"{row.where}: a turn has role (or from), one of {', '.join(_ROLES)}, and content (or value), a text; "
                 f"this is {turn!r:.80}"
@@ -158,9 +159,14 @@ def _text(row: Row, key: str, form: DataFormat) -> str:
         raise DataError(
             f"{row.where} has no {key!r}; the format {form.name} wants {_KEYS[form]}, found {[*row.values]}"
         )
-    if not isinstance(value, str) or not value:
+    if not value or not _is_text(value):
         raise DataError(f"{row.where}: {key} must be a text and not empty, this is {value!r:.60}")
     return value
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """A string that UTF-8 can hold: JSON can also write half of a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _tools(row: Row) -> list[Any] | None:
@@ -171,6 +177,8 @@ def _tools(row: Row) -> list[Any] | None:
         parsed = json.loads(tools) if isinstance(tools, str) else tools
     except json.JSONDecodeError as error:
         raise DataError(f"{row.where}: tools is not JSON: {error}") from None
+    if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
+        raise DataError(f"{row.where}: tools must be a list of objects, this is {parsed!r:.60}")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed]
 
 

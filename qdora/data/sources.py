@@ -149,7 +149,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
                 for values in datasets.Dataset(pa.Table.from_batches([batch], parquet.schema_arrow)):
                     number += 1
                     yield Row(values, f"{file} row {number}")
-        except pa.ArrowException as error:
+        except (pa.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{file} cannot be read as parquet: {error}") from None
 
 

@@ -123,9 +123,12 @@ def _indexed(index: Path) -> list[Path]:
     """The files that an index names."""
     try:
         names = set(json.loads(index.read_bytes())["weight_map"].values())
-        return [index.parent / name for name in sorted(names)]
+        outside = sorted(name for name in names if Path(name).name != name)
     except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, or JSON of another shape
         raise ModelError(f"{index} is not an index of safetensors files or is damaged; download it again") from None
+    if outside:
+        raise ModelError(f"{index} names {outside[0]!r}, which is not a file of its own folder")
+    return [index.parent / name for name in sorted(names)]
 
 
 def _header(file: Path) -> Iterator[tuple[str, Entry]]:

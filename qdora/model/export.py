@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,10 @@ def export_model(loaded: LoadedModel, output: Path, base: Path, world: World) ->
     if world.is_main:
         if output.exists():
             shutil.rmtree(output)
-        write_checkpoint(tensors(), output, base, MAX_SHARD_BYTES)
+        gathered = iter(tensors())
+        try:
+            write_checkpoint(gathered, output, base, MAX_SHARD_BYTES)
+        finally:  # the other ranks gather along to the end
+            deque(gathered, maxlen=0)
     else:
-        for _ in tensors():
-            pass
+        deque(tensors(), maxlen=0)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qdora.config import ModelConfig
-from qdora.errors import ModelError
+from qdora.errors import ModelError, first_line
+from qdora.model.checkpoint_files import CheckpointFiles
 
+_COMMIT = re.compile("[0-9a-f]{40}")
 _PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -37,15 +41,25 @@ def model_folder(config: ModelConfig) -> Path:
         if not (path / "config.json").exists():
             raise ModelError(f"{path} has no config.json: it is not a model of transformers")
         return path
-    if path.exists() or given.startswith(("/", ".", "~")) or given.count("/") != 1:
+    if not is_hub_id(given):
         raise ModelError(f"model.path={given}: no such folder, and not a hub id such as org/name")
+    if config.trust_remote_code and not _COMMIT.fullmatch(config.revision or ""):
+        raise ModelError(
+            f"model.trust_remote_code=true runs code that {given} may change at any time: read it and pin what you "
+            f"have read, model.revision=<commit, 40 characters> (given: {config.revision})"
+        )
     try:
         return Path(snapshot_download(given, revision=config.revision, allow_patterns=_PATTERNS))
     except LocalEntryNotFoundError:
         reason = "it is not in the local cache and the hub cannot be reached"
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
     raise ModelError(f"model.path={given}: no such folder, and downloading it failed: {reason}")
+
+
+def is_hub_id(given: str) -> bool:
+    """Whether it reads as org/name and no such folder or file is here."""
+    return given.count("/") == 1 and not given.startswith(("/", ".", "~")) and not Path(given).exists()
 
 
 def _convert_gguf(file: Path) -> Path:
@@ -93,6 +107,7 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
         ModelError: unreadable, of no known type, or its code may not be run.
     """
     try:
+        _check_code_is_here(folder)
         return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
         if "trust_remote_code" in str(error):
@@ -103,6 +118,20 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
         raise ModelError(f"transformers cannot read the config of {config.path}: {error}") from None
 
 
+def _check_code_is_here(folder: Path) -> None:
+    """Raises `ModelError` if a config names code of another repository, which transformers would fetch unpinned."""
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        found = json.loads(file.read_bytes()) if file.exists() else {}
+        named = found.get("auto_map", {}) if isinstance(found, dict) else {}
+        classes = tree_leaves(named)
+        elsewhere = [name for name in classes if "--" in str(name)]
+        if elsewhere:
+            raise ModelError(
+                f"{file} takes its Python code from another repository ({elsewhere[0]}), which no revision pins: put "
+                "that code into the folder and name it without the repository"
+            )
+
+
 def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
     """The tokenizer of a folder, with a pad token (the end-of-sequence token where the model has none).
 
@@ -110,9 +139,22 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
         ModelError: there is none that transformers can read.
     """
     try:
+        _check_code_is_here(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
         raise ModelError(f"transformers cannot read a tokenizer in {folder}: {error}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_vocabulary(base: Path, tokenizer: Any) -> None:
+    """Raises `ModelError` if the tokenizer makes ids that the checkpoint's embedding has no row for."""
+    shapes = {name: entry.shape for name, entry in CheckpointFiles(base).entries.items() if "embed" in name}
+    rows = max((shape[0] for shape in shapes.values() if len(shape) == 2), default=None)
+    highest = max(tokenizer.get_vocab().values())
+    if rows is not None and highest >= rows:
+        raise ModelError(
+            f"the tokenizer in {base} makes token ids up to {highest}, but the model's embedding has {rows} rows: "
+            "they do not belong together"
+        )

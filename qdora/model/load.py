@@ -29,7 +29,7 @@ from qdora.model.build import EmptyModel, LayerReport, build_model, holders
 from qdora.model.loss import attach_token_loss
 from qdora.model.sources import convert
 from qdora.nf4 import BLOCK_SIZE, NF4Linear, nest, quantize
-from qdora.parallel import World, failing_together, own_rows, shard
+from qdora.parallel import World, arm_watchdog, disarm_watchdog, failing_together, own_rows, shard
 
 QUANTISE_NUMEL = 2**24
 """Values read and quantised at a time."""
@@ -89,7 +89,9 @@ def load_model(
     shard(model, empty.blocks, world, parallel, empty.dtype)
     materialise(model, torch.device("cpu") if parallel.cpu_offload else world.device, world.device)
     for name, module in base_modules(model):
+        arm_watchdog(world)
         fill(empty, name, module, world)
+    disarm_watchdog()
     if empty.adapter.method is not AdapterMethod.none:
         dora.reset(model, world.device, seed)
         if adapter.path is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from qdora.errors import ModelError
-from qdora.parallel import World, all_sum, reshard
+from qdora.parallel import World, all_sum, arm_watchdog, reshard
 
 CHUNK_NUMEL = {"cpu": 2**24, "cuda": 2**26}
 """Logits alive at a time: 64 MiB in float32; on a GPU more tokens, for which reading the head's weight pays."""
@@ -214,6 +214,7 @@ def mean_loss(model: Any, steps: Iterable[Iterable[TokenBatch]], world: World) -
     total, num_label_tokens = 0.0, 0
     for batches in steps:
         for batch in batches:
+            arm_watchdog(world)
             total += float(batch_loss(model, batch, world.device))
             num_label_tokens += batch.num_label_tokens
     model.train(training)

@@ -9,35 +9,19 @@ optimiser, and what `ddp` and `hsdp` reduce over their replicas are left out, so
 reached. The three rates are measured, not looked up.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from qdora.config import ActivationCheckpointing, AdapterMethod, ParallelConfig
 from qdora.model import LoadedModel
 from qdora.nf4 import NF4Linear
-from qdora.parallel import World, all_sum, wait
+from qdora.parallel import World
+from qdora.rates import Rates
 
 DEQUANTISED_BYTES = 0.56 + 2
 """A weight and pass: NF4 code and scale in, bfloat16 out."""
-REPEATS = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What one rank does a second at its best while all others do the same."""
-
-    matrix: float
-    """Operations of a matrix product in the compute dtype, 2 a multiplication and addition."""
-    copy: float
-    """Bytes read plus bytes written by a copy."""
-    link: float
-    """Bytes received in an all-gather over the ranks that share the weights; infinite where nothing is shared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,35 +85,3 @@ def _flops(linear: nn.Module, passes: int) -> int:
         return 2 * passes * linear.in_features * linear.out_features
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return 2 * (passes + weight.requires_grad) * weight.numel()
-
-
-@torch.no_grad()
-def measure_rates(world: World, dtype: torch.dtype) -> Rates:
-    """Measures this machine for about half a second, all ranks at the same time. *Collective*."""
-    device = world.device
-    side, copied = (4096, 2**28) if device.type == "cuda" else (1024, 2**25)  # little beside a model
-    generator = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
-    source, target = (torch.zeros(copied, dtype=torch.uint8, device=device) for _ in range(2))
-    matrix = 2 * side**3 / _shortest(world, lambda: torch.mm(a, b))
-    copy = 2 * copied / _shortest(world, lambda: target.copy_(source))
-    link, ranks = float("inf"), world.num_shards
-    if ranks > 1:
-        sent = copied // ranks
-        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
-        seconds = _shortest(world, lambda: gather(target[: sent * ranks], source[:sent], group=world.shard_group))
-        link = sent * (ranks - 1) / seconds
-    return Rates(matrix, copy, link)
-
-
-def _shortest(world: World, function: Callable[[], object]) -> float:
-    """Seconds of the shortest of some calls, the mean over the ranks. *Collective*."""
-    seconds = []
-    for _ in range(1 + REPEATS):
-        wait(world)  # together: ranks may share cores, or a link
-        started = time.perf_counter()
-        function()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-        seconds.append(time.perf_counter() - started)
-    return all_sum(world, min(seconds[1:]))[0] / world.size

@@ -11,7 +11,9 @@ dequantisation buffer, which are there by then; what comes on top while a step r
 
 import functools
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from qdora.config import ActivationCheckpointing
+from qdora.config import ActivationCheckpointing, RunConfig
+from qdora.errors import OutOfMemoryError
 from qdora.model import LoadedModel
 from qdora.model.activations import KEPT_OPERATORS
 from qdora.model.loss import CHUNK_NUMEL, IGNORED
-from qdora.parallel import World, gather, own_rows, reshard
+from qdora.parallel import World, own_rows, reshard
 
 FASTEST_FIRST = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
 USABLE = {"cuda": 0.9, "cpu": 0.7}
@@ -71,19 +74,41 @@ def _free_in_cgroups() -> list[int]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """Bytes that a step needs at most above what is there, in parts."""
+
+    kept: dict[ActivationCheckpointing, int]
+    """By the blocks from their forward to their backward."""
+    largest: int
+    """What the largest block keeps without recomputation."""
+    hidden: int
+    gathered_two: int
+    """Two gathered blocks; 0 where nothing is sharded."""
+    gathered_all: int
+    optimizer: int
+    """Gradients and AdamW's moments."""
+    loss: int
+
+    def total(self, kind: ActivationCheckpointing, keep_gathered: bool, share: float = 1.0) -> int:
+        """With recomputation of a kind and a share of the micro-batch."""
+        activations = self.kept[kind] + 2 * self.largest + self.hidden
+        gathered = self.gathered_all if keep_gathered else self.gathered_two
+        return int(share * activations) + gathered + self.optimizer + self.loss
+
+
 def choose_recomputation(
-    loaded: LoadedModel, world: World, rows: int, length: int, keep_gathered: bool
+    needs: list[StepBytes], free: int, keep_gathered: bool, device: torch.device
 ) -> tuple[ActivationCheckpointing, str]:
-    """The fastest kind that every rank has memory for, or else `full`; and what decided, in words. *Collective*.
+    """The fastest kind that every rank has memory for, or else `full`; and what decided, in words.
 
     Args:
-        rows, length: of a micro-batch, at most.
+        needs: every rank's.
+        free: bytes, of the rank with the least.
         keep_gathered: whether the blocks stay gathered from their forward to their backward.
     """
-    parts = gather(world, (free_memory(world), step_bytes(loaded, world, rows, length, keep_gathered)))
-    free = min(part[0] for part in parts)
-    needed = {kind: max(part[1][kind] for part in parts) for kind in FASTEST_FIRST}
-    fitting = [kind for kind in FASTEST_FIRST if needed[kind] <= USABLE[world.device.type] * free]
+    needed = {kind: max(need.total(kind, keep_gathered) for need in needs) for kind in FASTEST_FIRST}
+    fitting = [kind for kind in FASTEST_FIRST if needed[kind] <= USABLE[device.type] * free]
     kind = fitting[0] if fitting else FASTEST_FIRST[-1]
     sizes = ", ".join(f"{some.name} {size / 2**30:.2f}" for some, size in needed.items())
     told = f"recomputation {kind.name}; a step needs GiB {sizes} and {free / 2**30:.2f} are free"
@@ -92,20 +117,63 @@ def choose_recomputation(
     return kind, told
 
 
-def step_bytes(
-    loaded: LoadedModel, world: World, rows: int, length: int, keep_gathered: bool
-) -> dict[ActivationCheckpointing, int]:
-    """Bytes that a step needs at most above what is there, by kind of recomputation. *Collective* if sharded."""
+def step_bytes(loaded: LoadedModel, world: World, rows: int, length: int) -> StepBytes:
+    """What a step of micro-batches (rows, length) needs. *Collective* if sharded."""
     kept = activation_bytes(loaded, world, rows, length)
-    gathered = 0
+    gathered = [0]
     if world.num_shards > 1:
-        sizes = [sum(_gathered_bytes(p, loaded.dtype) for p in block.parameters()) for block in loaded.blocks]
-        gathered = sum(sizes) if keep_gathered else 2 * max(sizes)
+        gathered = [sum(_gathered_bytes(p, loaded.dtype) for p in block.parameters()) for block in loaded.blocks]
     own = sum(own_rows(p)[0].numel() for p in loaded.model.parameters() if p.requires_grad)
-    hidden = rows * length * loaded.model.config.get_text_config().hidden_size * loaded.dtype.itemsize
-    rest = gathered + 3 * 4 * own + hidden + 6 * CHUNK_NUMEL[world.device.type]  # logits in float32, and rounded
-    largest = max(block[ActivationCheckpointing.none] for block in kept)
-    return {kind: sum(block[kind] for block in kept) + 2 * largest + rest for kind in FASTEST_FIRST}
+    return StepBytes(
+        kept={kind: sum(block[kind] for block in kept) for kind in FASTEST_FIRST},
+        largest=max(block[ActivationCheckpointing.none] for block in kept),
+        hidden=rows * length * loaded.model.config.get_text_config().hidden_size * loaded.dtype.itemsize,
+        gathered_two=2 * max(gathered),
+        gathered_all=sum(gathered),
+        optimizer=3 * 4 * own,
+        loss=6 * CHUNK_NUMEL[world.device.type],  # logits in float32, and rounded
+    )
+
+
+@contextmanager
+def explaining_shortage(explain: Callable[[], str]) -> Iterator[None]:
+    """Turns a failed allocation inside the block into a message.
+
+    Raises:
+        OutOfMemoryError: on this rank; the others wait for it until the launcher ends them.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise OutOfMemoryError(explain()) from None
+
+
+def remedies(need: StepBytes, kind: ActivationCheckpointing, config: RunConfig, world: World, own_bytes: int) -> str:
+    """The options that lower what a step needs, and by how much, the largest first.
+
+    Args:
+        kind: the recomputation in use.
+        own_bytes: of this rank's weights.
+    """
+    keep_gathered = not config.parallel.reshard_after_forward
+    now = need.total(kind, keep_gathered)
+    savings = {
+        f"parallel.activation_checkpointing={other.name}": now - need.total(other, keep_gathered)
+        for other in FASTEST_FIRST[FASTEST_FIRST.index(kind) + 1 :]
+    }
+    if keep_gathered:
+        savings["parallel.reshard_after_forward=true"] = now - need.total(kind, keep_gathered=False)
+    if config.train.micro_batch_size > 1:
+        fewer = config.train.micro_batch_size // 2
+        share = fewer / config.train.micro_batch_size
+        savings[f"train.micro_batch_size={fewer}"] = now - need.total(kind, keep_gathered, share)
+    savings[f"data.max_length={config.data.max_length // 2}"] = now - need.total(kind, keep_gathered, 0.5)
+    if world.device.type == "cuda" and world.num_shards > 1 and not config.parallel.cpu_offload:
+        savings["parallel.cpu_offload=true"] = own_bytes
+    ordered = sorted(savings.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{option} (-{saved / 2**30:.2f} GiB)" for option, saved in ordered if saved > 0)
 
 
 def _gathered_bytes(parameter: Tensor, dtype: torch.dtype) -> int:

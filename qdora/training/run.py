@@ -1,40 +1,53 @@
 """A run from start to end: data, model, resume, training, and what it leaves in its folder."""
 
 import hashlib
-import platform
+import os
 import secrets
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+import psutil
 import torch
 
 from qdora import checkpoint, parallel
-from qdora.adapter import peft_format
 from qdora.checkpoint import Manifest
 from qdora.config import ActivationCheckpointing, AdapterMethod, Plan, RunConfig
 from qdora.data import BatchLoader, TokenDataset, prepare
-from qdora.errors import EXIT_INTERRUPTED, CheckpointError, ModelError, TrainingError
-from qdora.model import LoadedModel, load_model, load_tokenizer, model_folder
+from qdora.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, TrainingError
+from qdora.interrupt import interrupt
+from qdora.model import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_folder
 from qdora.model.activations import compile_blocks
 from qdora.model.checkpoint_files import CheckpointFiles
-from qdora.model.export import export_model
 from qdora.model.loss import check_token_loss
 from qdora.optim import state_tensors
 from qdora.parallel import World
 from qdora.run_folder import RunFolder, config_values
 from qdora.tracking import make_tracker
-from qdora.training.memory import choose_recomputation, memory_gib
-from qdora.training.progress import summary_table
-from qdora.training.report import write_report
+from qdora.training.memory import (
+    StepBytes,
+    choose_recomputation,
+    explaining_shortage,
+    free_memory,
+    remedies,
+    step_bytes,
+)
+from qdora.training.results import conclude, num_trainable, versions, write_results
 from qdora.training.trainer import Trainer, num_steps
 
 FINGERPRINT_BYTES = 1024
 """Of each tensor of the base model."""
-PACKAGES = ("qdora", "torch", "bitsandbytes", "transformers", "accelerate", "datasets", "wandb")
+
+
+@dataclass(frozen=True, slots=True)
+class Recomputation:
+    """What the backward computes again, and the memory of a step."""
+
+    kind: ActivationCheckpointing
+    need: StepBytes
+    told: str
 
 
 def train(config: RunConfig) -> int:
@@ -44,44 +57,51 @@ def train(config: RunConfig) -> int:
         QdoraError: something the user can mend; on every rank.
     """
     world = parallel.start(config.parallel, trains_base=config.adapter.method is AdapterMethod.none)
+    new_id = parallel.broadcast(world, config.run_id or new_run_id())
+    folder = RunFolder(Path(config.output_dir or f"outputs/{new_id}"))
     try:
-        return _train(config, world)
+        status = _train(config, world, folder, new_id)
+    except Exception:
+        if world.size == 1:  # of several the others may know nothing of it, and leaving a group waits for them
+            parallel.stop()
+        raise
     finally:
-        parallel.stop()
+        folder.release()
+    parallel.stop()
+    return status
 
 
-def _train(config: RunConfig, world: World) -> int:
-    run_id = config.run_id or time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
-    run_id = parallel.broadcast(world, run_id)
-    config = replace(config, run_id=run_id, output_dir=config.output_dir or f"outputs/{run_id}")
-    folder = RunFolder(Path(str(config.output_dir)))
-    found: tuple[Path, Manifest] | None = None
-    with parallel.failing_together(world):
-        if world.is_main:  # one rank decides: what the others see of the folder may be older
-            found = folder.find_checkpoint(config)
-    found = parallel.broadcast(world, found)
+def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> int:
+    found = _find_checkpoint(config, folder, world)
+    run_id = new_id if found is None or config.run_id else found[1].run_id
+    given = config = replace(config, run_id=run_id, output_dir=str(folder.path))
+    if found is not None:
+        config = keep_rows_per_step(given, world.size, found[1])
     torch.manual_seed(config.seed * 1000 + world.rank)  # dropout; every rank its own
 
+    if world.is_main:
+        print(f"loading {config.model.path} and {config.data.train}", flush=True)
     base = parallel.main_first(world, lambda: model_folder(config.model))
     with parallel.failing_together(world):
         tokenizer = load_tokenizer(base, config.model)
         check_vocabulary(base, tokenizer)
-    train_data = parallel.main_first(world, lambda: prepare(config.data, str(config.data.train), tokenizer))
+    paths = [path for path in (config.data.train, config.data.eval) if path is not None]
+    train_data, *eval_data = parallel.main_first(
+        world, lambda: [prepare(config.data, path, tokenizer) for path in paths]
+    )
     train_loader = _loader(config, world, train_data, tokenizer.pad_token_id, shuffle=True)
     all_done = found is not None and found[1].step >= num_steps(config, train_loader)
     if all_done and parallel.broadcast(world, folder.is_finished()):
         if world.is_main:
             print(f"{folder.path} is finished already; raise train.num_steps (or train.num_epochs) to go on")
         return 0
-    eval_data = None
-    if config.data.eval is not None:
-        eval_data = parallel.main_first(world, lambda: prepare(config.data, str(config.data.eval), tokenizer))
     eval_loader = None
-    if eval_data is not None:
-        eval_loader = partial(_loader, config, world, eval_data, tokenizer.pad_token_id, shuffle=False)
+    if eval_data:
+        eval_loader = partial(_loader, config, world, eval_data[0], tokenizer.pad_token_id, shuffle=False)
 
-    loaded = load_model(base, config.model, config.quant, config.adapter, config.parallel, world, seed=config.seed)
-    check_token_loss(loaded.model, world.device, config.data.packing)
+    with explaining_shortage(lambda: _does_not_load(config, world)):
+        loaded = load_model(base, config.model, config.quant, config.adapter, config.parallel, world, seed=config.seed)
+        check_token_loss(loaded.model, world.device, config.data.packing)
     recomputation = _set_recomputation(config, world, loaded)
     if config.train.compile:
         compile_blocks(loaded.blocks, world.device)
@@ -89,77 +109,145 @@ def _train(config: RunConfig, world: World) -> int:
     fingerprints = {"data": train_data.fingerprint, "model": model_fingerprint(base)}
     if found is not None:
         _resume(trainer, *found, fingerprints)
+        if trainer.step > trainer.num_steps:
+            raise ConfigError(f"{found[0]} is of step {trainer.step}, and the run is to have {trainer.num_steps}")
+    interrupt.training = True
+    with parallel.failing_together(world, world.patient_group):  # W&B may take longer than parallel.timeout_s
+        if world.is_main:
+            folder.start(given, trainer.step)
+        trainer.tracker = make_tracker(
+            config.tracker,
+            output_dir=folder.path,
+            run_id=run_id,
+            settings=dict(config_values(config)),
+            resume_id=found[1].tracker_id if found else None,
+            is_main=world.is_main,
+        )
+    for record in folder.read_metrics():  # what a killed run had not sent; the tracker knows what it has
+        trainer.tracker.log(record, record["step"])
     if world.is_main:
-        folder.start(config, trainer.step)
-    trainer.tracker = make_tracker(
-        config.tracker,
-        output_dir=folder.path,
-        run_id=run_id,
-        settings=dict(config_values(config)),
-        resume_id=found[1].tracker_id if found else None,
-        is_main=world.is_main,
-    )
+        _announce(config, world, loaded, [train_data, *eval_data], trainer)
+        print(recomputation.told)
+    status = _to_the_end(trainer, recomputation, partial(_manifest, given, fingerprints), base)
     if world.is_main:
-        _announce(config, world, loaded, train_data, eval_data, trainer)
-        print(recomputation)
+        conclude(config, folder, status, trainer.checkpoints.failure, trainer.tracker.location)
+    return EXIT_PREEMPTED if status == "preempted" else 0
+
+
+def _find_checkpoint(config: RunConfig, folder: RunFolder, world: World) -> tuple[Path, Manifest] | None:
+    """As one rank sees it, because what the others see of the folder may be older. *Collective*."""
+    found: tuple[Path, Manifest] | None = None
+    with parallel.failing_together(world, world.patient_group):  # checksums of large files
+        if world.is_main:
+            found = folder.find_checkpoint(config)
+    return parallel.broadcast(world, found)
+
+
+def _to_the_end(
+    trainer: Trainer, recomputation: Recomputation, manifest: Callable[[Trainer], Manifest], base: Path
+) -> str:
+    """Trains, writes the results and ends the record; returns the status. *Collective*."""
+    world, folder = trainer.world, trainer.folder
     status = "failed"
     try:
-        status = trainer.run(partial(_save, fingerprints))
-        _write_results(trainer, status, base)
-        if world.is_main and status == "finished" and folder.adapter.exists():
+        with explaining_shortage(lambda: _does_not_fit(trainer, recomputation)):
+            ended = trainer.run(manifest)
+        write_results(trainer, ended, base)
+        if world.is_main and ended != "preempted" and folder.adapter.exists():
             trainer.tracker.log_adapter(folder.adapter)
+        status = ended
     except TrainingError as error:
-        _write_results(trainer, status, base)
+        trainer.checkpoints.wait()
+        write_results(trainer, status, base)
         told = checkpoint.set_aside(folder.checkpoints, trainer.step) if world.is_main else ""
         raise TrainingError(f"{error}. {parallel.broadcast(world, told)}") from None
     finally:
         trainer.tracker.finish(status)
-    if world.is_main:
-        _conclude(config, folder, status, trainer.tracker.location)
-    return EXIT_INTERRUPTED if status == "interrupted" else 0
+    return status
 
 
-def _set_recomputation(config: RunConfig, world: World, loaded: LoadedModel) -> str:
-    """Applies `parallel.activation_checkpointing` to the blocks; what to tell of it. *Collective*."""
-    kind = config.parallel.activation_checkpointing
-    if kind is not ActivationCheckpointing.auto:
-        loaded.recompute(kind)
-        return f"activations: recomputation {kind.name}, as configured"
-    rows, length = config.train.micro_batch_size, config.data.max_length
-    kind, told = choose_recomputation(loaded, world, rows, length, not config.parallel.reshard_after_forward)
+def new_run_id() -> str:
+    """The time of the start and four letters; the same again in ranks that torchrun has restarted."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    agent = psutil.Process(os.getppid())
+    letters = hashlib.sha256(f"{agent.pid} {agent.create_time()}".encode()).hexdigest()[:4]
+    return time.strftime("%Y%m%d-%H%M%S-", time.localtime(agent.create_time())) + letters
+
+
+def _set_recomputation(config: RunConfig, world: World, loaded: LoadedModel) -> Recomputation:
+    """Measures a step and applies `parallel.activation_checkpointing`. *Collective*."""
+    kind, rows, length = config.parallel.activation_checkpointing, config.train.micro_batch_size, config.data.max_length
+    too_large = (
+        f"rank {world.rank} of {world.size} ran out of memory over a micro-batch of {rows} x {length} tokens: lower "
+        "train.micro_batch_size (and raise train.num_accumulation_steps) or data.max_length"
+    )
+    with explaining_shortage(lambda: too_large):
+        need = step_bytes(loaded, world, rows, length)
+    told = f"recomputation {kind.name}, as configured"
+    if kind is ActivationCheckpointing.auto:
+        needs, free = zip(*parallel.gather(world, (need, free_memory(world))), strict=True)
+        keep_gathered = not config.parallel.reshard_after_forward
+        kind, told = choose_recomputation(list(needs), min(free), keep_gathered, world.device)
     loaded.recompute(kind)
-    return f"activations: {told}"
+    return Recomputation(kind, need, f"activations: {told}")
 
 
-def _save(fingerprints: dict[str, str], trainer: Trainer) -> None:
-    """Writes a checkpoint of where the trainer stands. *Collective*."""
-    config, world = trainer.config, trainer.world
-    state = Manifest(
+def _does_not_load(config: RunConfig, world: World) -> str:
+    return (
+        f"rank {world.rank} of {world.size} ran out of memory while it loaded {config.model.path}: use more ranks "
+        "under parallel=fsdp, parallel.cpu_offload=true, quant=nf4, or a smaller model"
+    )
+
+
+def _does_not_fit(trainer: Trainer, recomputation: Recomputation) -> str:
+    config, world, kind, need = trainer.config, trainer.world, recomputation.kind, recomputation.need
+    own_bytes, _ = parallel.weight_bytes(trainer.model)
+    total = need.total(kind, not config.parallel.reshard_after_forward)
+    return (
+        f"rank {world.rank} of {world.size} ran out of memory in step {trainer.step + 1}: its weights take "
+        f"{own_bytes / 2**30:.2f} GiB, a step of micro-batches of {config.train.micro_batch_size} x "
+        f"{config.data.max_length} tokens about {total / 2**30:.2f} more. What lowers that: "
+        f"{remedies(need, kind, config, world, own_bytes)}; more ranks under parallel=fsdp share the weights"
+    )
+
+
+def _manifest(given: RunConfig, fingerprints: dict[str, str], trainer: Trainer) -> Manifest:
+    """Where the trainer stands."""
+    return Manifest(
         step=trainer.step,
         num_tokens=trainer.num_tokens,
+        eval_loss=trainer.eval_loss,
         loader=trainer.train_loader.state_dict(),
-        world_size=world.size,
-        run_id=str(config.run_id),
+        guard=trainer.guard.state_dict(),
+        rows_per_step=trainer.train_loader.rows_per_step,
+        world_size=trainer.world.size,
+        run_id=str(trainer.config.run_id),
         tracker_id=trainer.tracker.id,
-        config=config_values(config),
+        config=config_values(given),
         versions=versions(),
         data_fingerprint=fingerprints["data"],
         model_fingerprint=fingerprints["model"],
     )
-    tensors = state_tensors(trainer.model, trainer.optimizer)
-    checkpoint.save(trainer.folder.checkpoints, tensors, state, world, config.train.keep_checkpoints)
 
 
-def check_vocabulary(base: Path, tokenizer: Any) -> None:
-    """Raises `ModelError` if the tokenizer makes ids that the checkpoint's embedding has no row for."""
-    shapes = {name: entry.shape for name, entry in CheckpointFiles(base).entries.items() if "embed" in name}
-    rows = max((shape[0] for shape in shapes.values() if len(shape) == 2), default=None)
-    highest = max(tokenizer.get_vocab().values())
-    if rows is not None and highest >= rows:
-        raise ModelError(
-            f"the tokenizer in {base} makes token ids up to {highest}, but the model's embedding has {rows} rows: "
-            "they do not belong together"
-        )
+def keep_rows_per_step(config: RunConfig, num_ranks: int, manifest: Manifest) -> RunConfig:
+    """`config` with as many rows a step as the run has had: on another number of ranks, by accumulating more or less.
+
+    Raises:
+        ConfigError: that is not possible, or the rows were changed without a change of ranks.
+    """
+    shape = ("micro_batch_size", "num_accumulation_steps")
+    then, now = ([train[name] for name in shape] for train in (manifest.config["train"], asdict(config.train)))
+    rows, a_rank = manifest.rows_per_step, now[0] * num_ranks
+    if then == now and rows % a_rank == 0:
+        return replace(config, train=replace(config.train, num_accumulation_steps=rows // a_rank))
+    if rows == a_rank * now[1] or config.allow_changes:
+        return config
+    raise ConfigError(
+        f"the run has {rows} rows a step, but train.micro_batch_size={now[0]} x train.num_accumulation_steps={now[1]} "
+        f"on {num_ranks} ranks are {a_rank * now[1]}: choose them so that they are {rows}, or allow_changes=true"
+    )
 
 
 def model_fingerprint(base: Path) -> str:
@@ -170,11 +258,6 @@ def model_fingerprint(base: Path) -> str:
         digest.update(repr((name, str(entry.dtype), entry.shape)).encode())
         digest.update(files.first_bytes(name, FINGERPRINT_BYTES))
     return digest.hexdigest()[:16]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that results depend on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def _loader(config: RunConfig, world: World, data: TokenDataset, pad_token_id: int, *, shuffle: bool) -> BatchLoader:
@@ -195,92 +278,27 @@ def _loader(config: RunConfig, world: World, data: TokenDataset, pad_token_id: i
 def _resume(trainer: Trainer, path: Path, manifest: Manifest, fingerprints: dict[str, str]) -> None:
     """Puts the trainer where the checkpoint stands. *Collective*."""
     for what, then in (("data", manifest.data_fingerprint), ("model", manifest.model_fingerprint)):
-        if then != fingerprints[what]:
+        if then != fingerprints[what] and not trainer.config.allow_changes:
             raise CheckpointError(
-                f"the {what} has changed since {path} was written: restore it, or use another output_dir"
+                f"the {what} is not that of {path} (fingerprint {fingerprints[what]}, then {then}): restore it, use "
+                "another output_dir, or allow_changes=true to go on all the same"
             )
     checkpoint.load(path, state_tensors(trainer.model, trainer.optimizer), manifest, trainer.world)
     trainer.loaded.refresh(trainer.world.device)
     trainer.step, trainer.num_tokens = manifest.step, manifest.num_tokens
     trainer.train_loader.load_state_dict(manifest.loader)
+    trainer.guard.load_state_dict(manifest.guard)
 
 
-def _announce(
-    config: RunConfig,
-    world: World,
-    loaded: LoadedModel,
-    train_data: TokenDataset,
-    eval_data: TokenDataset | None,
-    trainer: Trainer,
-) -> None:
+def _announce(config: RunConfig, world: World, loaded: LoadedModel, data: list[TokenDataset], trainer: Trainer) -> None:
     trainable = num_trainable(loaded)
     plan = config.parallel.plan.name if world.size > 1 else Plan.none.name
     print(f"model: {config.model.path}, {'; '.join(loaded.report.lines())}; {trainable:,} trainable parameters")
     print(f"ranks: {world.size} on {world.device.type}, parallel={plan}; loaded in {loaded.load_s:.1f} s")
     packed = f"; rows {trainer.train_loader.packing_efficiency:.0%} full" if config.data.packing else ""
-    print(f"train: {train_data.report.describe()}{packed}")
-    if eval_data is not None:
-        print(f"eval:  {eval_data.report.describe()}")
+    for name, dataset, more in zip(("train:", "eval: "), data, (packed, ""), strict=False):
+        print(f"{name} {dataset.report.describe()}{more}")
     if trainer.tracker.notice:
         print(trainer.tracker.notice)
     if trainer.step:
         print(f"going on from step {trainer.step} of {trainer.num_steps}", flush=True)
-
-
-def _write_results(trainer: Trainer, status: str, base: Path) -> None:
-    """Writes the adapter (or the model), summary.json and report.png. *Collective*."""
-    config, world, loaded, folder = trainer.config, trainer.world, trainer.loaded, trainer.folder
-    parallel.reshard(loaded.model)
-    if status == "finished" and config.adapter.method is AdapterMethod.none:
-        export_model(loaded, folder.model, base, world)
-    elif status == "finished":
-        peft_format.save(loaded.model, folder.adapter, loaded.adapter, str(config.model.path), loaded.dtype, world)
-    peaks = parallel.gather(world, memory_gib(world))
-    own_bytes, total_bytes = parallel.weight_bytes(loaded.model)
-    all_bytes = parallel.gather(world, own_bytes)
-    if not world.is_main:
-        return
-    records = folder.read_metrics()
-    losses = [record["loss"] for record in records if "loss" in record]
-    folder.write_summary(
-        {
-            "status": status,
-            "run_id": config.run_id,
-            "steps": trainer.step,
-            "num_steps": trainer.num_steps,
-            "num_tokens": trainer.num_tokens,
-            "first_loss": losses[0] if losses else None,
-            "last_loss": losses[-1] if losses else None,
-            "eval_losses": {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record},
-            "tokens_per_second": trainer.tokens_per_second(),
-            "peak_memory_gib": peaks,
-            "weight_bytes_per_rank": all_bytes,
-            "weight_bytes_total": total_bytes,
-            "num_trainable_parameters": num_trainable(loaded),
-            "load_s": loaded.load_s,
-            "not_quantised": loaded.report.not_quantised,
-            "not_adapted": loaded.report.not_adapted,
-            "device": world.device.type,
-            "world_size": world.size,
-            "versions": versions(),
-        }
-    )
-    write_report(folder.metrics, folder.report, f"{config.run_id}: {config.adapter.method.name} on {config.model.path}")
-
-
-def num_trainable(loaded: LoadedModel) -> int:
-    """Numbers that the optimiser changes, over all ranks."""
-    return sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
-
-
-def _conclude(config: RunConfig, folder: RunFolder, status: str, tracker_location: str | None) -> None:
-    if status == "interrupted":
-        print(f"interrupted and saved; go on with the same command and output_dir={folder.path}")
-        return
-    result = folder.model if config.adapter.method is AdapterMethod.none else folder.adapter
-    rows = [("result", str(result)), ("figure", str(folder.report)), ("metrics", str(folder.metrics))]
-    if tracker_location:
-        rows.append(("W&B run", tracker_location))
-    if config.adapter.method is not AdapterMethod.none:
-        rows.append(("next", f"qdora merge run={folder.path} output={folder.path}/merged"))
-    summary_table(rows, f"run {config.run_id}: {status}")

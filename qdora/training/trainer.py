@@ -1,35 +1,44 @@
 """The training loop: one optimiser step is `Trainer.train_step`."""
 
+import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
 
 from qdora.adapter.dora import magnitude_drift
-from qdora.config import RunConfig
+from qdora.checkpoint import Checkpoints, Manifest
+from qdora.config import OnBadStep, RunConfig
 from qdora.data import Batch, BatchLoader
 from qdora.errors import TrainingError
+from qdora.interrupt import interrupt
 from qdora.model import LoadedModel
 from qdora.model.loss import batch_loss, mean_loss
-from qdora.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
-from qdora.parallel import World, all_sum, average_gradients, gather, set_gradient_sync
+from qdora.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate, state_tensors
+from qdora.parallel import (
+    World,
+    all_sum,
+    arm_watchdog,
+    average_gradients,
+    disarm_watchdog,
+    gather,
+    reshard,
+    set_gradient_sync,
+)
+from qdora.rates import measure_rates
 from qdora.run_folder import RunFolder
 from qdora.tracking import Tracker
-from qdora.training.bound import measure_rates, work_of
+from qdora.training.bad_step import MAX_SKIPPED, StepGuard
+from qdora.training.bound import work_of
 from qdora.training.memory import memory_gib
 from qdora.training.progress import Progress
 
+logger = logging.getLogger(__name__)
 DRIFT_EVERY = 10
 """Logged steps between two records of how far the magnitudes have moved."""
-SIGNAL_WINDOW_S = 5.0
-"""A terminal's Ctrl-C reaches a rank twice, from the terminal and from torchrun; only a later one is a second one."""
 
 
 @dataclass(slots=True)
@@ -42,39 +51,14 @@ class StepMetrics:
     seconds: float
     mfu: float
     """Share of the time that the machine's own bound allows (`qdora.training.bound`)."""
+    skipped: bool
+    """The weights stayed as they were."""
     data_wait: float = 0.0
     """Share of the time that went into waiting for the batches."""
 
 
-class Interrupt:
-    """Notes SIGINT and SIGTERM, so that the step is finished and saved first. A second Ctrl-C ends the process."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._at = 0.0
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and time.monotonic() - self._at > SIGNAL_WINDOW_S:
-            raise KeyboardInterrupt
-        if self.received is None:
-            self.received, self._at = signal.Signals(number).name, time.monotonic()
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handles the signals inside the block (in a main thread; nothing elsewhere)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
 class Trainer:
-    """Runs the steps of one run from where `step` stands; `save` is called when a checkpoint is due."""
+    """Runs the steps of one run from where `step` stands, and evaluates, logs and saves where that is due."""
 
     def __init__(
         self,
@@ -94,29 +78,32 @@ class Trainer:
         # DoRA's row norms follow the weights here and nowhere else in training.
         self.optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
         self.num_steps = num_steps(config, train_loader)
+        self.checkpoints = Checkpoints(folder.checkpoints, world, config.train.keep_checkpoints)
+        self.guard = StepGuard(config.train.on_bad_step, config.train.spike_deviations)
         self.step = 0
         self.num_tokens = 0
+        self.eval_loss: float | None = None
+        """Of this step, if it was evaluated."""
         self.step_seconds: list[tuple[int, float]] = []
         self.rates = measure_rates(world, loaded.dtype)
         self.work = work_of(loaded, world, config.parallel)
 
-    def run(self, save: Callable[["Trainer"], None]) -> str:
-        """Trains to `num_steps`; returns the run's status, `finished` or `interrupted`. *Collective*.
+    def run(self, manifest: Callable[["Trainer"], Manifest]) -> str:
+        """Trains to `num_steps`, or until an interrupt; returns the run's status. *Collective*.
+
+        `finished`, `preempted`, or `completed_without_last_checkpoint` where the disk did not take it.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite; the last checkpoint stays as it is.
+            TrainingError: a step was bad and `train.on_bad_step` stops there.
         """
         train = self.config.train
-        interrupt = Interrupt()
         steps = iter(self.train_loader)
         self.model.train()
-        with (
-            interrupt.listening(),
-            Progress(self.num_steps, enabled=self.world.is_main, first_step=self.step) as progress,
-        ):
+        with Progress(self.num_steps, enabled=self.world.is_main, first_step=self.step) as progress:
             if self.step == 0:
                 self._log(progress, None, self.evaluate())
-            while self.step < self.num_steps:
+            (interrupts,) = all_sum(self.world, interrupt.received)
+            while self.step < self.num_steps and not interrupts:
                 started = time.perf_counter()
                 batches = next(steps)
                 waited = time.perf_counter() - started
@@ -124,16 +111,25 @@ class Trainer:
                 metrics.data_wait = waited / (waited + metrics.seconds)
                 self.step += 1
                 last = self.step == self.num_steps
-                stop = all_sum(self.world, interrupt.received is not None)[0] > 0
+                interrupts, written = all_sum(self.world, interrupt.received, self.checkpoints.written)
+                stop = interrupts > 0
+                if self.checkpoints.under_way and written == self.world.size:
+                    self.checkpoints.wait()
                 due = train.eval_every and self.step % train.eval_every == 0
-                eval_loss = self.evaluate() if (last or due) and not stop else None
-                if last or stop or eval_loss is not None or self.step % train.log_every == 0:
-                    self._log(progress, metrics, eval_loss)
-                if last or stop or (train.checkpoint_every and self.step % train.checkpoint_every == 0):
-                    save(self)
-                if stop and not last:
-                    return "interrupted"
-        return "finished"
+                self.eval_loss = self.evaluate() if last or (due and not stop) else None
+                if last or stop or self.eval_loss is not None or self.step % train.log_every == 0:
+                    self._log(progress, metrics, self.eval_loss)
+                if last or stop or self._checkpoint_is_due():
+                    disarm_watchdog()  # a slow disk, at the end a large export
+                    self.checkpoints.save_async(state_tensors(self.model, self.optimizer), manifest(self))
+            self.checkpoints.wait()
+        if self.step < self.num_steps:
+            return "preempted"
+        return "finished" if self.checkpoints.failure is None else "completed_without_last_checkpoint"
+
+    def _checkpoint_is_due(self) -> bool:
+        every, retry_at = self.config.train.checkpoint_every, self.checkpoints.retry_at
+        return bool(every and self.step % every == 0) or (retry_at is not None and self.step >= retry_at)
 
     def train_step(self, batches: list[Batch]) -> StepMetrics:
         """One optimiser update from this rank's micro-batches. *Collective*."""
@@ -146,34 +142,57 @@ class Trainer:
             keep_gathered=self.work.gathers_once,
         )
         grad_norm = clip_gradients(self.model, self.config.optim.max_grad_norm, self.world.shard_group)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingError(self._not_finite(batches, loss, grad_norm))
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, self.step, self.num_steps))
-        self.optimizer.step()
+        fault = self.guard.check(loss, grad_norm)
+        if fault is None:
+            self.optimizer.step()
+        else:
+            self._handle_bad_step(fault, batches, gradient_alone=math.isfinite(loss) and not math.isfinite(grad_norm))
         self.optimizer.zero_grad(set_to_none=True)
         self.num_tokens += num_tokens
         seconds = time.perf_counter() - started
         share = (num_tokens / self.world.size, num_label_tokens / self.world.size)
         mfu = self.work.bound_s(self.rates, *share, len(batches)) / seconds
-        metrics = StepMetrics(loss, grad_norm, num_tokens, seconds, mfu)
+        metrics = StepMetrics(loss, grad_norm, num_tokens, seconds, mfu, skipped=fault is not None)
         self.step_seconds.append((num_tokens, metrics.seconds))
         return metrics
 
+    def _handle_bad_step(self, fault: str, batches: list[Batch], gradient_alone: bool) -> None:
+        """Says what is wrong with the step and on which rows; stops, or lets the step be left out. *Collective*.
+
+        Raises:
+            TrainingError: as `train.on_bad_step` wants it, or too many steps in a row were bad.
+        """
+        skips = self.guard.record_skip()
+        told = f"step {self.step + 1}: {fault}, on {self._worst_rows(batches, gradient_alone)}. Nothing was updated"
+        if not skips:
+            skipping = self.config.train.on_bad_step is OnBadStep.skip
+            many = f", and {MAX_SKIPPED} steps before it were left out" if skipping else ""
+            raise TrainingError(f"{told}{many}. Lower optim.learning_rate, or look at that data")
+        if self.world.is_main:
+            logger.warning("%s; going on without it", told)
+
     @torch.no_grad()
-    def _not_finite(self, batches: list[Batch], loss: float, grad_norm: float) -> str:
-        """What to tell of a step that broke, with the rows of data to look at. *Collective*."""
+    def _worst_rows(self, batches: list[Batch], all_of_them: bool) -> str:
+        """Where the samples with the highest loss come from, or all; a loss that is not finite is higher than any."""
         self.model.eval()
-        bad = [not math.isfinite(float(batch_loss(self.model, batch, self.world.device))) for batch in batches]
-        if not any(gather(self.world, any(bad))):  # it was the gradient: any row may be it
-            bad = [True] * len(batches)
-        own = [sample for batch, is_bad in zip(batches, bad, strict=True) if is_bad for sample in batch.samples]
-        samples = sorted(sample for part in gather(self.world, own) for sample in part)
+        own = [
+            float(batch_loss(self.model, batch, self.world.device)) / max(1, batch.num_label_tokens)
+            for batch in batches
+        ]
+        self.model.train()
+        reshard(self.model)
+        own = [loss if math.isfinite(loss) else math.inf for loss in own]
+        worst = max(loss for losses in gather(self.world, own) for loss in losses)
+        found = [
+            sample
+            for batch, loss in zip(batches, own, strict=True)
+            if loss == worst or all_of_them
+            for sample in batch.samples
+        ]
+        samples = sorted(sample for part in gather(self.world, found) for sample in part)
         places = ", ".join(self.train_loader.dataset.where(sample) for sample in samples[:3])
-        more = f" and {len(samples) - 3} more samples" if len(samples) > 3 else ""
-        return (
-            f"step {self.step + 1}: the loss is {loss} and the gradient norm {grad_norm}, on {places}{more}. Nothing "
-            "was updated. Lower optim.learning_rate, or look at that data"
-        )
+        return places + (f" and {len(samples) - 3} more samples" if len(samples) > 3 else "")
 
     def evaluate(self) -> float | None:
         """Mean loss a label token of the held-out data, or None where there is none. *Collective*."""
@@ -185,14 +204,18 @@ class Trainer:
         """Records the step; *collective* where the magnitudes are due."""
         record: dict[str, Any] = {"step": self.step}
         if metrics is not None:
+            if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
+                record |= {"loss": metrics.loss, "grad_norm": metrics.grad_norm}
             record |= {
-                "loss": metrics.loss,
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
-                "grad_norm": metrics.grad_norm,
                 "tokens_per_second": metrics.num_tokens / metrics.seconds,
                 "mfu": metrics.mfu,
                 "data_wait": metrics.data_wait,
+                "checkpoint_stall_s": self.checkpoints.stall_s,
             }
+            if metrics.skipped:
+                record["skipped"] = True
+            self.checkpoints.stall_s = 0.0
         record |= {"num_tokens": self.num_tokens, "memory_gib": memory_gib(self.world)}
         if eval_loss is not None:
             record["eval_loss"] = eval_loss
@@ -236,6 +259,7 @@ def accumulate_gradients(
     total = torch.zeros((), device=world.device)
     for index, batch in enumerate(batches):
         set_gradient_sync(model, reduce_each or index == len(batches) - 1, keep_gathered=keep_gathered)
+        arm_watchdog(world)
         loss = batch_loss(model, batch, world.device) / num_label_tokens
         (loss * world.size).backward()
         total += loss.detach()

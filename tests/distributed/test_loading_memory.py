@@ -12,6 +12,8 @@ from transformers import LlamaConfig
 
 from tests.support import make_tokenizer, run_ranks
 
+pytestmark = pytest.mark.alone
+
 SCRIPT = Path(__file__).with_name("ranks_memory.py")
 ALLOWANCE_BYTES = 300 * 2**20
 """What loading may hold beside the rank's shard: 2^24 values in bf16 and in float32, and the allocator's rest."""

@@ -8,6 +8,8 @@ import pytest
 
 from tests.support import make_model, run
 
+pytestmark = pytest.mark.alone
+
 ARMS = {"peft-qlora", "peft-qdora", "qlora", "qdora", "qdora-compiled"}
 
 

@@ -20,6 +20,8 @@ TOLD = re.compile(
     r"activations: recomputation (\w+); a step needs GiB none (.*), selective (.*), full (.*) and (.*) are"
 )
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def limited() -> Iterator[Callable[[int], Path]]:

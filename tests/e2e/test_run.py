@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import ROOT, make_model, make_tokenizer, qdora, run
+from tests.support import ROOT, launcher, make_model, make_tokenizer, qdora, run
 
 DIVERGING = ["adapter=lora", "optim.learning_rate=1e25", "optim.max_grad_norm=0", "optim.warmup_ratio=0"]
 """DoRA's norm keeps its outputs finite at any learning rate; LoRA's overflow."""
@@ -32,10 +32,15 @@ def losses_of(folder: Path) -> list[float]:
 
 def start(arguments: list[str], nproc: int) -> "subprocess.Popen[str]":
     """A run that is not waited for, in a process group of its own."""
-    launcher = ["qdora.commands.launch", "--standalone", "--nproc-per-node", str(nproc), "-m"] if nproc > 1 else []
+    return start_command([*launcher(nproc), "-m", "qdora", "train", *arguments])
+
+
+def start_command(command: list[str], cwd: Path = ROOT) -> "subprocess.Popen[str]":
+    """The same of any command."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-m", *launcher, "qdora", "train", *arguments],
+        command,
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -53,6 +58,24 @@ def wait_for_steps(folder: Path, steps: int, process: "subprocess.Popen[str]") -
             return
         time.sleep(0.05)
     raise AssertionError(f"no {steps} steps: {process.communicate(timeout=20)[0][-3000:]}")
+
+
+def read_until(process: "subprocess.Popen[str]", words: str) -> str:
+    """What it printed up to the line that has these words."""
+    told = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        told += line
+        if words in line:
+            break
+    return told
+
+
+def copy_without_result(run_folder: Path, copy: Path) -> Path:
+    """As after a kill between the last checkpoint and the export."""
+    shutil.copytree(run_folder, copy)
+    shutil.rmtree(copy / "adapter")
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +129,14 @@ def test_killed_run_goes_on_as_if_it_had_not_been(
 
 @pytest.mark.parametrize(
     ("nproc", "number", "group"),
-    [(1, signal.SIGINT, False), (2, signal.SIGINT, True), (2, signal.SIGTERM, False)],
-    ids=["ctrl-c", "ctrl-c-ranks", "sigterm-launcher"],
+    [
+        (1, signal.SIGINT, False),
+        (1, signal.SIGUSR1, False),
+        (2, signal.SIGINT, True),
+        (2, signal.SIGTERM, False),
+        (2, signal.SIGUSR1, False),
+    ],
+    ids=["ctrl-c", "sigusr1", "ctrl-c-ranks", "sigterm-launcher", "sigusr1-launcher"],
 )
 def test_interrupted_run_saves_says_how_to_go_on_and_does(
     uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int, number: int, group: bool
@@ -123,6 +152,7 @@ def test_interrupted_run_saves_says_how_to_go_on_and_does(
     assert process.returncode == 75, told[-3000:]
     assert "interrupted and saved; go on with the same command" in told
     assert "Traceback" not in told
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "preempted"
     stopped_at = len(losses_of(tmp_path / "run"))
     assert 3 <= stopped_at < 30
     done = qdora("train", *arguments, nproc=nproc)
@@ -171,10 +201,7 @@ def test_more_steps_go_on_from_the_end(uninterrupted: dict[int, Path], tiny: Pat
 def test_run_whose_result_was_lost_is_finished_again(
     uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
 ) -> None:
-    """As after a kill between the last checkpoint and the export."""
-    folder = tmp_path / "run"
-    shutil.copytree(uninterrupted[1], folder)
-    shutil.rmtree(folder / "adapter")
+    folder = copy_without_result(uninterrupted[1], tmp_path / "run")
     assert qdora("train", *long_run(tiny, data), f"output_dir={folder}").returncode == 0
     adapters = [load_file(one / "adapter" / "adapter_model.safetensors") for one in (folder, uninterrupted[1])]
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
@@ -191,6 +218,37 @@ def test_checkpoint_of_another_run_does_not_overwrite_this_one(
     assert done.returncode == 2
     assert f"{folder} belongs to another run: it has adapter.rank=8 (now 4)" in done.stderr
     assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    """Else the run's own newest would be one of the other course, and its own old ones would be removed first."""
+    folder = copy_without_result(uninterrupted[1], tmp_path / "run")
+    earlier, later = (folder / "checkpoints" / f"step-{step:08d}" for step in (25, 30))
+    resume = f"resume={earlier}"
+    done = qdora("train", *long_run(tiny, data), resume, "train.num_steps=27", f"output_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    assert not later.exists()
+    assert later.with_suffix(".superseded").exists()
+    assert (folder / "checkpoints" / "latest").read_text() == "step-00000027\n"
+    done = qdora("train", *long_run(tiny, data), f"resume={folder}/checkpoints/latest", f"output_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 27 of 30" in done.stdout
+    assert len(losses_of(folder)) == 30
+
+
+def test_config_of_a_run_that_is_damaged_is_told(
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted[1], folder)
+    for content in ("", "a: [", "\x00"):
+        (folder / "config.yaml").write_text(content)
+        done = qdora("train", *long_run(tiny, data), f"output_dir={folder}")
+        assert done.returncode == 2
+        assert f"{folder}/config.yaml is damaged" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_folder_of_another_run_is_refused(uninterrupted: dict[int, Path], tiny: Path, data: Path) -> None:
@@ -242,8 +300,8 @@ def test_loss_that_is_not_finite_stops_and_goes_on_from_the_last_good_checkpoint
     assert all(math.isfinite(loss) for loss in losses_of(folder))
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_row_that_breaks_the_loss_is_named(options: list[str], tiny: Path, tmp_path: Path, nproc: int) -> None:
+@pytest.fixture
+def broken_row(options: list[str], tiny: Path, tmp_path: Path) -> list[str]:
     """One token has an embedding of NaN, and one row of the data, which one rank has, uses it."""
     broken = tmp_path / "broken"
     shutil.copytree(tiny, broken)
@@ -253,11 +311,45 @@ def test_row_that_breaks_the_loss_is_named(options: list[str], tiny: Path, tmp_p
     rows = [{"prompt": f"{n}", "completion": "a@b" if n == 12 else "ab"} for n in range(16)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [*options, f"model.path={broken}", f"data.train={tmp_path}/rows.jsonl", f"output_dir={tmp_path}/run"]
-    arguments += ["train.micro_batch_size=1", f"train.num_accumulation_steps={16 // nproc}"]
-    done = qdora("train", *arguments, nproc=nproc)
+    return [*arguments, "train.micro_batch_size=1"]
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_row_that_breaks_the_loss_is_named(broken_row: list[str], tmp_path: Path, nproc: int) -> None:
+    done = qdora("train", *broken_row, f"train.num_accumulation_steps={16 // nproc}", nproc=nproc)
     assert done.returncode == 2, done.stderr
     assert f"the loss is nan and the gradient norm nan, on {tmp_path}/rows.jsonl line 13. Nothing" in done.stderr
     assert "There is no earlier checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_bad_step_is_left_out_if_wanted(broken_row: list[str], tmp_path: Path, nproc: int) -> None:
+    """Of the four steps of each epoch one has the row; the run ends, and so does one that was resumed in between."""
+    arguments = [*broken_row, "train.on_bad_step=skip", f"train.num_accumulation_steps={4 // nproc}"]
+    arguments += ["train.num_steps=8", "train.checkpoint_every=3"]
+    done = qdora("train", *arguments, nproc=nproc)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"on {tmp_path}/rows.jsonl line 13. Nothing was updated; going on without it") == 2
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [("loss" in record, record.get("skipped", False)) for record in records].count((False, True)) == 2
+    assert [("loss" in record, record.get("skipped", False)) for record in records].count((True, False)) == 6
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_skipped_steps"] == 2
+    whole = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in whole.values())
+    resume = [f"output_dir={tmp_path}/part", f"resume={tmp_path}/run/checkpoints/step-00000006"]
+    assert qdora("train", *arguments, *resume, nproc=nproc).returncode == 0
+    assert json.loads((tmp_path / "part" / "summary.json").read_text())["num_skipped_steps"] == 2
+    part = load_file(tmp_path / "part" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, part[name]) for name, tensor in whole.items())
+
+
+def test_steps_that_are_all_bad_stop_though_they_may_be_left_out(broken_row: list[str], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "a@b"}) + "\n")
+    arguments = ["train.on_bad_step=skip", "train.num_accumulation_steps=1", "train.num_steps=20"]
+    done = qdora("train", *broken_row, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert "qdora: step 11: the loss is nan" in done.stderr
+    assert "and 10 steps before it were left out" in done.stderr
 
 
 def test_weights_that_are_not_finite_stop_at_the_first_step(options: list[str], tmp_path: Path) -> None:

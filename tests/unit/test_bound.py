@@ -16,7 +16,8 @@ from qdora.config import (
     QuantMethod,
 )
 from qdora.model import load_model
-from qdora.training.bound import DEQUANTISED_BYTES, Rates, Work, measure_rates, work_of
+from qdora.rates import Rates, measure_rates
+from qdora.training.bound import DEQUANTISED_BYTES, Work, work_of
 from tests.support import make_model
 
 HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 128, 192, 256, 2

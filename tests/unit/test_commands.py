@@ -20,7 +20,7 @@ from tests.support import run as run_process
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tarin"], "unknown command 'tarin', did you mean 'train'?; there are: train, merge, evaluate"),
+        (["tarin"], "unknown command 'tarin', did you mean 'train'?; there are: train, merge, evaluate, doctor"),
         (["train", "adapter.rnak=3"], "there is no option adapter.rnak, did you mean 'adapter.rank'?"),
         (["train", "+adapter.rnak=3"], "there is no option adapter.rnak, did you mean 'adapter.rank'?"),
         (["train", "optimm.learning_rate=3"], "there is no option optimm, did you mean 'optim'?"),
@@ -50,6 +50,14 @@ def test_mistake_is_one_line_and_status_2(
     assert len(told) == 1
     assert told[0].startswith("qdora: ")
     assert message in told[0]
+
+
+@pytest.mark.parametrize("command", ["merge", "evaluate"])
+@pytest.mark.parametrize("given", ["a/b", "'a/b'", '"a/b"'])
+def test_folder_of_an_adapter_is_no_choice_of_a_group(command: str, given: str) -> None:
+    values = compose(command, [f"adapter={given}", "model.path=m"])
+    assert values is not None
+    assert values.adapter == "a/b"
 
 
 def test_other_ranks_stay_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +130,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_several_configurations_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="2 configurations were given"):
+    with pytest.raises(ConfigError, match="--multirun is several runs, and one process does one"):
         compose("train", ["--multirun", f"hydra.sweep.dir={tmp_path}", "seed=1,2"])
 
 

@@ -39,6 +39,7 @@ NEEDED = {
     "train": ["model.path=m", "data.train=d"],
     "merge": ["run=r", "output=o"],
     "evaluate": ["run=r", "data.eval=d"],
+    "doctor": [],
 }
 CONF = conf_folder()
 CHOICES = [
@@ -182,7 +183,7 @@ def test_every_option_is_documented_or_speaks_for_itself(root: Path) -> None:
         (lambda: TrainConfig(num_epochs=0), r"train\.num_epochs is 0"),
         (lambda: TrainConfig(num_steps=1, num_epochs=1), "contradict each other"),
         (lambda: TrainConfig(log_every=0), r"train\.log_every is 0"),
-        (lambda: TrainConfig(keep_checkpoints=0), r"train\.keep_checkpoints is 0"),
+        (lambda: TrainConfig(keep_checkpoints=1), r"train\.keep_checkpoints is 1"),
         (lambda: ParallelConfig(timeout_s=0), r"parallel\.timeout_s is 0"),
         (lambda: ParallelConfig(shard_size=2), "means something only with parallel=hsdp"),
         (lambda: ParallelConfig(plan=Plan.ddp, cpu_offload=True), r"parallel\.cpu_offload=true needs"),

@@ -1,6 +1,6 @@
 """What a step keeps is what was said before it, and the recomputation follows from the memory that is free."""
 
-import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -8,12 +8,23 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from qdora import parallel
-from qdora.config import ActivationCheckpointing, AdapterConfig, AdapterMethod, ModelConfig, ParallelConfig, QuantConfig
+from qdora.config import (
+    ActivationCheckpointing,
+    AdapterConfig,
+    AdapterMethod,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    QuantConfig,
+    RunConfig,
+    TrainConfig,
+)
 from qdora.model import LoadedModel, load_model
 from qdora.parallel import World
 from qdora.training import memory
 from tests.support import make_model
 
+pytestmark = pytest.mark.alone
 ROWS, LENGTH = 4, 256
 TOLERANCE = 0.04
 """Between counted bytes and the allocator's, a block: positions and mask are kept once and counted in each."""
@@ -77,16 +88,36 @@ def test_measuring_changes_nothing(folders: dict[int, Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", memory.FASTEST_FIRST)
-def test_fastest_kind_that_fits_is_chosen(
-    folders: dict[int, Path], monkeypatch: pytest.MonkeyPatch, kind: ActivationCheckpointing
-) -> None:
+def test_fastest_kind_that_fits_is_chosen(folders: dict[int, Path], kind: ActivationCheckpointing) -> None:
     """With exactly the room that `kind` needs; with too little for any it is `full`."""
     loaded, world = load(folders[4])
-    needed = memory.step_bytes(loaded, world, ROWS, LENGTH, keep_gathered=False)
+    need = memory.step_bytes(loaded, world, ROWS, LENGTH)
+    needed = {some: need.total(some, keep_gathered=False) for some in memory.FASTEST_FIRST}
     assert needed[NONE] > needed[SELECTIVE] > needed[FULL] > 0
     for share, expected in ((1.001, kind), (0.5, FULL)):
         free = int(share * needed[kind] / memory.USABLE["cpu"])
-        monkeypatch.setattr(memory, "free_memory", functools.partial(lambda free, _: free, free))
-        chosen, told = memory.choose_recomputation(loaded, world, ROWS, LENGTH, keep_gathered=False)
+        chosen, told = memory.choose_recomputation([need], free, keep_gathered=False, device=world.device)
         assert chosen is expected
         assert ("may not fit" in told) == (share == 0.5)
+
+
+def test_remedies_say_what_each_option_saves(folders: dict[int, Path]) -> None:
+    loaded, world = load(folders[8])
+    need = memory.step_bytes(loaded, world, ROWS, LENGTH)
+    config = RunConfig(
+        model=ModelConfig(path=str(folders[8])),
+        data=DataConfig(train="data.jsonl", max_length=LENGTH),
+        train=TrainConfig(micro_batch_size=ROWS),
+    )
+    told = memory.remedies(need, NONE, config, world, 0)
+    for option, rows, length, kind in (
+        ("parallel.activation_checkpointing=selective", ROWS, LENGTH, SELECTIVE),
+        ("parallel.activation_checkpointing=full", ROWS, LENGTH, FULL),
+        ("train.micro_batch_size=2", 2, LENGTH, NONE),
+        ("data.max_length=128", ROWS, 128, NONE),
+    ):
+        found = re.search(rf"{re.escape(option)} \(-([0-9.]+) GiB\)", told)
+        assert found, told
+        then = memory.step_bytes(loaded, world, rows, length).total(kind, keep_gathered=False)
+        saved = (need.total(NONE, keep_gathered=False) - then) / 2**30
+        assert float(found[1]) == pytest.approx(saved, rel=0.05, abs=0.006)

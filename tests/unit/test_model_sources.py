@@ -26,11 +26,10 @@ from qdora.config import (
     QuantMethod,
 )
 from qdora.errors import ModelError
-from qdora.model import LoadedModel, load_model, load_tokenizer, model_folder
+from qdora.model import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_folder
 from qdora.model.folder import convert_gguf
 from qdora.nf4 import NF4Linear
 from qdora.parallel import start_alone
-from qdora.training.run import check_vocabulary
 from tests.support import make_model
 
 Q8_ERROR = 0.05

@@ -1,15 +1,9 @@
 """W&B for real, offline or against a loopback server; what it recorded is read back from its .wandb file."""
 
-import json
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import psutil
@@ -18,9 +12,12 @@ import wandb
 
 from qdora.config import TrackerConfig, TrackerKind, TrackerMode
 from qdora.tracking import PROBE_TIMEOUT_S, Tracker, WandbTracker, make_tracker
+from tests.support import wandb_records
+from tests.wandb_server import KEY, WandbServer, serving
+
+pytestmark = pytest.mark.alone
 
 NOBODY = "http://127.0.0.1:9"
-FAKE_KEY = "a" * 40
 TIMEOUT_S = 2
 START_S = 10.0  # W&B's own process on a loaded machine; a hang lasts for minutes
 
@@ -53,22 +50,13 @@ def start(folder: Path, *, resume_id: str | None = None, is_main: bool = True, *
     )
 
 
-def records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of a kind in the .wandb files below `folder`, in the order in which the runs started."""
-    lines: list[str] = []
-    for path in sorted(folder.glob("wandb/*run-*/run-*.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        lines += subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
-    return [record[kind] for record in map(json.loads, lines) if record["type"] == kind]
-
-
 def history(folder: Path) -> list[tuple[int, float]]:
-    return [(record["item"]["_step"], record["item"]["loss"]) for record in records(folder, "history")]
+    return [(record["item"]["_step"], record["item"]["loss"]) for record in wandb_records(folder, "history")]
 
 
 def exit_codes(folder: Path) -> list[int]:
     """How the runs ended; W&B adds how long one took only where that is a second or more."""
-    return [record["exit_code"] for record in records(folder, "exit")]
+    return [record["exit_code"] for record in wandb_records(folder, "exit")]
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -100,17 +88,17 @@ def test_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[str
     time.sleep(2)  # W&B takes its first sample of the system on its own time
     tracker.finish("finished")
 
-    (run,) = records(tmp_path, "run")
+    (run,) = wandb_records(tmp_path, "run")
     assert (run["project"], run["display_name"], run["run_id"]) == ("qdora", "identity 1", tracker.id)
     assert run["config"]["update"]["adapter"] == {"rank": 16}
-    rows = [record["item"] for record in records(tmp_path, "history")]
+    rows = [record["item"] for record in wandb_records(tmp_path, "history")]
     assert [(row["step"], row["_step"], row["loss"], row.get("eval_loss")) for row in rows] == [
         (0, 0, 4.5, 4.0),
         (5, 5, 1.5, None),
     ]
-    assert records(tmp_path, "metric")[0]["step_metric"] == "step"
-    assert records(tmp_path, "stats"), "system metrics"
-    (artifact,) = records(tmp_path, "artifact")
+    assert wandb_records(tmp_path, "metric")[0]["step_metric"] == "step"
+    assert wandb_records(tmp_path, "stats"), "system metrics"
+    (artifact,) = wandb_records(tmp_path, "artifact")
     assert (artifact["type"], artifact["name"]) == ("adapter", f"run-{tracker.id}-adapter")
     (content,) = artifact["manifest"]["contents"]
     assert content["local_path"] == str(adapter / "adapter_config.json")
@@ -124,7 +112,7 @@ def test_adapter_is_recorded_only_when_asked(tmp_path: Path) -> None:
     tracker = start(tmp_path, mode=TrackerMode.offline)
     tracker.log_adapter(tmp_path)
     tracker.finish("failed")
-    assert records(tmp_path, "artifact") == []
+    assert wandb_records(tmp_path, "artifact") == []
     assert exit_codes(tmp_path) == [1]
 
 
@@ -139,7 +127,7 @@ def test_no_key_means_offline_with_one_notice(tmp_path: Path, mode: TrackerMode)
 
 
 def test_auto_with_unreachable_server_is_offline_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     began = time.monotonic()
     tracker = start(tmp_path, timeout_s=60)
     assert time.monotonic() - began < PROBE_TIMEOUT_S + START_S
@@ -152,7 +140,7 @@ def test_auto_with_unreachable_server_is_offline_fast(tmp_path: Path, monkeypatc
 def test_online_with_unreachable_server_is_bounded_and_falls_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     began = time.monotonic()
     tracker = start(tmp_path, mode=TrackerMode.online, resume_id="abc")
     tracker.log({"loss": 1.0}, step=1)
@@ -165,7 +153,7 @@ def test_online_with_unreachable_server_is_bounded_and_falls_back(
 
 @pytest.mark.parametrize("environment", ["offline", "online"])
 def test_auto_follows_wandb_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_MODE", environment)
     tracker = start(tmp_path)
     tracker.finish("finished")
@@ -218,67 +206,15 @@ def test_training_goes_on_when_wandb_dies(tmp_path: Path, caplog: pytest.LogCapt
     assert f"wandb sync {tracker.location}" in warning
 
 
-class LoopbackServer(ThreadingHTTPServer):
-    """As much of W&B's server as a run without files needs; keeps the history lines."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), LoopbackHandler)
-        self.lines: list[str] = []
-        self.is_gone = False
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-    def graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        project = {"id": "p", "name": "qdora", "entity": {"id": "e", "name": "someone"}}
-        run = {"id": "r", "name": variables.get("name"), "displayName": "d", "project": project}
-        counts = {"historyLineCount": len(self.lines), "eventsLineCount": 0, "logLineCount": 0}
-        tails = {"historyTail": json.dumps(self.lines[-1:]), "eventsTail": "[]", "summaryMetrics": "{}", "config": "{}"}
-        resumed = {**run, **counts, **tails, "tags": [], "wandbConfig": '{"t": 1}'}
-        answers: dict[str, dict[str, Any]] = {
-            "RunResumeStatus": {"model": {**project, "bucket": resumed if self.lines else None}},
-            "UpsertBucket": {"upsertBucket": {"bucket": run, "inserted": True}},
-            "CreateRunFiles": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []}},
-        }
-        operation = re.search(r"(?:query|mutation)\s+(\w+)", query)
-        return answers.get(operation.group(1), {}) if operation else {}
-
-
-class LoopbackHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: LoopbackServer
-
-    def do_GET(self) -> None:
-        if self.server.is_gone:
-            self.close_connection = True
-            return
-        answer: dict[str, Any] = {}
-        request = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
-        if self.path.endswith("/graphql"):
-            answer = {"data": self.server.graphql(request["query"], request.get("variables") or {})}
-        elif self.path.endswith("/file_stream"):
-            self.server.lines += request.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
-        body = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    do_POST = do_GET
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackServer]:
-    with LoopbackServer() as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    with serving() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
         yield server
-        server.shutdown()
 
 
-def test_online_run_and_its_resume_upload_each_step_once(tmp_path: Path, server: LoopbackServer) -> None:
+def test_online_run_and_its_resume_upload_each_step_once(tmp_path: Path, server: WandbServer) -> None:
     first = start(tmp_path, timeout_s=30)
     for step in (1, 2, 3):
         first.log({"loss": 1.0}, step=step)
@@ -290,15 +226,15 @@ def test_online_run_and_its_resume_upload_each_step_once(tmp_path: Path, server:
     for step in (2, 3, 4):
         second.log({"loss": 1.0}, step=step)
     second.finish("finished")
-    assert [json.loads(line)["_step"] for line in server.lines] == [1, 2, 3, 4]
+    assert server.steps == [1, 2, 3, 4]
 
 
 def test_finish_is_bounded_when_the_server_has_gone(
-    tmp_path: Path, server: LoopbackServer, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, server: WandbServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = start(tmp_path, timeout_s=5)
     assert tracker.notice is None
-    server.is_gone = True
+    server.behaviour = "gone"
     began = time.monotonic()
     tracker.log({"loss": 1.0}, step=1)
     tracker.finish("finished")

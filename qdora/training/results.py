@@ -1,0 +1,116 @@
+"""What a run leaves when it ends: adapter or model, summary.json, report.png, and the last lines on the terminal."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from qdora import checkpoint, parallel
+from qdora.adapter import peft_format
+from qdora.config import AdapterMethod, RunConfig
+from qdora.errors import CheckpointError
+from qdora.model import LoadedModel
+from qdora.model.export import export_model
+from qdora.run_folder import RunFolder
+from qdora.training.memory import memory_gib
+from qdora.training.progress import summary_table
+from qdora.training.report import write_report
+from qdora.training.trainer import Trainer
+
+PACKAGES = ("qdora", "torch", "bitsandbytes", "transformers", "accelerate", "datasets", "wandb")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def write_results(trainer: Trainer, status: str, base: Path) -> None:
+    """Writes the adapter (or the model), summary.json and report.png. *Collective*."""
+    config, world, loaded, folder = trainer.config, trainer.world, trainer.loaded, trainer.folder
+    parallel.reshard(loaded.model)
+    ended = status in ("finished", "completed_without_last_checkpoint")
+    with parallel.failing_together(world), _disk_errors_told(folder):
+        if ended and config.adapter.method is AdapterMethod.none:
+            export_model(loaded, folder.model, base, world)
+        elif ended:
+            peft_format.save(loaded.model, folder.adapter, loaded.adapter, str(config.model.path), loaded.dtype, world)
+    peaks = parallel.gather(world, memory_gib(world))
+    own_bytes, total_bytes = parallel.weight_bytes(loaded.model)
+    all_bytes = parallel.gather(world, own_bytes)
+    if not world.is_main:
+        return
+    with _disk_errors_told(folder):
+        folder.flush()
+    records = folder.read_metrics()
+    losses = [record["loss"] for record in records if "loss" in record]
+    with _disk_errors_told(folder):
+        folder.write_summary(
+            {
+                "status": status,
+                "run_id": config.run_id,
+                "steps": trainer.step,
+                "num_steps": trainer.num_steps,
+                "num_skipped_steps": trainer.guard.num_skipped,
+                "num_tokens": trainer.num_tokens,
+                "first_loss": losses[0] if losses else None,
+                "last_loss": losses[-1] if losses else None,
+                "eval_losses": {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record},
+                "tokens_per_second": trainer.tokens_per_second(),
+                "peak_memory_gib": peaks,
+                "weight_bytes_per_rank": all_bytes,
+                "weight_bytes_total": total_bytes,
+                "num_trainable_parameters": num_trainable(loaded),
+                "load_s": loaded.load_s,
+                "checkpoint_stall_s": trainer.checkpoints.total_stall_s,
+                "not_quantised": loaded.report.not_quantised,
+                "not_adapted": loaded.report.not_adapted,
+                "device": world.device.type,
+                "world_size": world.size,
+                "versions": versions(),
+            }
+        )
+        write_report(
+            folder.metrics, folder.report, f"{config.run_id}: {config.adapter.method.name} on {config.model.path}"
+        )
+
+
+@contextmanager
+def _disk_errors_told(folder: RunFolder) -> Iterator[None]:
+    """Raises `CheckpointError` where the results cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        good = checkpoint.complete(folder.checkpoints)
+        then = f"the same command goes on from {good[-1]}" if good else "there is no checkpoint to go on from"
+        raise CheckpointError(
+            f"the results could not be written to {folder.path}: {error}. Make room; {then}"
+        ) from None
+
+
+def num_trainable(loaded: LoadedModel) -> int:
+    """Numbers that the optimiser changes, over all ranks."""
+    return sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
+
+
+def conclude(
+    config: RunConfig, folder: RunFolder, status: str, not_saved: str | None, tracker_location: str | None
+) -> None:
+    """The last lines on the terminal."""
+    if status == "preempted":
+        good = checkpoint.complete(folder.checkpoints)
+        saved = "and saved" if good and not not_saved else f"and not saved ({not_saved or 'no step was made'})"
+        print(f"interrupted {saved}; go on with the same command and output_dir={folder.path}")
+        if not_saved and good:
+            print(f"it goes on from {good[-1]}")
+        return
+    result = folder.model if config.adapter.method is AdapterMethod.none else folder.adapter
+    rows = [("result", str(result)), ("figure", str(folder.report)), ("metrics", str(folder.metrics))]
+    if tracker_location:
+        rows.append(("W&B run", tracker_location))
+    if config.adapter.method is not AdapterMethod.none:
+        rows.append(("next", f"qdora merge run={folder.path} output={folder.path}/merged"))
+    summary_table(rows, f"run {config.run_id}: {status}")

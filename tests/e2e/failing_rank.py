@@ -1,0 +1,35 @@
+"""`python failing_rank.py raise|hang|memory train ...`: qdora, whose last rank goes wrong in step 3."""
+
+import os
+import resource
+import sys
+import time
+from typing import Any
+
+import psutil
+
+from qdora.__main__ import main
+from qdora.training import trainer
+
+KIND = sys.argv.pop(1)
+clip_gradients = trainer.clip_gradients
+calls = 0
+
+
+def go_wrong(*arguments: Any) -> float:
+    """In place of `clip_gradients`."""
+    global calls
+    calls += 1
+    if calls == 3 and os.environ.get("RANK", "1") == "1":
+        if KIND == "hang":
+            time.sleep(3600)
+        if KIND == "memory":  # hardly more than there is now
+            resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**27,) * 2)
+            return clip_gradients(*arguments)
+        raise ZeroDivisionError("a mistake that nobody foresaw")
+    return clip_gradients(*arguments)
+
+
+if __name__ == "__main__":
+    trainer.clip_gradients = go_wrong
+    main()

@@ -1,0 +1,465 @@
+"""A run that is killed, whose disk is full, or whose checkpoint is damaged, ends as the one that never was."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qdora.run_folder import RunFolder
+from tests.e2e.test_run import (
+    copy_without_result,
+    long_run,
+    losses_of,
+    read_until,
+    start,
+    start_command,
+    wait_for_steps,
+)
+from tests.support import launcher, qdora, run
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The whole run, on one rank and two."""
+    folders = {}
+    for nproc in (1, 2):
+        folders[nproc] = tmp_path_factory.mktemp("whole") / "run"
+        done = qdora("train", *long_run(tiny, data), f"output_dir={folders[nproc]}", nproc=nproc)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """The same losses of every step, and the same adapter, bit for bit."""
+    assert losses_of(folder) == losses_of(other)
+    one, two = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, other))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def kill(process: "subprocess.Popen[str]", only_one: bool, choose: random.Random) -> None:
+    """SIGKILL to every process of the run, or to one of its ranks (the launcher ends the others)."""
+    parent = psutil.Process(process.pid)
+    ranks = [child for child in parent.children(recursive=True) if "qdora" in " ".join(child.cmdline())]
+    for one in [choose.choice(ranks)] if only_one and ranks else [parent, *parent.children(recursive=True)]:
+        one.kill()
+    process.communicate(timeout=60)
+
+
+def being_written(folder: Path, since: float) -> bool:
+    """Whether there is half a checkpoint, not one that an earlier kill left."""
+    with suppress(FileNotFoundError):  # renamed between the two
+        return any(file.stat().st_ctime >= since for file in (folder / "checkpoints").glob("*.partial"))
+    return False
+
+
+def sweep(arguments: list[str], folder: Path, nproc: int, points: int, seed: int) -> int:
+    """Kills the run so often, each time somewhere else, then lets it end; how often it was killed while writing.
+
+    Half of the kills are by the clock, half while a checkpoint is being written.
+    """
+    choose = random.Random(seed)
+    inside = 0
+    for point in range(points):
+        began = time.time()
+        process = start(arguments, nproc)
+        if point % 2:
+            while process.poll() is None and not being_written(folder, since=began):
+                time.sleep(0.0005)
+            time.sleep(choose.uniform(0, 0.02))
+            inside += process.poll() is None and being_written(folder, since=began)
+        else:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(choose.uniform(1, 12))
+        if process.poll() is None:
+            kill(process, nproc > 1 and choose.random() < 0.5, choose)
+    done = qdora("train", *arguments, nproc=nproc)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return inside
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_run_killed_anywhere_ends_the_same(
+    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int
+) -> None:
+    arguments = [*long_run(tiny, data), "train.checkpoint_every=1", f"output_dir={tmp_path}/run"]
+    inside = sweep(arguments, tmp_path / "run", nproc, points=4, seed=nproc)
+    assert inside, "no kill was inside a checkpoint's write"
+    assert_same(tmp_path / "run", never_stopped[nproc])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_run_killed_at_fifty_points_ends_the_same(
+    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    inside = 0
+    for seed in range(7):
+        nproc = 1 + seed % 2
+        arguments = [*long_run(tiny, data), "train.checkpoint_every=1", f"output_dir={tmp_path}/{seed}"]
+        inside += sweep(arguments, tmp_path / str(seed), nproc, points=8, seed=100 + seed)
+        assert_same(tmp_path / str(seed), never_stopped[nproc])
+    assert inside >= 10
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {"cut": cut, "flipped bit": flip, "missing": Path.unlink}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
+def test_damaged_checkpoint_falls_back_to_the_one_before(
+    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    folder = copy_without_result(never_stopped[1], tmp_path / "run")
+    newest = folder / "checkpoints" / f"step-{STEPS:08d}"
+    DAMAGE[kind](newest / name)
+    done = qdora("train", *long_run(tiny, data), f"output_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    assert f"going on from step {STEPS - 5} of {STEPS}" in done.stdout
+    assert f"{newest} is damaged" in done.stderr
+    assert_same(folder, never_stopped[1])
+
+
+def test_only_damaged_checkpoints_are_an_error(
+    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(never_stopped[1], folder)
+    for file in (folder / "checkpoints").glob("step-*/__0_0.distcp"):
+        flip(file)
+    newest = f"resume={folder}/checkpoints/latest"
+    done = qdora("train", *long_run(tiny, data), f"output_dir={tmp_path}/other", newest)
+    assert done.returncode == 2
+    assert f"{newest} is damaged: __0_0.distcp is not what was written" in done.stderr
+    done = qdora("train", *long_run(tiny, data), f"output_dir={folder}")
+    assert done.returncode == 2
+    assert "every checkpoint in" in done.stderr
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system of its own at `folder`."""
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Leaves no room there, also where something went away since; the file to remove."""
+    with suppress(OSError), (folder / "ballast").open("ab", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(4096))
+    return folder / "ballast"
+
+
+@pytest.fixture
+def full_disk(never_stopped: dict[int, Path], tmp_path: Path) -> Iterator[Path]:
+    """A run that has five steps left, and whose checkpoints are on a file system of their own, which is full."""
+    folder = copy_without_result(never_stopped[1], tmp_path / "run")
+    kept = folder / "checkpoints" / "step-00000025"
+    kept.rename(tmp_path / kept.name)
+    shutil.rmtree(folder / "checkpoints")
+    with small_disk(folder / "checkpoints", "2m"):
+        shutil.copytree(tmp_path / kept.name, kept)
+        fill(folder / "checkpoints")
+        yield folder
+
+
+def status_of(folder: Path) -> str:
+    """The run's status in summary.json."""
+    return str(json.loads((folder / "summary.json").read_text())["status"])
+
+
+def test_run_on_a_full_disk_ends_without_its_last_checkpoint(
+    never_stopped: dict[int, Path], tiny: Path, data: Path, full_disk: Path
+) -> None:
+    done = qdora("train", *long_run(tiny, data), "train.checkpoint_every=1", f"output_dir={full_disk}")
+    assert done.returncode == 0, done.stderr
+    for step in range(26, 31):
+        assert f"the checkpoint of step {step} could not be written: " in done.stderr
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert status_of(full_disk) == "completed_without_last_checkpoint"
+    assert [path.name for path in (full_disk / "checkpoints").glob("step*")] == ["step-00000025"]
+    assert_same(full_disk, never_stopped[1])
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_run_whose_whole_folder_is_on_a_full_disk_goes_on_when_there_is_room(
+    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int
+) -> None:
+    """Neither checkpoints nor the result can be written, and metrics for some time; then all of it is."""
+    folder = tmp_path / "disk" / "run"
+    arguments = [*long_run(tiny, data), "train.checkpoint_every=1", f"output_dir={folder}"]
+    with small_disk(folder.parent, "4m"):
+        process = start(arguments, nproc)
+        wait_for_steps(folder, 3, process)
+        while process.poll() is None:  # a checkpoint that failed leaves room
+            ballast = fill(folder.parent)
+            time.sleep(0.01)
+        told, _ = process.communicate()
+        assert process.returncode == 2, told
+        assert "Traceback" not in told
+        assert told.count(f"qdora: the results could not be written to {folder}: ") == 1, told
+        assert "Make room; the same command goes on from" in told
+        ballast.unlink()
+        done = qdora("train", *arguments, nproc=nproc)
+        assert done.returncode == 0, done.stderr
+        assert status_of(folder) == "finished"
+        assert_same(folder, never_stopped[nproc])
+
+
+def test_lines_that_a_full_disk_did_not_take_come_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with small_disk(tmp_path / "disk", "1m"):
+        folder = RunFolder(tmp_path / "disk")
+        folder.metrics.touch()
+        folder.log({"step": 1})
+        ballast = fill(folder.path)
+        for step in range(2, 9):  # more than what is left of the file's page
+            folder.log({"step": step, "words": "a" * 1000})
+        ballast.unlink()
+        folder.log({"step": 9})
+        assert [record["step"] for record in folder.read_metrics()] == list(range(1, 10))
+        assert folder.metrics.read_text().count("\n") == 9
+    assert caplog.text.count("its lines are kept for later") == 1
+
+
+def test_checkpoint_is_tried_again_when_there_is_room(
+    never_stopped: dict[int, Path], tiny: Path, data: Path, full_disk: Path
+) -> None:
+    """The next regular one would be at step 30; the retries at 26 + 1, + 2."""
+    arguments = [*long_run(tiny, data), "train.checkpoint_every=13", f"output_dir={full_disk}"]
+    process = start(arguments, 1)
+    told = read_until(process, "the checkpoint of step 26 could not be written")
+    (full_disk / "checkpoints" / "ballast").unlink()
+    told += process.communicate()[0]
+    assert process.returncode == 0, told
+    assert status_of(full_disk) == "finished"
+    names = {path.name for path in (full_disk / "checkpoints").glob("step*")}
+    assert names & {"step-00000027", "step-00000028", "step-00000029"}, names
+    assert "step-00000030" in names
+    assert_same(full_disk, never_stopped[1])
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+def test_another_number_of_ranks_goes_on_with_the_same_rows(
+    tiny: Path, data: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    """Each row of an epoch once; losses as if the number had not changed, to the rounding of another order of sums."""
+    arguments = [*long_run(tiny, data), "adapter.dropout=0", "model.dtype=float32", "train.num_steps=10"]
+    arguments += ["train.num_accumulation_steps=4"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert qdora("train", *arguments, f"output_dir={whole}", nproc=before).returncode == 0
+    resume = f"resume={whole}/checkpoints/step-00000005"
+    done = qdora("train", *arguments, resume, f"output_dir={part}", nproc=after)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 5 of 10" in done.stdout
+    records = {folder: [json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (whole, part)}
+    then = [record for record in records[whole] if record["step"] > 5]
+    now = [record for record in records[part] if "loss" in record]
+    assert [record["num_tokens"] for record in now] == [record["num_tokens"] for record in then]
+    assert [record["loss"] for record in now] == pytest.approx([record["loss"] for record in then], rel=1e-5)
+
+
+def test_what_changes_results_is_refused_unless_allowed(
+    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    """Other rows a step, and data that is another; data and model that were only moved are the same."""
+    folder = tmp_path / "run"
+    shutil.copytree(never_stopped[1], folder)
+    shutil.copytree(tiny, tmp_path / "model")
+    moved = shutil.copy(data, tmp_path / "moved.jsonl")
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
+    common = [*long_run(tiny, data), "train.num_steps=32", f"output_dir={folder}"]
+    for change, words in (
+        ("train.micro_batch_size=3", "the run has 2 rows a step"),
+        (f"data.train={other}", "the data is not that of"),
+        ("seed=1", "it has seed=0 (now 1)"),
+    ):
+        done = qdora("train", *common, change)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert "allow_changes=true" in done.stderr
+    done = qdora("train", *common, f"data.train={moved}", f"model.path={tmp_path}/model", "train.log_every=2")
+    assert done.returncode == 0, done.stderr
+    done = qdora("train", *common, "train.num_steps=34", f"data.train={other}", "seed=1", "allow_changes=true")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 32 of 34" in done.stdout
+
+
+FAILING_RANK = Path(__file__).parent / "failing_rank.py"
+TIMEOUT_S = 10
+RANKS_END_S = 30
+"""Until torchrun kills ranks that do not end when they are told to, which is what a stopped one does."""
+
+
+def run_with_rank(kind: str, arguments: list[str], nproc: int = 2) -> Any:
+    """The run, whose last rank goes wrong."""
+    timeout = f"parallel.timeout_s={TIMEOUT_S}"
+    return run([*launcher(nproc), str(FAILING_RANK), kind, "train", *arguments, timeout])
+
+
+def seconds_after_step(folder: Path, step: int, ended: float) -> float:
+    """Between the record of a step and the end."""
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+    assert max(steps) == step, steps
+    return ended - (folder / "metrics.jsonl").stat().st_mtime
+
+
+def test_rank_that_is_killed_is_named_and_not_what_followed(tiny: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start([*long_run(tiny, data), f"output_dir={folder}"], 2)
+    wait_for_steps(folder, 3, process)
+    ranks = [child for child in psutil.Process(process.pid).children() if "qdora" in " ".join(child.cmdline())]
+    (rank,) = [child for child in ranks if child.environ()["RANK"] == "1"]
+    rank.kill()
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL, told
+    assert told.count("qdora: rank 1 was ended by SIGKILL (out of host memory?)") == 1, told
+    assert "Traceback" not in told
+
+
+def test_interrupted_run_that_cannot_be_saved_says_so(
+    never_stopped: dict[int, Path], tiny: Path, data: Path, full_disk: Path
+) -> None:
+    arguments = [*long_run(tiny, data), "train.num_steps=3000", f"output_dir={full_disk}"]
+    process = start(arguments, 1)
+    told = read_until(process, "could not be written")
+    process.send_signal(signal.SIGTERM)
+    told += process.communicate(timeout=60)[0]
+    assert process.returncode == 75, told
+    assert "interrupted and not saved ([Errno 28] No space left on device)" in told
+    assert f"it goes on from {full_disk}/checkpoints/step-00000025" in told
+
+
+def test_rank_that_raises_ends_all_with_its_message_once(tiny: Path, data: Path, tmp_path: Path) -> None:
+    done = run_with_rank("raise", [*long_run(tiny, data), f"output_dir={tmp_path}/run"])
+    seconds = seconds_after_step(tmp_path / "run", 2, time.time())
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert done.stderr.count("ZeroDivisionError: a mistake that nobody foresaw") == 1
+    assert "qdora: rank 1 failed, which is a mistake in qdora:" in done.stderr
+    assert seconds < TIMEOUT_S
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_batch_that_does_not_fit_names_what_lowers_memory(tiny: Path, tmp_path: Path, nproc: int) -> None:
+    data = tmp_path / "long.jsonl"
+    data.write_text((json.dumps({"prompt": "so", "completion": " so" * 1000}) + "\n") * 256)
+    arguments = [*long_run(tiny, data), "data.max_length=1024", "train.micro_batch_size=32", "train.checkpoint_every=0"]
+    done = run_with_rank("memory", [*arguments, f"output_dir={tmp_path}/run"], nproc)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(re.findall(r"ran out of memory in step \d+: its weights take", done.stderr)) == 1, done.stderr
+    assert f"qdora: rank {nproc - 1} of {nproc}" in done.stderr
+    for option in ("parallel.activation_checkpointing=full", "train.micro_batch_size=16", "data.max_length=512"):
+        assert re.search(rf"{option} \(-0\.\d\d GiB\)", done.stderr), done.stderr
+
+
+def test_rank_that_hangs_ends_all_and_says_where_each_was(tiny: Path, data: Path, tmp_path: Path) -> None:
+    done = run_with_rank("hang", [*long_run(tiny, data), f"output_dir={tmp_path}/run"])
+    seconds = seconds_after_step(tmp_path / "run", 2, time.time())
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("nothing went on for parallel.timeout_s") == 1, done.stderr
+    told = {line.strip().partition(":")[0]: line for line in done.stderr.splitlines() if "  rank " in line}
+    assert "go_wrong (failing_rank.py" in told["rank 1"], done.stderr
+    assert "(trainer.py" in told["rank 0"], done.stderr
+    assert seconds < TIMEOUT_S + 5
+
+
+def test_rank_that_is_stopped_does_not_answer(tiny: Path, data: Path, tmp_path: Path) -> None:
+    """Nothing in a stopped process can tell; the others are told of."""
+    process = start([*long_run(tiny, data), f"output_dir={tmp_path}/run", f"parallel.timeout_s={TIMEOUT_S}"], 2)
+    wait_for_steps(tmp_path / "run", 3, process)
+    started = time.monotonic()
+    ranks = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
+    ranks[0].suspend()
+    told, _ = process.communicate(timeout=TIMEOUT_S + RANKS_END_S + 30)
+    assert time.monotonic() - started < TIMEOUT_S + RANKS_END_S + 5
+    assert process.returncode == 1
+    assert "nothing went on for parallel.timeout_s" in told, told
+    assert "rank 1: did not answer" in told
+    assert "(trainer.py" in told
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_second_signal_ends_at_once_even_in_a_step_that_never_ends(
+    tiny: Path, data: Path, tmp_path: Path, nproc: int
+) -> None:
+    folder = tmp_path / "run"
+    command = [str(FAILING_RANK), "hang", "train", *long_run(tiny, data), f"output_dir={folder}"]
+    process = start_command([*launcher(nproc), *command])
+    wait_for_steps(folder, 2, process)
+    time.sleep(1)  # into the third
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2)
+    assert process.poll() is None, "the first one waits for the step"
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=20)
+    assert time.monotonic() - began < 5
+    assert process.returncode == 130, told
+    assert told.count("interrupted at once; nothing new was saved") == 1
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("module", ["qdora.commands.launch", "torch.distributed.run"])
+def test_torchrun_restarts_pick_the_run_up(
+    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, module: str
+) -> None:
+    """With no output_dir given: it is the same run all the same."""
+    torchrun = [sys.executable, "-m", module, "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    process = start_command([*torchrun, "-m", "qdora", "train", *long_run(tiny, data)], cwd=tmp_path)
+    for steps in (8, 20):
+        folder = wait_for_run(tmp_path / "outputs", process)
+        wait_for_steps(folder, steps, process)
+        ranks = psutil.Process(process.pid).children()
+        next(rank for rank in ranks if rank.environ().get("RANK") == "1").kill()
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert told.count("going on from step") == 2, told
+    assert len(list((tmp_path / "outputs").iterdir())) == 1
+    assert_same(folder, never_stopped[2])
+
+
+def wait_for_run(outputs: Path, process: "subprocess.Popen[str]") -> Path:
+    """The only run's folder, once it is there."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if outputs.exists() and (found := list(outputs.iterdir())):
+            return found[0]
+        time.sleep(0.05)
+    raise AssertionError(f"no run: {process.communicate(timeout=20)[0]}")

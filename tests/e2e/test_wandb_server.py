@@ -1,0 +1,175 @@
+"""Runs that record online, at a server that answers, is slow, fails, or is gone: W&B's real client, on loopback."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.e2e.test_run import long_run, start_command, wait_for_steps
+from tests.support import launcher, run
+from tests.wandb_server import KEY, WandbServer, serving
+
+STEPS = 60
+TIMEOUT_S = 8
+START_S = 60.0
+"""Of two ranks on a machine with other work."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbServer]:
+    """For this process and those that it starts; the user's own settings hidden."""
+    with serving() as server:
+        for name in ("MODE", "ENTITY", "PROJECT", "RUN_ID", "RESUME"):
+            monkeypatch.delenv(f"WANDB_{name}", raising=False)
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+        monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+        monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        yield server
+
+
+@pytest.fixture
+def arguments(tiny: Path, data: Path, tmp_path: Path) -> list[str]:
+    """A run that records online."""
+    return [
+        *long_run(tiny, data),
+        f"train.num_steps={STEPS}",
+        "tracker=wandb",
+        f"tracker.timeout_s={TIMEOUT_S}",
+        f"output_dir={tmp_path}/run",
+    ]
+
+
+def start_online(arguments: list[str], nproc: int = 1) -> "subprocess.Popen[str]":
+    return start_command([*launcher(nproc), "-m", "qdora", "train", *arguments])
+
+
+def ended(process: "subprocess.Popen[str]") -> str:
+    """What it printed; it ended well."""
+    told, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, told
+    assert "Traceback" not in told
+    return told
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def assert_complete(server: WandbServer, folder: Path) -> None:
+    """Every step once, in order, with the losses of metrics.jsonl."""
+    lines = [json.loads(server.history[offset]) for offset in sorted(server.history)]
+    assert [line["_step"] for line in lines] == [record["step"] for record in metrics(folder)]
+    assert [line.get("loss") for line in lines] == [record.get("loss") for record in metrics(folder)]
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_whole_run_and_its_adapter_arrive(
+    server: WandbServer, arguments: list[str], tmp_path: Path, nproc: int
+) -> None:
+    told = ended(start_online([*arguments, "tracker.log_adapter=true", "tracker.timeout_s=60"], nproc))
+    run_id = server.run_names[0]
+    assert f"{server.url}/someone/qdora/runs/{run_id}" in told.replace("\n", "").replace("│", "").replace(" ", "")
+    assert_complete(server, tmp_path / "run")
+    assert server.exit_code == 0
+    assert server.summary["status"] == "finished"
+    assert server.config["adapter"]["value"]["rank"] == 4
+    assert server.artifacts == [f"run-{run_id}-adapter"]
+    sent = {name: content for name, content in server.uploads.items() if name.startswith("artifact/")}
+    adapter = tmp_path / "run" / "adapter"
+    assert sent == {f"artifact/{file.name}": file.read_bytes() for file in adapter.iterdir()}
+
+
+def test_killed_run_goes_on_in_the_same_wandb_run_with_every_step_once(
+    server: WandbServer, arguments: list[str], tmp_path: Path
+) -> None:
+    """Killed twice, W&B's own process too, which leaves steps unsent that a checkpoint is ahead of."""
+    for steps in (15, 40):
+        process = start_online(arguments)
+        wait_for_steps(tmp_path / "run", steps, process)
+        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            one.kill()
+        process.communicate()
+    ended(start_online([*arguments, "tracker.timeout_s=60"]))
+    assert len(set(server.run_names)) == 1
+    assert_complete(server, tmp_path / "run")
+
+
+def test_outage_in_the_middle_is_made_up_for(server: WandbServer, arguments: list[str], tmp_path: Path) -> None:
+    process = start_online([*arguments, "tracker.timeout_s=120"])
+    wait_for_steps(tmp_path / "run", 10, process)
+    server.refuse()
+    wait_for_steps(tmp_path / "run", 40, process)
+    server.listen()
+    ended(process)
+    assert_complete(server, tmp_path / "run")
+    assert server.exit_code == 0
+
+
+def test_interrupted_run_is_preempted_and_one_that_fails_is_failed(
+    server: WandbServer, arguments: list[str], tmp_path: Path
+) -> None:
+    process = start_online([*arguments, "train.num_steps=2000", "tracker.timeout_s=60"])
+    wait_for_steps(tmp_path / "run", 5, process)
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, told
+    assert (server.summary["status"], server.exit_code, server.preempting) == ("preempted", 1, True)
+    folder = tmp_path / "broken"
+    process = start_online([*arguments, f"output_dir={folder}", "tracker.timeout_s=60", "train.num_steps=40"])
+    wait_for_steps(folder, 5, process)
+    (folder / "adapter").touch()  # where the result is to be
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, told
+    assert "the results could not be written" in told
+    assert (server.summary["status"], server.exit_code) == ("failed", 1)
+
+
+@pytest.mark.parametrize("behaviour", ["refused", "slow", "failing", "gone"])
+def test_server_that_does_not_come_back_holds_nothing_up_and_loses_nothing(
+    server: WandbServer, arguments: list[str], tmp_path: Path, behaviour: str
+) -> None:
+    process = start_online(arguments)
+    wait_for_steps(tmp_path / "run", 10, process)
+    if behaviour == "refused":
+        server.refuse()
+    else:
+        server.behaviour = behaviour
+    began = time.monotonic()
+    wait_for_steps(tmp_path / "run", STEPS, process)
+    steps_took = time.monotonic() - began
+    told = ended(process)
+    assert steps_took < server.slow_s, "a step waited for an answer"
+    assert time.monotonic() - began < steps_took + TIMEOUT_S + 20
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+    (folder,) = (tmp_path / "run" / "wandb").glob("run-*")
+    assert f"wandb sync --include-online {folder}" in told
+    with serving() as other:  # what was kept is all of it
+        environment = {"WANDB_BASE_URL": other.url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online"}
+        done = run([sys.executable, "-m", "wandb", "sync", "--include-online", str(folder)], **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert_complete(other, tmp_path / "run")
+        assert set(other.run_names) == set(server.run_names)
+
+
+@pytest.mark.parametrize("mode", ["auto", "online"])
+def test_server_that_is_slow_from_the_start_leaves_the_run_offline(
+    server: WandbServer, arguments: list[str], tmp_path: Path, mode: str
+) -> None:
+    server.behaviour = "slow"
+    began = time.monotonic()
+    told = ended(start_online([*arguments, f"tracker.mode={mode}"]))
+    assert time.monotonic() - began < START_S + TIMEOUT_S
+    assert told.count("W&B runs offline") == 1
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert file.stat().st_size
+    assert not server.history
