@@ -6,7 +6,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 launch/setup.sh dev
 # Ranks of a test share few cores: threads that wait must not spin.
 export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
-if (($# == 0)) && .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    .venv/bin/python -m pytest tests/gpu
+if (($# == 0)); then
+    if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        .venv/bin/python -m pytest tests/gpu
+    fi
+    # Two at a time: what fails beside another is tried once more with the machine to itself.
+    .venv/bin/python -m pytest -n 2 --dist loadfile -m "not soak and not alone" ||
+        .venv/bin/python -m pytest --last-failed --last-failed-no-failures none -m "not soak and not alone"
+    set -- -m "not soak and alone"
 fi
 exec .venv/bin/python -m pytest "$@"
