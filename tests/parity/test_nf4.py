@@ -30,6 +30,21 @@ def test_nf4_values_are_those_of_bitsandbytes(dtype: torch.dtype, shape: tuple[i
     assert torch.equal(nf4.weight_from(stored, dtype), bnb.dequantize_4bit(packed, state))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_nf4_codes_are_those_of_bitsandbytes_at_every_border(dtype: torch.dtype, scale: float) -> None:
+    values = bnb.get_4bit_type("nf4", device="cpu")
+    borders = (values[:-1] + values[1:]) / 2
+    up, down = (torch.nextafter(borders, torch.full_like(borders, end)) for end in (2.0, -2.0))
+    row = torch.cat([torch.ones(1), borders, up, down, values, torch.tensor([-0.0, -1.0])])
+    tail = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    weight = (torch.cat([row[None], tail]) * scale).to(dtype)
+    packed, absmax = torch.ops.bitsandbytes.quantize_4bit(weight, 64, "nf4", torch.uint8)
+    ours, scales = nf4.quantize(weight)
+    assert torch.equal(ours, packed.view_as(ours))
+    assert torch.equal(scales, absmax.view_as(scales))
+
+
 def test_nf4_rows_of_zeros_stay_zero() -> None:
     weight = torch.randn(8, 128, dtype=torch.bfloat16)
     weight[3] = 0
