@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 EXIT_ERROR = 1  # what nobody foresaw
 EXIT_USER_ERROR = 2
+EXIT_NOT_VERIFIED = 3  # written, but not the model that was trained
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved and resumable, a scheduler may requeue
 EXIT_KEYBOARD = 130  # what a shell shows for a Ctrl-C
 

@@ -15,50 +15,26 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from qdora import parallel
-from qdora.adapter import peft_format
-from qdora.config import (
-    AdapterConfig,
-    AdapterMethod,
-    DataConfig,
-    DataFormat,
-    EvaluateConfig,
-    ModelConfig,
-    ParallelConfig,
-    Plan,
-    Protocol,
-    QuantConfig,
-    QuantMethod,
-)
+from qdora.config import DataConfig, DataFormat, EvaluateConfig, Protocol
 from qdora.config.commands import overlaid
 from qdora.data import BatchLoader, prepare
 from qdora.data.encode import detect, encode, encode_prompt, reference, with_answer
 from qdora.data.sources import Row, load_rows
 from qdora.errors import ConfigError, DataError
-from qdora.model import LoadedModel, load_model, load_tokenizer, model_folder
-from qdora.model.loss import IGNORED, check_token_loss, log_likelihoods, mean_loss
+from qdora.model import LoadedModel, load_tokenizer, model_folder
+from qdora.model.generate import end_tokens, generate_batch
+from qdora.model.loss import IGNORED, log_likelihoods, mean_loss
 from qdora.parallel import World
-from qdora.run_folder import RunFolder
+from qdora.subject import Subject, find_subject
 
 RESULTS = "results.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What is scored."""
-
-    model: ModelConfig
-    quant: QuantConfig
-    adapter: AdapterConfig
-    data: DataConfig
-    output: Path
 
 
 def evaluate(config: EvaluateConfig) -> int:
@@ -68,66 +44,52 @@ def evaluate(config: EvaluateConfig) -> int:
         QdoraError: the run, the model, the adapter or the data cannot be used.
     """
     world = parallel.start_alone("qdora evaluate")
-    subject = _subject(config)
+    subject = find_subject(config, "scored")
+    data, output = _data(config, subject), _output(config, subject)
     base = model_folder(subject.model)
     tokenizer = load_tokenizer(base, subject.model)
     # Before the model is loaded: mistakes in the data show within a second.
-    rows = [] if config.protocol is Protocol.loss else _rows(subject.data)
-    plan = ParallelConfig(plan=Plan.none)
-    loaded = load_model(base, subject.model, subject.quant, subject.adapter, plan, world, seed=0, trainable=False)
-    loaded.model.eval()
-    check_token_loss(loaded.model, world.device, packing=False)
+    rows = [] if config.protocol is Protocol.loss else _rows(data)
+    loaded = subject.load(base, world)
     if config.protocol is Protocol.loss:
-        scores = _loss(loaded, subject.data, tokenizer, config, world)
+        scores = _loss(loaded, data, tokenizer, config, world)
     elif config.protocol is Protocol.likelihood:
-        scores = _likelihood(loaded, rows, subject.data.format, tokenizer, config, world)
+        scores = _likelihood(loaded, rows, data.format, tokenizer, config, world)
     else:
-        scores = _generate(loaded, rows, subject.data.format, tokenizer, config, world, base)
+        scores = _generate(loaded, rows, data.format, tokenizer, config, world, base)
     results = {
         "protocol": config.protocol.name,
         "model": subject.model.path,
         "quant": subject.quant.method.name,
         "adapter": subject.adapter.path,
-        "data": subject.data.eval,
+        "data": data.eval,
         **scores,
     }
-    subject.output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2, ensure_ascii=False)
-    (subject.output / RESULTS).write_text(text + "\n", encoding="utf-8")
+    (output / RESULTS).write_text(text + "\n", encoding="utf-8")
     told = {name: value for name, value in scores.items() if name != "samples"}
     print(
         "  ".join(
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in told.items()
         )
     )
-    print(f"written to {subject.output / RESULTS}")
+    print(f"written to {output / RESULTS}")
     return 0
 
 
-def _subject(config: EvaluateConfig) -> Subject:
-    if config.run is not None:
-        folder = RunFolder(Path(config.run))
-        run = folder.read_config()
-        data = replace(overlaid(run.data, config.data), limit=config.limit)
-        if run.adapter.method is AdapterMethod.none:
-            if config.model.path is not None:
-                raise ConfigError(f"run={config.run} trained every weight: leave out model.path, it has no base")
-            model, adapter = replace(run.model, path=str(folder.model)), run.adapter
-        else:
-            model, adapter = overlaid(run.model, config.model), peft_format.read_config(folder.finished_adapter())
-        quant, near = run.quant, folder.path
-    else:
-        model, quant, data = config.model, config.quant, replace(config.data, limit=config.limit)
-        adapter = AdapterConfig(method=AdapterMethod.none)
-        near = Path(str(model.path)) if config.adapter is None else Path(config.adapter)
-        if config.adapter is not None:
-            adapter = peft_format.read_config(Path(config.adapter))
-            if quant.method is QuantMethod.none:
-                print(f"adapter={config.adapter} is scored over unquantised weights; trained over NF4? add quant=nf4")
+def _data(config: EvaluateConfig, subject: Subject) -> DataConfig:
+    """The run's own data options but those given."""
+    data = config.data if subject.run is None else overlaid(subject.run.read_config().data, config.data)
     if data.eval is None:
         raise ConfigError("data.eval is not set: give the file to score on")
-    output = Path(config.output_dir) if config.output_dir else near / "evaluation"
-    return Subject(model, quant, adapter, data, output)
+    return replace(data, limit=config.limit)
+
+
+def _output(config: EvaluateConfig, subject: Subject) -> Path:
+    if config.output_dir:
+        return Path(config.output_dir)
+    return Path(str(config.run or config.adapter or subject.model.path)) / "evaluation"
 
 
 def _rows(data: DataConfig) -> list[Row]:
@@ -242,10 +204,10 @@ def _generate(
     prompts = [encode_prompt(row, form, tokenizer) for row in rows]
     answers: list[str] = [""] * len(rows)
     places = sorted(range(len(rows)), key=lambda place: -len(prompts[place]))
+    ends = end_tokens(tokenizer, base)
     for some in _chunks(places, config.batch_size):
-        texts = generate(
-            loaded.model, [prompts[place] for place in some], tokenizer, config.max_new_tokens, world, base
-        )
+        asked_now = [prompts[place] for place in some]
+        texts = generate_batch(loaded.model, asked_now, tokenizer, config.max_new_tokens, ends, world.device)
         for place, text in zip(some, texts, strict=True):
             answers[place] = text
     questions = [choices_of(row) for row in rows]
@@ -255,26 +217,6 @@ def _generate(
         samples.append({"answer": gold, "prediction": text, "correct": _right(row, text, str(gold), asked)})
         samples[-1] |= {"where": row.where}
     return _accuracy(samples, [asked for asked in questions if asked])
-
-
-@torch.no_grad()
-def generate(
-    model: Any, prompts: list[list[int]], tokenizer: Any, max_new_tokens: int, world: World, base: Path
-) -> list[str]:
-    """Greedy continuations of several prompts at once, without special tokens."""
-    length = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
-    ends = {tokenizer.eos_token_id}
-    if (base / "generation_config.json").exists():
-        named = GenerationConfig.from_pretrained(base).eos_token_id
-        ends |= set(named) if isinstance(named, list) else {named}
-    settings = GenerationConfig(**options, eos_token_id=[end for end in ends if end is not None])
-    made = model.generate(
-        input_ids=ids.to(world.device), attention_mask=mask.to(world.device), generation_config=settings
-    )
-    return [text.strip() for text in tokenizer.batch_decode(made[:, length:], skip_special_tokens=True)]
 
 
 def _right(row: Row, text: str, gold: str, asked: tuple[list[str], str] | None) -> bool:

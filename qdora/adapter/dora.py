@@ -27,7 +27,8 @@ transposed weight), and the norm of the *dequantised* weight starts m. LoRA (arX
 g = 1 and no m.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -188,12 +189,16 @@ class AdaptedLinear(nn.Module):
         self.gain = nn.Parameter(gain, requires_grad=False) if dora else None
         self.base_norm_squared: Tensor | None = None
         """(own rows,) float32: |W|^2 of this rank's rows, set by `measure`."""
+        self.is_off = False
+        """Whether the base computes alone; see `switched_off`."""
 
     def base_tensors(self) -> list[Tensor]:
         """What `nf4.weight_from` needs, as they are now."""
         return self.base.tensors() if isinstance(self.base, nf4.NF4Linear) else [self.base.weight]  # type: ignore[list-item]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_off:
+            return self.base(x)  # type: ignore[no-any-return]
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         if self.dropout > 0 and self.training:
             return self._forward_with_dropout(x, bias)
@@ -247,22 +252,6 @@ class AdaptedLinear(nn.Module):
                 norm_squared[some] = norm_squared[some].masked_scatter(lost, dense.square().sum(1))
         return norm_squared.clamp_(min=0).sqrt_().clamp_(min=NORM_FLOOR)
 
-    @torch.no_grad()
-    def merged_weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(m / n) (W + s B A) in float32, rounded once to `dtype`; (out, in). For a layer that is not sharded.
-
-        A and B are taken as the forward rounds them, so that full rank and float32 give its outputs exactly.
-        """
-        a, b = (matrix.detach().to(device, dtype) for matrix in (self.lora_a, self.lora_b))
-        g = torch.ones(self.out_features, device=device)
-        if self.magnitude is not None:
-            g = self.magnitude.detach().to(device) / self.weight_norm(a)
-        merged = torch.empty(self.out_features, self.in_features, dtype=dtype, device=device)
-        for first, rows in self._own_weight(device):
-            some = slice(first, first + rows.shape[0])
-            merged[some] = g[some, None] * (rows + self.scaling * (b[some].float() @ a.float()))
-        return merged
-
     def _own_weight(self, device: torch.device) -> Iterable[tuple[int, Tensor]]:
         """This rank's rows of W in float32, some at a time, each with its place among the own rows."""
         step = max(1, CHUNK_NUMEL // self.in_features)
@@ -281,9 +270,37 @@ class AdaptedLinear(nn.Module):
                 yield first, weight[first : first + step].to(device, torch.float32)
 
 
+@torch.no_grad()
+def merge_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, scaling: float) -> Tensor:
+    """(m / n) (W + s B A) of some rows, in place of `weight`; all float32. The norm is of the rows as they come out.
+
+    Args:
+        weight: (rows, in) of the frozen weight; `lora_b` (rows, rank) and `magnitude` (rows,) are of the same rows.
+        lora_a: (rank, in).
+    """
+    weight.addmm_(lora_b, lora_a, alpha=scaling)
+    if magnitude is not None:
+        norm = weight.square().sum(1).sqrt_().clamp_(min=NORM_FLOOR)
+        weight.mul_((magnitude / norm)[:, None])
+    return weight
+
+
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Every adapted layer of `model` by its name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model computes as its base alone, exactly; blocks within each other are allowed."""
+    before = [(layer, layer.is_off) for layer in adapted_layers(model).values()]
+    for layer, _ in before:
+        layer.is_off = True
+    try:
+        yield
+    finally:
+        for layer, was_off in before:
+            layer.is_off = was_off
 
 
 @torch.no_grad()

@@ -48,12 +48,13 @@ def inject(model: nn.Module, names: list[str], config: AdapterConfig) -> None:
         parent = model.get_submodule(parent_name)
         base = parent.get_submodule(leaf)
         assert isinstance(base, nn.Linear | NF4Linear), f"{name} is a {type(base).__name__}"
+        rank, scaling = config.shape_of(name)
         adapted = AdaptedLinear(
             base,
             in_features=base.in_features,
             out_features=base.out_features,
-            rank=config.rank,
-            scaling=config.scaling,
+            rank=rank,
+            scaling=scaling,
             dropout=config.dropout,
             dora=config.method is AdapterMethod.dora,
         )

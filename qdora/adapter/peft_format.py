@@ -5,7 +5,10 @@ would round away what they learned (m / m_initial - 1 is about 0.0015).
 """
 
 import json
-from dataclasses import replace
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +26,19 @@ from qdora.parallel import World, gather_rows, own_rows
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _SUFFIXES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
-_REFUSED = (
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "layer_replication",
-    "trainable_token_indices",
-    "exclude_modules",
-)
+_REFUSED = ("modules_to_save", "layer_replication", "trainable_token_indices")
 """Options of PEFT that change the arithmetic and that qdora's layer does not have."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StoredAdapter(AdapterConfig):
+    """The options of an adapter folder; PEFT lets layers have ranks and alphas of their own."""
+
+    layers: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Layer to its rank and scaling, where those are not the same for all."""
+
+    def shape_of(self, layer: str) -> tuple[int, float]:
+        return self.layers.get(layer, (self.rank, self.scaling))
 
 
 def _parameters(layer: AdaptedLinear) -> dict[str, nn.Parameter]:
@@ -47,17 +54,27 @@ def save(model: nn.Module, folder: Path, config: AdapterConfig, base: str, dtype
             exact = torch.float32 if kind == "magnitude" else dtype
             (whole,) = gather_rows([parameter], exact, world.device)
             if world.is_main:
-                tensors[_PREFIX + name + _SUFFIXES[kind]] = whole.cpu().contiguous()
+                tensors[tensor_name(name, kind)] = whole.cpu().contiguous()
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / f"{WEIGHTS}.partial", metadata={"format": "pt"})
         sync(folder / f"{WEIGHTS}.partial")
         (folder / f"{WEIGHTS}.partial").replace(folder / WEIGHTS)
-        text = json.dumps(_to_peft(config, base, _target_modules(model)), indent=2, sort_keys=True)
-        write_durably(folder / CONFIG, text + "\n")
+        write_config(folder, config, base, target_modules(model))
 
 
-def _target_modules(model: nn.Module) -> list[str]:
+def write_config(folder: Path, config: AdapterConfig, base: str, target_modules: list[str]) -> None:
+    """Writes adapter_config.json; `base` is the base model's path or hub id."""
+    text = json.dumps(_to_peft(config, base, target_modules), indent=2, sort_keys=True)
+    write_durably(folder / CONFIG, text + "\n")
+
+
+def tensor_name(layer: str, kind: str) -> str:
+    """The name under which `kind` (`lora_a`, `lora_b`, `magnitude`) of a layer is stored."""
+    return _PREFIX + layer + _SUFFIXES[kind]
+
+
+def target_modules(model: nn.Module) -> list[str]:
     """The last parts of the adapted names where those say it all, else the full names."""
     adapted = adapted_layers(model)
     leaves = {name.rpartition(".")[2] for name in adapted}
@@ -87,7 +104,7 @@ def _to_peft(config: AdapterConfig, base: str, target_modules: list[str]) -> dic
     }
 
 
-def read_config(folder: Path) -> AdapterConfig:
+def read_config(folder: Path) -> StoredAdapter:
     """The options of an adapter folder, `target_modules` being the full names of the layers that it holds.
 
     Raises:
@@ -99,24 +116,46 @@ def read_config(folder: Path) -> AdapterConfig:
         raise AdapterError(f"no {CONFIG} in {folder}: give the folder of an adapter in PEFT format") from None
     except json.JSONDecodeError as error:
         raise AdapterError(f"{folder / CONFIG} is not JSON: {error}") from None
+    if not isinstance(values, dict) or not {"r", "lora_alpha"} <= values.keys():
+        raise AdapterError(
+            f"{folder / CONFIG} names no r and lora_alpha: it is not the config of a LoRA or DoRA adapter"
+        )
     refused = [name for name in _REFUSED if values.get(name)]
     if values.get("peft_type") != "LORA" or values.get("bias", "none") != "none" or refused:
         raise AdapterError(
             f"{folder}: only plain LoRA and DoRA adapters without trained biases load here; this one has "
             f"peft_type={values.get('peft_type')!r}, bias={values.get('bias')!r}, {refused}"
         )
-    names = [
-        key[len(_PREFIX) : -len(_SUFFIXES["lora_a"])] for key in _keys(folder) if key.endswith(_SUFFIXES["lora_a"])
-    ]
-    return AdapterConfig(
+    suffix = _SUFFIXES["lora_a"]
+    with _opened(folder) as file:
+        ranks = {
+            name[len(_PREFIX) : -len(suffix)]: int(file.get_slice(key).get_shape()[0])
+            for name, key in _names(file).items()
+            if name.endswith(suffix)
+        }
+    stored = StoredAdapter(
         method=AdapterMethod.dora if values.get("use_dora") else AdapterMethod.lora,
         rank=values["r"],
         alpha=values["lora_alpha"],
         dropout=values.get("lora_dropout", 0.0),
         rank_stabilized=values.get("use_rslora", False),
-        target_modules=names,
+        target_modules=list(ranks),
         path=str(folder),
     )
+    if values.get("rank_pattern") or values.get("alpha_pattern"):
+        for name, rank in ranks.items():
+            alpha = _by_pattern(values.get("alpha_pattern") or {}, name, values["lora_alpha"])
+            stored.layers[name] = rank, replace(stored, rank=rank, alpha=alpha).scaling
+    return stored
+
+
+def _by_pattern(patterns: dict[str, float], name: str, usual: float) -> float:
+    """The value of the pattern that PEFT takes for a layer: the first that is the end of its name, or from `^` all."""
+    for pattern, value in patterns.items():
+        whole = pattern if pattern.startswith("^") else rf"(.*\.)?({pattern})$"
+        if re.match(whole, name):
+            return value
+    return usual
 
 
 def check_continues(config: AdapterConfig) -> AdapterConfig:
@@ -126,6 +165,10 @@ def check_continues(config: AdapterConfig) -> AdapterConfig:
         AdapterError: the folder's adapter is of another shape.
     """
     stored = read_config(Path(str(config.path)))
+    if isinstance(config, StoredAdapter):
+        return config
+    if stored.layers:
+        raise AdapterError(f"adapter.path={config.path} has layers of several ranks or alphas: only merging reads that")
     for option in ("method", "rank", "scaling"):
         wanted, given = getattr(config, option), getattr(stored, option)
         if wanted != given:
@@ -133,16 +176,45 @@ def check_continues(config: AdapterConfig) -> AdapterConfig:
     return replace(config, target_modules=stored.target_modules)
 
 
-def _keys(folder: Path) -> list[str]:
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    """The folder's weights."""
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            return list(file.keys())
+        file = safe_open(folder / WEIGHTS, framework="pt")
     except FileNotFoundError:
         pickled = (folder / "adapter_model.bin").exists()
         hint = " (adapter_model.bin is a pickle, which can run code: convert it with PEFT first)" if pickled else ""
         raise AdapterError(f"no {WEIGHTS} in {folder}{hint}") from None
     except SafetensorError as error:
         raise AdapterError(f"{folder / WEIGHTS} is damaged or cut short: {error}") from None
+    with file:
+        yield file
+
+
+def _names(file: Any) -> dict[str, str]:
+    """Names as PEFT writes them now to those in the file: some versions wrote `lora_magnitude_vector.weight`."""
+    keys: list[str] = list(file.keys())
+    return {key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): key for key in keys}
+
+
+def check(model: nn.Module, folder: Path) -> None:
+    """Raises `AdapterError` where layers or shapes of the folder and of the model's adapters differ."""
+    expected = {
+        tensor_name(name, kind): parameter
+        for name, layer in adapted_layers(model).items()
+        for kind, parameter in _parameters(layer).items()
+    }
+    with _opened(folder) as file:
+        found = _names(file)
+        if found.keys() != expected.keys():
+            odd = sorted(found.keys() ^ expected.keys())
+            raise AdapterError(
+                f"the adapter in {folder} belongs to another model or method: {len(odd)} tensors differ, first {odd[0]}"
+            )
+        for key, parameter in expected.items():
+            shape = tuple(file.get_slice(found[key]).get_shape())
+            if shape != tuple(parameter.shape):
+                raise AdapterError(f"{key} in {folder} has shape {shape}, the model wants {tuple(parameter.shape)}")
 
 
 @torch.no_grad()
@@ -152,25 +224,18 @@ def load(model: nn.Module, folder: Path) -> None:
     Raises:
         AdapterError: a layer or a shape differs.
     """
-    layers = adapted_layers(model)
-    expected = {
-        _PREFIX + name + _SUFFIXES[kind]: parameter
-        for name, layer in layers.items()
-        for kind, parameter in _parameters(layer).items()
-    }
-    # PEFT writes `lora_magnitude_vector`; some versions wrote `lora_magnitude_vector.weight`.
-    found = {key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): key for key in _keys(folder)}
-    if found.keys() != expected.keys():
-        odd = sorted(found.keys() ^ expected.keys())
-        raise AdapterError(
-            f"the adapter in {folder} belongs to another model or method: {len(odd)} tensors differ, first {odd[0]}"
-        )
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        for key, parameter in expected.items():
-            stored = file.get_slice(found[key])
-            if tuple(stored.get_shape()) != tuple(parameter.shape):
-                raise AdapterError(
-                    f"{key} in {folder} has shape {tuple(stored.get_shape())}, the model wants {tuple(parameter.shape)}"
-                )
-            own, first = own_rows(parameter)
-            own.copy_(stored[first : first + own.shape[0]])
+    check(model, folder)
+    with _opened(folder) as file:
+        found = _names(file)
+        for name, layer in adapted_layers(model).items():
+            for kind, parameter in _parameters(layer).items():
+                own, first = own_rows(parameter)
+                own.copy_(file.get_slice(found[tensor_name(name, kind)])[first : first + own.shape[0]])
+
+
+def load_layer(folder: Path, name: str) -> dict[str, Tensor]:
+    """`lora_a`, `lora_b` and (of DoRA) `magnitude` of one layer, float32, as they are stored."""
+    with _opened(folder) as file:
+        found = _names(file)
+        keys = {kind: _PREFIX + name + suffix for kind, suffix in _SUFFIXES.items()}
+        return {kind: file.get_tensor(found[key]).float() for kind, key in keys.items() if key in found}

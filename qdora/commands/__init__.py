@@ -7,6 +7,7 @@ YAML over the dataclasses and applies the overrides; what is passed on is the da
 import importlib
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,9 @@ from qdora.interrupt import interrupt
 from qdora.rank_files import leave_error
 
 HELP = ("-h", "--help")
+TEXTS = ("prompt", "system")
+"""Options that are taken as they are written, quotes and all: they hold what people say."""
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 GRACE_S = 10.0
 """How much later than the others rank 0 may find the same mistake."""
@@ -51,6 +55,8 @@ COMMANDS = {
     "train": Command(config.RunConfig, "qdora.training:train", "fine-tune a model", can_resume=True),
     "merge": Command(config.MergeConfig, "qdora.merging:merge", "write base and adapter as one ordinary checkpoint"),
     "evaluate": Command(config.EvaluateConfig, "qdora.evaluation:evaluate", "score a run or a model on held-out data"),
+    "generate": Command(config.GenerateConfig, "qdora.generation:generate", "answer a prompt, as it is made"),
+    "chat": Command(config.ChatConfig, "qdora.generation:chat", "talk with a run or a model"),
     "doctor": Command(config.DoctorConfig, "qdora.doctor:doctor", "check whether a run can start on this machine"),
 }
 
@@ -113,7 +119,7 @@ def compose(name: str, arguments: list[str]) -> DictConfig | None:
     if not {"-m", "--multirun"}.isdisjoint(arguments):
         raise ConfigError("--multirun is several runs, and one process does one: call qdora once for each")
     config_class = COMMANDS[name].config_class
-    arguments, named = _named_as_groups(arguments, config_class)
+    arguments, named = _taken_out(arguments, config_class)
     ConfigStore.instance().store(name=f"{name}_schema", node=config_class)
     composed: list[DictConfig] = []
     said = io.StringIO()
@@ -134,8 +140,8 @@ def compose(name: str, arguments: list[str]) -> DictConfig | None:
     return composed[0] if composed else None
 
 
-def _named_as_groups(arguments: list[str], config_class: type) -> tuple[list[str], dict[str, str | None]]:
-    """Takes out what sets a plain option with a group's name, as `adapter=DIR`: Hydra would look for such a choice."""
+def _taken_out(arguments: list[str], config_class: type) -> tuple[list[str], dict[str, str | None]]:
+    """Takes out what Hydra would misread: a plain option with a group's name, as `adapter=DIR`, and free text."""
     hints = get_type_hints(config_class)
     groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
     plain = {option for option, hint in hints.items() if option in groups and not is_dataclass(hint)}
@@ -143,7 +149,9 @@ def _named_as_groups(arguments: list[str], config_class: type) -> tuple[list[str
     named: dict[str, str | None] = {}
     for argument in arguments:
         option, equals, value = argument.lstrip("+").partition("=")
-        if equals and option in plain:
+        if equals and option in TEXTS and option in hints:
+            named[option] = _INTERPOLATION.sub(r"\1\1\\${", value)  # OmegaConf would look `${name}` up
+        elif equals and option in plain:
             if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
                 value = value[1:-1]
             named[option] = None if value == "null" else value

@@ -3,10 +3,11 @@
 Values are checked when a dataclass is made, across groups in the three of the commands. All raise `ConfigError`.
 """
 
-from qdora.config.commands import DoctorConfig, EvaluateConfig, MergeConfig, RunConfig
+from qdora.config.commands import ChatConfig, DoctorConfig, EvaluateConfig, GenerateConfig, MergeConfig, RunConfig
 from qdora.config.groups import (
     AdapterConfig,
     DataConfig,
+    GgufConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -18,9 +19,13 @@ from qdora.config.words import (
     ActivationCheckpointing,
     AdapterMethod,
     Attention,
+    Compare,
     DataFormat,
     Dtype,
+    GgufType,
     MergeBase,
+    MergedDtype,
+    MergeFormat,
     OnBadStep,
     Overlong,
     Plan,
@@ -37,13 +42,20 @@ __all__ = [
     "AdapterConfig",
     "AdapterMethod",
     "Attention",
+    "ChatConfig",
+    "Compare",
     "DataConfig",
     "DataFormat",
     "DoctorConfig",
     "Dtype",
     "EvaluateConfig",
+    "GenerateConfig",
+    "GgufConfig",
+    "GgufType",
     "MergeBase",
     "MergeConfig",
+    "MergeFormat",
+    "MergedDtype",
     "ModelConfig",
     "OnBadStep",
     "OptimConfig",

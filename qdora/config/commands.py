@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from qdora.config.groups import (
     AdapterConfig,
     DataConfig,
+    GgufConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -15,7 +16,16 @@ from qdora.config.groups import (
     TrainConfig,
     require,
 )
-from qdora.config.words import AdapterMethod, MergeBase, Protocol, QuantMethod, Report
+from qdora.config.words import (
+    AdapterMethod,
+    Compare,
+    MergeBase,
+    MergedDtype,
+    MergeFormat,
+    Protocol,
+    QuantMethod,
+    Report,
+)
 
 T = TypeVar("T", ModelConfig, DataConfig)
 
@@ -93,11 +103,24 @@ class MergeConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     output: str | None = None
-    """Folder to write; it must not exist, or be a finished merge."""
+    """Folder to write; it must not exist, or hold the same merge, finished or begun."""
     base: MergeBase = MergeBase.nf4
-    """`nf4`: the dequantised base, exactly what was trained; there is no other yet."""
+    """`nf4`: the dequantised base, exactly what was trained. `original`: the weights before they were quantised, DoRA's
+    row norms computed for them. `auto`: measures both on held-out text and takes the better."""
+    format: MergeFormat = MergeFormat.hf
+    """`hf`, an ordinary transformers checkpoint; `nf4`, the same quantised by bitsandbytes; `gguf`, for llama.cpp;
+    `lora`, the best LoRA adapter (also of a DoRA one), for servers that take no other."""
+    dtype: MergedDtype = MergedDtype.bfloat16
+    """What weights are rounded to, once, after arithmetic in float32."""
+    gguf: GgufConfig = field(default_factory=GgufConfig)
+    lora_rank: int | None = None
+    """Rank of `format=lora`; null means the adapter's own where that is exact (LoRA), twice it otherwise."""
     max_shard_gib: float = 4.0
     """Size of each safetensors file at most."""
+    verify: bool = True
+    """Load what was written with plain transformers in a process of its own and compare it with the adapted model."""
+    held_out: str | None = None
+    """Data to compare on (and for `base=auto`); null means the run's `data.eval`, or else a text that qdora brings."""
 
     def __post_init__(self) -> None:
         require(
@@ -108,9 +131,18 @@ class MergeConfig:
             self.adapter is None or self.model.path is not None, "adapter=DIR needs model.path=... (its base model)"
         )
         if self.run is not None:
-            refuse_settled(self.model, self.quant, QuantConfig(), free={"model.path", "model.dtype"})
-        require(self.output is not None, "output is not set: give the folder to write")
+            refuse_settled(self.model, self.quant, QuantConfig(), free={"model.path"})
+        require(bool(self.output), "output is not set: give the folder to write")
         require(self.max_shard_gib > 0, f"max_shard_gib is {self.max_shard_gib}; it must be above 0")
+        require(self.held_out != "", "held_out is empty: give a data file, or leave it out")
+        require(self.lora_rank is None or self.lora_rank >= 1, f"lora_rank is {self.lora_rank}; it must be at least 1")
+        if self.format is not MergeFormat.lora:
+            refuse({"lora_rank"} if self.lora_rank is not None else (), "it goes with format=lora")
+        if self.format is not MergeFormat.gguf:
+            refuse({f"gguf.{name}" for name in changed(self.gguf, GgufConfig())}, "it goes with format=gguf")
+        else:
+            usual = self.dtype is MergedDtype.bfloat16
+            require(usual, "dtype: with format=gguf it is gguf.type that says how weights are written")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -164,3 +196,58 @@ class DoctorConfig:
     """Where runs would be written."""
     report: Report = Report.table
     """`table` for people, `json` for machines."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ChatConfig:
+    """`qdora chat`."""
+
+    run: str | None = None
+    """Folder of a finished run: its adapter over its base (`model.path` if that was moved); or give `model.path`."""
+    adapter: str | None = None
+    """Folder of an adapter in PEFT format, over `model.path`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=lambda: QuantConfig(method=QuantMethod.none))
+    system: str | None = None
+    """What the model is told first, where its chat template has a place for it."""
+    compare: Compare | None = None
+    """`base` shows what the model answers without its adapter, too."""
+    max_new_tokens: int = 512
+    """Length of an answer at most."""
+    temperature: float = 0.0
+    """0 takes the most likely token each time; above, tokens are drawn."""
+    top_p: float = 1.0
+    """Tokens are drawn among the most likely ones that have this probability together."""
+    seed: int = 0
+    """Fixes what is drawn."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.run is not None or self.model.path is not None,
+            "give one of run=DIR and model.path=DIR (optionally with adapter=DIR)",
+        )
+        require(self.adapter is None or self.run is None, "adapter=DIR goes with model.path=DIR; a run has its own")
+        if self.run is not None:
+            refuse_settled(self.model, self.quant, QuantConfig(method=QuantMethod.none), free={"model.path"})
+        require(
+            self.compare is None or self.run is not None or self.adapter is not None,
+            "compare=base needs run=DIR or adapter=DIR: a model without an adapter has nothing to compare",
+        )
+        require(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        require(self.temperature >= 0, f"temperature is {self.temperature}; it must not be below 0")
+        require(0 < self.top_p <= 1, f"top_p is {self.top_p}; allowed: 0 < top_p <= 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig(ChatConfig):
+    """`qdora generate`."""
+
+    prompt: str | None = None
+    """What to answer; `-` reads it from standard input."""
+    chat_template: bool = True
+    """Ask through the model's chat template; false goes on from the bare text."""
+
+    def __post_init__(self) -> None:
+        super(GenerateConfig, self).__post_init__()  # by name: slots make a second class, which super() alone misses
+        require(bool(self.prompt), 'prompt is not set: give prompt="..." or prompt=- for standard input')
+        require(self.system is None or self.chat_template, "system: without a chat template there is no place for it")

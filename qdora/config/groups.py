@@ -10,6 +10,7 @@ from qdora.config.words import (
     Attention,
     DataFormat,
     Dtype,
+    GgufType,
     OnBadStep,
     Overlong,
     Plan,
@@ -96,6 +97,10 @@ class AdapterConfig:
         """s of y = g (W x + s B A x): alpha / rank, or alpha / sqrt(rank) when rank-stabilised."""
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         return alpha / self.rank**0.5 if self.rank_stabilized else alpha / self.rank
+
+    def shape_of(self, layer: str) -> tuple[int, float]:
+        """Rank and scaling of one layer."""
+        return self.rank, self.scaling
 
 
 @dataclass(kw_only=True, slots=True)
@@ -251,3 +256,9 @@ class TrackerConfig:
     """Upload the adapter folder as an artifact at the end."""
     timeout_s: int = 30
     """Seconds that starting or finishing the W&B run may take."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GgufConfig:
+    type: GgufType = GgufType.q8_0
+    """`f16`, `bf16`, `q8_0` (8.5 bits a weight) or `q4_0` (4.5 bits)."""

@@ -83,6 +83,32 @@ class Protocol(Enum):
 
 class MergeBase(Enum):
     nf4 = "nf4"
+    original = "original"
+    auto = "auto"
+
+
+class MergedDtype(Enum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class MergeFormat(Enum):
+    hf = "hf"
+    nf4 = "nf4"
+    gguf = "gguf"
+    lora = "lora"
+
+
+class GgufType(Enum):
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    q4_0 = "q4_0"
+
+
+class Compare(Enum):
+    base = "base"
 
 
 class Report(Enum):

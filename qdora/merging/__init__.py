@@ -1,114 +1,202 @@
-"""From a base model and an adapter to one ordinary checkpoint, a layer in memory at a time.
+"""`qdora merge`: from a base model and an adapter to something that other programs load, and the proof of what it is.
 
-    W' = (m / n) (W + s B A)
-
-with W the dequantised NF4 weight that was trained over; layers without an adapter are dequantised too.
+Everything is written beside and gets its name when it is whole and compared with the model that was trained. The same
+command goes on with what a killed one has left, and does nothing where all is done.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
 
-from qdora import nf4, parallel
+from qdora import parallel
 from qdora.adapter import peft_format
-from qdora.adapter.dora import adapted_layers
-from qdora.config import MergeConfig, ModelConfig, QuantConfig, QuantMethod
-from qdora.config.commands import overlaid
-from qdora.errors import ConfigError
-from qdora.model import model_folder
-from qdora.model.build import EmptyModel, build_model
-from qdora.model.export import write_checkpoint
-from qdora.model.load import base_modules, fill, materialise
-from qdora.nf4 import NF4Linear
-from qdora.parallel import World
-from qdora.run_folder import RunFolder
+from qdora.config import MergeBase, MergeConfig, MergeFormat, QuantConfig, QuantMethod
+from qdora.errors import EXIT_NOT_VERIFIED, ConfigError
+from qdora.files import write_durably
+from qdora.merging.card import model_card
+from qdora.merging.formats import exactness, write
+from qdora.merging.lora import lora_rank
+from qdora.merging.parts import Parts
+from qdora.merging.verification import Sample, better_base, held_out, verify
+from qdora.model import load_tokenizer
+from qdora.model.checkpoint_files import CheckpointFiles
+from qdora.model.writer import finish
 
 RECORD = "merge.json"
 """What was merged; written with the checkpoint, so that the same merge is not made twice."""
+VERIFICATION = "verification.json"
+CARD = "README.md"
+MARK = "FAILED_VERIFICATION.txt"
 
 
 def merge(config: MergeConfig) -> int:
-    """Writes the checkpoint that `config` asks for; returns the exit status.
+    """Writes what `config` asks for; returns the exit status, `EXIT_NOT_VERIFIED` where it is not what was trained.
 
     Raises:
-        QdoraError: the run, the adapter or the base do not fit, or `output` holds something else.
+        QdoraError: the run, the adapter or the base do not fit, there is no room, or `output` holds something else.
     """
     started = time.perf_counter()
     world = parallel.start_alone("qdora merge")
-    model_config, quant, adapter_folder = _parts(config)
-    adapter = peft_format.read_config(adapter_folder)
+    parts = Parts.of(config)
     output = Path(str(config.output))
-    weights = (adapter_folder / peft_format.WEIGHTS).read_bytes()
-    record = {
-        "base": str(model_config.path),
-        "base_weights": "as stored" if quant.method is QuantMethod.none else f"dequantised {config.base.name}",
-        "adapter": hashlib.sha256(weights).hexdigest(),
-        "dtype": model_config.dtype.name,
-    }
+    wanted = _wanted(config, parts)
     if output.exists():
-        _check_same(output, record)
-        print(f"{output} is this merge already")
-        return 0
-    base = model_folder(model_config)
-    empty = build_model(base, model_config, quant, adapter)
-    tensors = merged_tensors(empty, adapter_folder, world)
-    write_checkpoint(tensors, output, base, int(config.max_shard_gib * 2**30), {RECORD: record})
-    adapted = len(empty.report.adapted)
-    print(f"merged {adapted} layers into {output} in {time.perf_counter() - started:.1f} s; load it with transformers")
-    return 0
+        record = _same(output, wanted)
+        if not config.verify or (output / VERIFICATION).exists():
+            if (output / MARK).exists():
+                print(f"{output} is this merge already, and NOT the model that was trained: see {CARD}")
+                return EXIT_NOT_VERIFIED
+            print(f"{output} is this merge already")
+            return 0
+        print(f"{output} is this merge already, not verified yet")
+        verified = _verified(config, parts, _quant(parts, record["base_weights"]), output)
+        _write_rest(output, parts, record, verified, output)
+        return _conclude(record, verified, output)
+    partial = output.with_name(output.name + ".partial")
+    with _alone(output):
+        base = config.base
+        if base is MergeBase.auto:
+            base = _better(config, parts)
+        quant = _quant(parts, base.name)
+        try:
+            told = write(config, parts, quant, partial, wanted | {"chosen": base.name}, world)
+            record = wanted | {"base_weights": base.name} | told
+            print(f"merged {told['num_layers']} layers in {time.perf_counter() - started:.1f} s")
+            verification = _verified(config, parts, quant, partial) if config.verify else None
+            _write_rest(partial, parts, record, verification, output)
+            finish(partial, output)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"output={output} could not be written: {error}. Make room; the same command goes on"
+            ) from None
+    print(f"written to {output}; {CARD} says how to load it")
+    return _conclude(record, verification, output)
 
 
-def merged_tensors(empty: EmptyModel, adapter_folder: Path, world: World) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the merged model under its name in the base checkpoint, one layer in memory at a time.
-
-    Raises:
-        AdapterError: the adapter is of another model.
-    """
-    layers = adapted_layers(empty.model)
-    for layer in layers.values():
-        for kind, parameter in [*layer.named_parameters(recurse=False)]:
-            setattr(layer, kind, nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False))
-    peft_format.load(empty.model, adapter_folder)
-    names = empty.sources.keys | {name: name for name in empty.sources.conversions}
-    for name, module in base_modules(empty.model):
-        kinds = [kind for kind, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]]
-        kinds += ["weight"] if isinstance(module, NF4Linear) else []
-        wanted = {kind: names[f"{name}.{kind}"] for kind in kinds if f"{name}.{kind}" in names}
-        if not wanted:
-            continue
-        materialise(module, world.device, world.device)
-        fill(empty, name, module, world)
-        for kind, stored_as in wanted.items():
-            if kind == "weight" and name in layers:
-                layers[name].measure(world.device)
-                tensor = layers[name].merged_weight(world.device, empty.dtype)
-            elif kind == "weight" and isinstance(module, NF4Linear):
-                tensor = nf4.weight_from(module.tensors(), empty.dtype)
-            else:
-                tensor = getattr(module, kind)
-            # A copy: the dequantised weight lies in a buffer that the next layer reuses.
-            yield stored_as, tensor.detach().to("cpu", copy=True)
-        module.to("meta")
+def _wanted(config: MergeConfig, parts: Parts) -> dict[str, Any]:
+    """All that decides what is written."""
+    return {
+        "base": str(parts.model.path),
+        "base_fingerprint": CheckpointFiles(parts.base).fingerprint(),
+        "quantised": parts.quant.method.name,
+        "trained_in": parts.model.dtype.name,
+        "base_option": config.base.name,
+        "adapter": hashlib.sha256((parts.adapter_folder / peft_format.WEIGHTS).read_bytes()).hexdigest(),
+        "format": config.format.name,
+        "dtype": config.gguf.type.name if config.format is MergeFormat.gguf else config.dtype.name,
+        "lora_rank": lora_rank(parts.adapter, config.lora_rank) if config.format is MergeFormat.lora else None,
+    }
 
 
-def _parts(config: MergeConfig) -> tuple[ModelConfig, QuantConfig, Path]:
-    if config.run is None:
-        return config.model, config.quant, Path(str(config.adapter))
-    folder = RunFolder(Path(config.run))
-    run = folder.read_config()
-    # model.dtype=float32 spares the merged weights the rounding to bfloat16.
-    return overlaid(run.model, config.model), run.quant, folder.finished_adapter()
-
-
-def _check_same(output: Path, record: dict[str, Any]) -> None:
+def _same(output: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The record of what is in `output`, which must be a merge of the same."""
     found = output / RECORD
     if not found.exists():
         raise ConfigError(f"output={output} exists and is not a merge: give another folder")
-    if json.loads(found.read_text(encoding="utf-8")) != record:
-        raise ConfigError(f"output={output} holds the merge of something else: remove it, or give another folder")
+    try:
+        record: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ConfigError(f"{found} is damaged: remove {output}, or give another folder") from None
+    different = [name for name, value in wanted.items() if record.get(name) != value]
+    if different:
+        pairs = ", ".join(f"{name} {record.get(name)} (now {wanted[name]})" for name in different)
+        raise ConfigError(f"output={output} holds another merge: {pairs}. Remove it, or give another folder")
+    return record
+
+
+def _quant(parts: Parts, base: str) -> QuantConfig:
+    """What the base that is merged into was quantised to."""
+    if base == MergeBase.nf4.name:
+        return parts.quant
+    stored = json.loads((parts.base / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in stored:
+        raise ConfigError(
+            f"base={base}: {parts.model.path} is stored in 4 bits; give the checkpoint that it was made from as "
+            "model.path, or base=nf4"
+        )
+    return QuantConfig(method=QuantMethod.none)
+
+
+def _held_out(config: MergeConfig, parts: Parts) -> tuple[str, list[Sample]]:
+    return held_out(parts, config.held_out, load_tokenizer(parts.base, parts.model))
+
+
+def _better(config: MergeConfig, parts: Parts) -> MergeBase:
+    source, samples = _held_out(config, parts)
+    base, losses = better_base(parts, samples)
+    measured = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) or "there is no other"
+    print(f"base=auto takes {base.name}: loss on {source}: {measured}")
+    return base
+
+
+def _verified(config: MergeConfig, parts: Parts, quant: QuantConfig, folder: Path) -> dict[str, Any]:
+    source, samples = _held_out(config, parts)
+    return verify(parts, quant, samples, source, folder, config.format, exactness(config, parts.adapter))
+
+
+def _write_rest(
+    folder: Path, parts: Parts, record: dict[str, Any], verification: dict[str, Any] | None, output: Path
+) -> None:
+    if verification is not None:
+        write_durably(folder / VERIFICATION, json.dumps(verification, indent=2) + "\n")
+        if verification["failed"]:
+            write_durably(folder / MARK, "\n".join(verification["failed"]) + "\n")
+    write_durably(folder / CARD, model_card(parts, record, verification, output))
+    write_durably(folder / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def _conclude(record: dict[str, Any], verification: dict[str, Any] | None, output: Path) -> int:
+    """Prints what the verification says; returns the exit status."""
+    if verification is None:
+        return 0
+    if "unreadable" in verification:
+        print(f"not verified: transformers cannot read it ({verification['unreadable']})")
+        return 0
+    perplexity = " ".join(f"{name} {_shown(value)}" for name, value in verification["perplexity"].items())
+    print(
+        f"verified on {verification['num_tokens']} tokens of {verification['held_out']}: perplexity {perplexity}; "
+        f"same top token {_shown(verification['top1_agreement'])}, KL {_shown(verification['mean_kl'])} nats a token"
+    )
+    if verification["passed"]:
+        return 0
+    print(f"it is NOT the model that was trained: {'; '.join(verification['failed'])}. {output / MARK} marks it")
+    if record["format"] == "nf4" and record["base_weights"] == "nf4":
+        print("NF4 rounds most weights back to those that were trained over: try base=original, or format=hf")
+    return EXIT_NOT_VERIFIED
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keeps a second merge from the same output.
+
+    Raises:
+        ConfigError: another process merges there, or the folder cannot be made.
+    """
+    name = output.with_name(f".{output.name}.lock")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigError(f"output={output} cannot be made: {error.strerror}") from None
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"another process merges into {output} now: wait, or give another folder") from None
+        yield
+        name.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)

@@ -4,6 +4,7 @@ The files are read with `pread`, not mapped: pages of a mapped file count as the
 them back, and a rank must never be seen to hold the model.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ _DTYPES = {
 }
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CHUNK_BYTES = 2**25
+_FINGERPRINT_BYTES = 1024
+"""Of each tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,14 @@ class CheckpointFiles:
         with entry.file.open("rb") as stream:
             stream.seek(entry.offset)
             return stream.read(min(count, prod(entry.shape) * entry.dtype.itemsize))
+
+    def fingerprint(self) -> str:
+        """Names, shapes and first bytes of all tensors, hashed: another fine-tune of the same model differs."""
+        digest = hashlib.sha256()
+        for name, entry in sorted(self.entries.items()):
+            digest.update(repr((name, str(entry.dtype), entry.shape)).encode())
+            digest.update(self.first_bytes(name, _FINGERPRINT_BYTES))
+        return digest.hexdigest()[:16]
 
 
 def _read_exactly(descriptor: int, view: memoryview, offset: int) -> None:

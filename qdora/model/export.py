@@ -1,77 +1,50 @@
-"""Writing an ordinary transformers checkpoint, a tensor at a time."""
+"""Writing an ordinary transformers checkpoint."""
 
 import json
 import shutil
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from qdora.files import write_durably
 from qdora.model.load import LoadedModel
+from qdora.model.writer import Job, Rows, finish, safetensors_layout, write_tensors
 from qdora.parallel import World, gather_rows
 
 MAX_SHARD_BYTES = 4 * 2**30
 """Size of a safetensors file at most; a single larger tensor gets its own."""
-_COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
-_SKIPPED = ("*.index.json", "adapter_config.json", "trainer_state.json", "training_args.json")
+INDEX = "model.safetensors.index.json"
+_COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+_SKIPPED = (
+    "*.index.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    "training_args.json",
+    "merge.json",
+    "verification.json",
+)
 
 
 def write_checkpoint(
-    tensors: Iterable[tuple[str, Tensor]],
-    output: Path,
-    base: Path,
-    max_shard_bytes: int,
-    records: dict[str, Any] | None = None,
+    folder: Path, jobs: Sequence[Job], base: Path, what: object, max_shard_bytes: int, num_workers: int | None = None
 ) -> None:
-    """Writes (name, tensor) pairs as sharded safetensors with an index, beside and then renamed.
+    """Writes `jobs` to `folder` as safetensors, with an index where there are several files, and the rest of `base`.
 
-    Config (without a quantisation), tokenizer, chat template and generation config are copied from `base`. At most
-    `max_shard_bytes` and one tensor are in memory at a time. `records` are JSON files to lie with them.
+    Raises:
+        ConfigError: there is no room.
     """
-    beside = output.with_name(output.name + ".partial")
-    if beside.exists():
-        shutil.rmtree(beside)
-    beside.mkdir(parents=True)
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total = 0
-
-    def flush() -> None:
-        nonlocal pending_bytes
-        if pending:
-            save_file(pending, beside / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
-            shards.append(list(pending))
-            pending.clear()
-            pending_bytes = 0
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending_bytes + size > max_shard_bytes:
-            flush()
-        pending[name] = tensor.contiguous()
-        pending_bytes += size
-        total += size
-    flush()
-
-    weight_map: dict[str, str] = {}
-    for index, names in enumerate(shards):
-        single = len(shards) == 1
-        file = "model.safetensors" if single else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        (beside / f"shard-{index}.safetensors").rename(beside / file)
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-        (beside / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
-    _copy_rest(base, beside)
-    for name, record in (records or {}).items():
-        (beside / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    beside.rename(output)
+    layout, index = safetensors_layout(jobs, max_shard_bytes)
+    write_tensors(folder, layout, what, num_workers=num_workers)
+    if len(layout.headers) > 1:
+        write_durably(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    dtypes = {job.dtype for job in jobs if job.dtype.is_floating_point}
+    copy_rest(base, folder, str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch."))
 
 
-def _copy_rest(base: Path, output: Path) -> None:
+def copy_rest(base: Path, output: Path, dtype: str) -> None:
+    """Copies config (without a quantisation, naming `dtype`), generation config, tokenizer and chat template."""
     for pattern in _COPIED:
         for file in base.glob(pattern):
             if not any(file.match(skipped) for skipped in _SKIPPED):
@@ -79,25 +52,42 @@ def _copy_rest(base: Path, output: Path) -> None:
     config = output / "config.json"
     values = json.loads(config.read_text(encoding="utf-8"))
     values.pop("quantization_config", None)
+    values.pop("torch_dtype", None)
+    values["dtype"] = dtype
     config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def export_model(loaded: LoadedModel, output: Path, base: Path, world: World) -> None:
     """Writes every weight of a fully fine-tuned model in its compute dtype; replaces `output`. *Collective*."""
 
-    def tensors() -> Iterable[tuple[str, Tensor]]:
-        for name, stored_as in loaded.checkpoint_names.items():
-            module, _, kind = name.rpartition(".")
-            (whole,) = gather_rows([getattr(loaded.model.get_submodule(module), kind)], loaded.dtype, world.device)
-            yield stored_as, whole.cpu()
+    def parameter(name: str) -> Tensor:
+        module, _, kind = name.rpartition(".")
+        tensor: Tensor = getattr(loaded.model.get_submodule(module), kind)
+        return tensor
 
-    if world.is_main:
-        if output.exists():
-            shutil.rmtree(output)
-        gathered = iter(tensors())
-        try:
-            write_checkpoint(gathered, output, base, MAX_SHARD_BYTES)
-        finally:  # the other ranks gather along to the end
-            deque(gathered, maxlen=0)
-    else:
-        deque(tensors(), maxlen=0)
+    def gather(name: str) -> Tensor:
+        left.remove(name)
+        return gather_rows([parameter(name)], loaded.dtype, world.device)[0].cpu()
+
+    names = {stored_as: name for name, stored_as in loaded.checkpoint_names.items()}
+    jobs = [
+        Job(stored_as, tuple(parameter(name).shape), loaded.dtype, partial(_whole, gather, name))
+        for stored_as, name in names.items()
+    ]
+    layout, _ = safetensors_layout(jobs, MAX_SHARD_BYTES)
+    left = [names[place.job.name] for place in layout.places]  # the order in which one worker takes them
+    beside = output.with_name(output.name + ".partial")
+    try:
+        if world.is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+            write_checkpoint(beside, jobs, base, "export", MAX_SHARD_BYTES, num_workers=1)
+            shutil.rmtree(output, ignore_errors=True)
+            finish(beside, output)
+    finally:  # the other ranks gather along to the end
+        for name in [*left]:
+            gather(name)
+
+
+def _whole(gather: Callable[[str], Tensor], name: str) -> Rows:
+    tensor = gather(name)
+    return lambda first, last: tensor[first:last] if tensor.ndim else tensor

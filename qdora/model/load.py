@@ -135,7 +135,7 @@ def fill(empty: EmptyModel, name: str, module: nn.Module, world: World) -> None:
         name: the module's, in the untouched model (as `base_modules` gives it).
     """
     if isinstance(module, NF4Linear):
-        _fill_nf4(empty, f"{name}.weight", module, world)
+        fill_nf4(empty, f"{name}.weight", module, world)
     for kind, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         full_name = f"{name}.{kind}" if name else kind
         if full_name in empty.sources.keys or full_name in empty.sources.conversions:
@@ -150,7 +150,8 @@ def _read_rows(empty: EmptyModel, name: str, first: int, out: Tensor) -> None:
         out.copy_(convert(empty.model, name, empty.sources, empty.files)[first : first + out.shape[0]])
 
 
-def _fill_nf4(empty: EmptyModel, name: str, module: NF4Linear, world: World) -> None:
+def fill_nf4(empty: EmptyModel, name: str, module: NF4Linear, world: World) -> None:
+    """Reads this rank's rows of the weight called `name`, quantising them where they are not. *Collective*."""
     packed, first = own_rows(module.packed)
     absmax, _ = own_rows(module.absmax)
     rows, width = packed.shape[0], module.in_features

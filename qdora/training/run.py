@@ -37,9 +37,6 @@ from qdora.training.memory import (
 from qdora.training.results import conclude, num_trainable, versions, write_results
 from qdora.training.trainer import Trainer, num_steps
 
-FINGERPRINT_BYTES = 1024
-"""Of each tensor of the base model."""
-
 
 @dataclass(frozen=True, slots=True)
 class Recomputation:
@@ -106,7 +103,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     if config.train.compile:
         compile_blocks(loaded.blocks, world.device)
     trainer = Trainer(config, world, loaded, train_loader, eval_loader, folder)
-    fingerprints = {"data": train_data.fingerprint, "model": model_fingerprint(base)}
+    fingerprints = {"data": train_data.fingerprint, "model": CheckpointFiles(base).fingerprint()}
     if found is not None:
         _resume(trainer, *found, fingerprints)
         if trainer.step > trainer.num_steps:
@@ -248,16 +245,6 @@ def keep_rows_per_step(config: RunConfig, num_ranks: int, manifest: Manifest) ->
         f"the run has {rows} rows a step, but train.micro_batch_size={now[0]} x train.num_accumulation_steps={now[1]} "
         f"on {num_ranks} ranks are {a_rank * now[1]}: choose them so that they are {rows}, or allow_changes=true"
     )
-
-
-def model_fingerprint(base: Path) -> str:
-    """Names, shapes and first bytes of the base model's tensors, hashed: another fine-tune of it differs."""
-    files = CheckpointFiles(base)
-    digest = hashlib.sha256()
-    for name, entry in sorted(files.entries.items()):
-        digest.update(repr((name, str(entry.dtype), entry.shape)).encode())
-        digest.update(files.first_bytes(name, FINGERPRINT_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _loader(config: RunConfig, world: World, data: TokenDataset, pad_token_id: int, *, shuffle: bool) -> BatchLoader:

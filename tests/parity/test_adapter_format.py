@@ -167,8 +167,7 @@ def test_adapter_config_names_the_method(saved: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("rank_pattern", {"q_proj": 8}),
-        ("alpha_pattern", {"q_proj": 8}),
+        ("trainable_token_indices", [1]),
         ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
         ("peft_type", "IA3"),
@@ -178,6 +177,20 @@ def test_adapter_with_features_of_its_own_is_refused(saved: tuple[Path, Path], o
     file = saved[1] / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
     with pytest.raises(AdapterError, match=option if option not in ("bias", "peft_type") else f"{option}="):
+        peft_format.read_config(saved[1])
+
+
+def test_training_does_not_go_on_from_an_adapter_of_several_ranks(saved: tuple[Path, Path]) -> None:
+    file = saved[1] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha_pattern": {"q_proj": 8}}))
+    with pytest.raises(AdapterError, match="several ranks or alphas"):
+        load_ours(saved[0], AdapterConfig(rank=4, path=str(saved[1])))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"peft_type": "LORA"}'])
+def test_config_that_is_not_of_an_adapter_is_refused(saved: tuple[Path, Path], content: str) -> None:
+    (saved[1] / "adapter_config.json").write_text(content)
+    with pytest.raises(AdapterError, match="it is not the config of a LoRA or DoRA adapter"):
         peft_format.read_config(saved[1])
 
 

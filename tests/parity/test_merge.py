@@ -20,6 +20,7 @@ from qdora.config import (
     DataConfig,
     Dtype,
     MergeConfig,
+    MergedDtype,
     ModelConfig,
     ParallelConfig,
     Plan,
@@ -64,7 +65,7 @@ def merge_config(folder: Path, adapter: Path, output: Path, quant: QuantMethod, 
         model=ModelConfig(path=str(folder), dtype=Dtype.float32),
         quant=QuantConfig(method=quant),
         output=str(output),
-        **changes,
+        **{"dtype": MergedDtype.float32, "verify": False, **changes},
     )
 
 
@@ -121,6 +122,27 @@ def test_merge_gives_the_weights_of_pefts_merge(dora: bool, tmp_path: Path) -> N
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_ranks_and_alphas_by_pattern_are_those_of_peft(dora: bool, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama", dtype=torch.float32)
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules="all-linear",
+        use_dora=dora,
+        use_rslora=True,
+        init_lora_weights=False,
+        rank_pattern={"q_proj": 4, "layers.1.mlp.up_proj": 12},
+        alpha_pattern={"^model.layers.0.*down_proj": 40, "q_proj": 3},
+    )
+    theirs: PeftModel = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    merge(merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.none))
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, weight in theirs.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_layers_without_an_adapter_come_out_dequantised(tmp_path: Path) -> None:
@@ -183,10 +205,10 @@ def saved_run(folder: Path, output: Path) -> Path:
 
 
 def test_run_merged_in_float32_is_rounded_to_bfloat16_nowhere(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model", "llama", dtype=torch.float32)
+    folder = make_model(tmp_path / "model", "llama")
     run = str(saved_run(folder, tmp_path / "run"))
-    merge(MergeConfig(run=run, output=str(tmp_path / "rounded")))
-    merge(MergeConfig(run=run, output=str(tmp_path / "exact"), model=ModelConfig(dtype=Dtype.float32)))
+    merge(MergeConfig(run=run, output=str(tmp_path / "rounded"), verify=False))
+    merge(MergeConfig(run=run, output=str(tmp_path / "exact"), dtype=MergedDtype.float32, verify=False))
     merge(merge_config(folder, tmp_path / "run" / "adapter", tmp_path / "expected", QuantMethod.nf4))
     rounded, exact, expected = (
         load_file(tmp_path / name / "model.safetensors") for name in ("rounded", "exact", "expected")
@@ -202,9 +224,9 @@ def test_run_whose_base_was_moved_is_merged_and_the_record_says_with_what(tmp_pa
     run = saved_run(folder, tmp_path / "run")
     folder.rename(tmp_path / "moved")
     moved = ModelConfig(path=str(tmp_path / "moved"))
-    merge(MergeConfig(run=str(run), output=str(tmp_path / "merged"), model=moved))
+    merge(MergeConfig(run=str(run), output=str(tmp_path / "merged"), model=moved, verify=False))
     record = json.loads((tmp_path / "merged" / "merge.json").read_text())
-    assert (record["base"], record["base_weights"]) == (str(tmp_path / "moved"), "dequantised nf4")
+    assert (record["base"], record["quantised"], record["base_weights"]) == (str(tmp_path / "moved"), "nf4", "nf4")
 
 
 def test_merge_into_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -213,5 +235,5 @@ def test_merge_into_a_folder_of_something_else_is_refused(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="is not a merge"):
         merge(merge_config(folder, tmp_path / "adapter", folder, QuantMethod.nf4))
     merge(merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.nf4))
-    with pytest.raises(ConfigError, match="something else"):
+    with pytest.raises(ConfigError, match="another merge: quantised nf4"):
         merge(merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.none))

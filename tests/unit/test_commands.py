@@ -20,7 +20,10 @@ from tests.support import run as run_process
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tarin"], "unknown command 'tarin', did you mean 'train'?; there are: train, merge, evaluate, doctor"),
+        (
+            ["tarin"],
+            "unknown command 'tarin', did you mean 'train'?; there are: train, merge, evaluate, generate",
+        ),
         (["train", "adapter.rnak=3"], "there is no option adapter.rnak, did you mean 'adapter.rank'?"),
         (["train", "+adapter.rnak=3"], "there is no option adapter.rnak, did you mean 'adapter.rank'?"),
         (["train", "optimm.learning_rate=3"], "there is no option optimm, did you mean 'optim'?"),

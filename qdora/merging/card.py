@@ -1,0 +1,187 @@
+"""README.md of what a merge wrote: what it is, where it comes from, how good it is and how to load it."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qdora.adapter.peft_format import CONFIG
+from qdora.config import MergeBase, QuantMethod, RunConfig
+from qdora.merging.parts import Parts
+from qdora.model.folder import is_hub_id
+
+SNIPPET = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = {folder}
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto"{trusted})
+tokenizer = AutoTokenizer.from_pretrained(folder{trusted})
+{prompt}
+generated = model.generate(**inputs.to(model.device), max_new_tokens=200)
+print(tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+CHAT = """\
+messages = [{"role": "user", "content": "Who are you?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
+PLAIN = """\
+inputs = tokenizer("Once upon a time", return_tensors="pt")"""
+TURNS = "### User:\n...\n\n### Assistant:\n"
+"""A question in `qdora.data.encode.DEFAULT_TEMPLATE`."""
+KINDS = {
+    "hf": "an ordinary transformers checkpoint",
+    "nf4": "a transformers checkpoint whose linear layers bitsandbytes holds in NF4",
+    "gguf": "a GGUF file for llama.cpp",
+    "lora": "a LoRA adapter in PEFT format, to be served beside its base",
+}
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank (docs.vllm.ai, vllm.config.lora)."""
+NUMBERS = {
+    "mean_kl": "KL divergence from the adapted model, nats a token",
+    "top1_agreement": "tokens with the same most likely successor",
+    "gain_lost": "share of the gain over the base that is lost",
+    "mean_logit_difference": "mean difference of logits",
+    "max_logit_difference": "largest difference of logits",
+}
+
+
+def model_card(parts: Parts, record: dict[str, Any], verification: dict[str, Any] | None, output: Path) -> str:
+    """The text of README.md.
+
+    Args:
+        record: merge.json; `format` and `base_weights` (nf4 or original) are understood, for LoRA also `rank`.
+        verification: verification.json, None where it was not wanted.
+        output: the folder that the card describes, by whose name it is called.
+    """
+    kind = str(record["format"])
+    lines = [*_front_matter(parts, kind), "", f"# {output.resolve().name}", ""]
+    lines += [f"`{parts.model.path}` fine-tuned with qdora, as {KINDS[kind]}.", ""]
+    lines += _table(["", ""], _facts(parts, record))
+    lines += ["", "## Training", "", *_training(parts), "", "## Verification", "", *_verification(verification)]
+    return "\n".join([*lines, "", "## How to load", "", *_loading(parts, record, output), ""])
+
+
+def _front_matter(parts: Parts, kind: str) -> list[str]:
+    values: dict[str, Any] = {}
+    if is_hub_id(str(parts.model.path)):
+        values["base_model"] = parts.model.path
+    if kind != "gguf":
+        values["library_name"] = "peft" if kind == "lora" else "transformers"
+    values["tags"] = ["qdora", parts.adapter.method.name]
+    return ["---", yaml.safe_dump(values, sort_keys=False).strip(), "---"]
+
+
+def _facts(parts: Parts, record: dict[str, Any]) -> list[list[str]]:
+    adapter = parts.adapter
+    trained_over = "NF4" if parts.quant.method is QuantMethod.nf4 else "as stored"
+    if parts.quant.method is QuantMethod.nf4 and parts.quant.double_quant:
+        trained_over += ", block scales in 8 bits"
+    rows = [
+        ["Base", f"`{parts.model.path}`" + (f" at {parts.model.revision}" if parts.model.revision else "")],
+        ["Method", adapter.method.name],
+        ["Rank", f"{adapter.rank}"],
+        ["Alpha", f"{adapter.alpha:g}" if adapter.alpha is not None else "-"],
+        ["Scaling", f"{adapter.scaling:g}"],
+        ["Adapted layers", f"{len(adapter.target_modules)}"],
+        ["Base weights while training", trained_over],
+        ["Base weights here", _base_weights(parts, record)],
+    ]
+    shown = {key: value for key, value in record.items() if isinstance(value, str | int | float)}
+    return rows + [[f"`{key}` in merge.json", f"`{_shown(value)}`"] for key, value in shown.items()]
+
+
+def _base_weights(parts: Parts, record: dict[str, Any]) -> str:
+    if parts.quant.method is QuantMethod.none:
+        return "as stored"
+    if record["base_weights"] == MergeBase.original.name:
+        return "the original ones, not the NF4 that was trained over"
+    return "those that were trained over" + (", dequantised" if record["format"] in ("hf", "gguf") else "")
+
+
+def _training(parts: Parts) -> list[str]:
+    if parts.run is None:
+        return [f"The adapter is that of `{parts.adapter_folder}`; nothing is known here of the run that trained it."]
+    config: RunConfig = parts.run.read_config()
+    rows = [
+        ["Training data", f"`{config.data.train}`"],
+        ["Held-out data", f"`{config.data.eval}`" if config.data.eval else "none"],
+        ["Format", config.data.format.name],
+        ["Tokens a sample at most", f"{config.data.max_length}"],
+        ["Learning rate", f"{config.optim.learning_rate:g}, {config.optim.schedule.name}"],
+        ["Seed", f"{config.seed}"],
+    ]
+    if parts.run.summary.exists():
+        summary = json.loads(parts.run.summary.read_text(encoding="utf-8"))
+        names = ("status", "run_id", "steps", "num_tokens", "num_trainable_parameters", "first_loss", "last_loss")
+        rows += [[name.replace("_", " ").capitalize(), _shown(summary[name])] for name in names if name in summary]
+        losses = summary.get("eval_losses") or {}
+        rows += [[f"Held-out loss after step {step}", _shown(loss)] for step, loss in losses.items()]
+        packages = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
+        rows += [["Versions", packages]] if packages else []
+    return _table(["", ""], rows)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not a finite number"
+    if isinstance(value, float):
+        return f"{value:#.4g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value}"
+
+
+def _verification(verification: dict[str, Any] | None) -> list[str]:
+    if verification is None:
+        return ["**Not verified**: nobody has compared this with the model that was trained."]
+    if "unreadable" in verification:
+        return [f"**Not verified**: transformers cannot read it ({verification['unreadable']})."]
+    by = ", ".join(f"{name} {version}" for name, version in verification["versions"].items())
+    where = f"{verification['num_tokens']:,} tokens of `{verification['held_out']}`"
+    verdict = "**Passed**" if verification["passed"] else f"**Failed**: {'; '.join(verification['failed'])}"
+    lines = [f"{verdict}. Loaded in a process of its own ({by}) and compared with the adapted model on {where}.", ""]
+    perplexity = verification["perplexity"]
+    lines += _table(
+        ["Perplexity of", "base", "adapted model", "this"],
+        [["", *(_shown(perplexity[name]) for name in ("base", "adapted", "merged"))]],
+    )
+    thresholds = verification["thresholds"]
+    rows = []
+    for name, what in NUMBERS.items():
+        error = f" ± {_shown(verification[f'{name}_error'])}" if f"{name}_error" in verification else ""
+        threshold = f"{thresholds[name]:g}" if name in thresholds else "-"
+        rows.append([what, _shown(verification[name]) + error, threshold])
+    return [*lines, "", *_table(["Compared with the adapted model", "measured", "threshold"], rows)]
+
+
+def _loading(parts: Parts, record: dict[str, Any], output: Path) -> list[str]:
+    kind, folder = record["format"], shlex.quote(str(output))
+    if kind == "gguf":
+        return ["```sh", f"llama-cli -m {shlex.quote(str(output / 'model.gguf'))}", "```"]
+    if kind == "lora":
+        rank = int(record["lora_rank"])
+        served = next((allowed for allowed in SERVED_RANKS if allowed >= rank), rank)
+        command = f"vllm serve {shlex.quote(str(parts.model.path))}"
+        if parts.quant.method is QuantMethod.nf4 and record["base_weights"] == MergeBase.nf4.name:
+            command += " --quantization bitsandbytes"
+        named = shlex.quote(f"{output.resolve().name}={output}")
+        command += f" --enable-lora --max-lora-rank {served} --lora-modules {named}"
+        return [f"Beside its base ({CONFIG} names it), with vLLM:", "", "```sh", command, "```"]
+    chats = _has_chat_template(parts.base)
+    trusted = ", trust_remote_code=True" if parts.model.trust_remote_code else ""
+    snippet = SNIPPET.format(folder=json.dumps(str(output)), prompt=CHAT if chats else PLAIN, trusted=trusted)
+    lines = ["With transformers:", "", "```python", *snippet.splitlines(), "```", ""]
+    if not chats:
+        lines += [f"There is no chat template; qdora puts conversations as {json.dumps(TURNS)}.", ""]
+    return [*lines, "With vLLM:", "", "```sh", f"vllm serve {folder}", "```"]
+
+
+def _has_chat_template(base: Path) -> bool:
+    if (base / "chat_template.jinja").exists() or (base / "chat_template.json").exists():
+        return True
+    config = base / "tokenizer_config.json"
+    return config.exists() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    texts = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *texts]]

@@ -1,0 +1,44 @@
+"""What is merged: a base model, how it was quantised for training, and an adapter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qdora.adapter import peft_format
+from qdora.config import AdapterConfig, DataConfig, MergeConfig, ModelConfig, QuantConfig
+from qdora.config.commands import overlaid
+from qdora.model import model_folder
+from qdora.run_folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A base model, an adapter, and where they come from."""
+
+    base: Path
+    """Folder of the base model."""
+    model: ModelConfig
+    quant: QuantConfig
+    """What the base was quantised to while the adapter was trained."""
+    adapter_folder: Path
+    adapter: AdapterConfig
+    run: RunFolder | None
+    """The run that trained the adapter, where that is known."""
+    data: DataConfig
+    """The run's data options, or the usual ones."""
+
+    @classmethod
+    def of(cls, config: MergeConfig) -> "Parts":
+        """Finds what `config` names.
+
+        Raises:
+            QdoraError: the run is not finished, or base or adapter cannot be read.
+        """
+        if config.run is None:
+            run, data = None, DataConfig()
+            model, quant, folder = config.model, config.quant, Path(str(config.adapter))
+        else:
+            run = RunFolder(Path(config.run))
+            stored = run.read_config()
+            model, quant, data = overlaid(stored.model, config.model), stored.quant, stored.data
+            folder = run.finished_adapter()
+        return cls(model_folder(model), model, quant, folder, peft_format.read_config(folder), run, data)

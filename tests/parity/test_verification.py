@@ -1,0 +1,363 @@
+"""What `qdora merge` finds out about what it wrote: right ones pass, wrong ones fail and say by which number."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qdora import nf4
+from qdora.adapter import peft_format
+from qdora.adapter.dora import AdaptedLinear, adapted_layers
+from qdora.config import (
+    AdapterConfig,
+    DataConfig,
+    Dtype,
+    MergeBase,
+    MergeFormat,
+    ModelConfig,
+    ParallelConfig,
+    Plan,
+    QuantConfig,
+    QuantMethod,
+    RunConfig,
+)
+from qdora.errors import DataError, ModelError
+from qdora.merging.card import model_card
+from qdora.merging.parts import Parts
+from qdora.merging.verification import MAX_TOKENS, Sample, better_base, held_out, reference, verify
+from qdora.model import LoadedModel, load_model
+from qdora.nf4 import NF4Linear
+from qdora.parallel import start_alone
+from qdora.run_folder import RunFolder
+from tests.support import make_model, make_tokenizer
+
+WORLD = start_alone("tests")
+PLAIN = QuantConfig(method=QuantMethod.none)
+State = dict[str, Tensor]
+RELATIVE = 0.02
+"""bfloat16 products may be added up in another order in another process."""
+
+
+def parts_of(base: Path, adapter: Path, quant: QuantConfig, **model: Any) -> Parts:
+    """An adapter that no run is known of."""
+    config = ModelConfig(path=str(base), **model)
+    return Parts(base, config, quant, adapter, peft_format.read_config(adapter), None, DataConfig(max_length=256))
+
+
+def trained_adapter(base: Path, output: Path, quant: QuantConfig, num_steps: int, rate: float) -> Parts:
+    """Trains on the text that qdora brings, so that the adapter gains something there; float32 but for the file."""
+    config = ModelConfig(path=str(base), dtype=Dtype.float32)
+    plan = ParallelConfig(plan=Plan.none)
+    loaded = load_model(base, config, quant, AdapterConfig(rank=8), plan, WORLD)
+    nobodys = Parts(base, config, quant, output, loaded.adapter, None, DataConfig(max_length=256))
+    _, samples = held_out(nobodys, None, make_tokenizer())
+    parameters = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, rate)
+    for _ in range(num_steps):
+        for sample in samples:
+            ids = torch.tensor(sample.ids)[None]
+            loaded.model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loaded.refresh(WORLD.device)
+    peft_format.save(loaded.model, output, loaded.adapter, str(base), torch.bfloat16, WORLD)
+    return parts_of(base, output, quant)
+
+
+def load_adapted(parts: Parts) -> LoadedModel:
+    plan = ParallelConfig(plan=Plan.none)
+    return load_model(parts.base, parts.model, parts.quant, parts.adapter, plan, WORLD, trainable=False)
+
+
+def base_weight(layer: nn.Module) -> Tensor:
+    """W as it is computed with, float32."""
+    if isinstance(layer, NF4Linear):
+        return nf4.weight_from(layer.tensors(), torch.float32).clone()
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight.detach().float()
+
+
+def merged_weight(layer: AdaptedLinear) -> Tensor:
+    """(m / n) (W + s B A), written down once more."""
+    whole = base_weight(layer.base) + layer.scaling * (layer.lora_b @ layer.lora_a).float()
+    return whole if layer.magnitude is None else (layer.magnitude / whole.norm(dim=1))[:, None] * whole
+
+
+def write_merged(parts: Parts, output: Path, change: Callable[[State], None] = lambda state: None) -> Path:
+    """A merge by hand, in bfloat16 through plain transformers."""
+    loaded = load_adapted(parts)
+    model = AutoModelForCausalLM.from_pretrained(parts.base, dtype=torch.bfloat16)
+    state = model.state_dict()
+    for name, layer in adapted_layers(loaded.model).items():
+        state[f"{name}.weight"] = merged_weight(layer).detach().bfloat16()
+    change(state)
+    model.load_state_dict(state)
+    model.save_pretrained(output)
+    return output
+
+
+@dataclass
+class Case:
+    """A trained adapter, and what it is compared on."""
+
+    parts: Parts
+    samples: list[Sample]
+    source: str
+
+    @classmethod
+    def of(cls, parts: Parts) -> "Case":
+        source, samples = held_out(parts, None, make_tokenizer())
+        return cls(parts, samples, source)
+
+    def verify(self, output: Path, format: MergeFormat = MergeFormat.hf, exactness: str = "exact") -> dict[str, Any]:
+        return verify(self.parts, self.parts.quant, self.samples, self.source, output, format, exactness)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("trained")
+    base = make_model(folder / "model", "llama")
+    return Case.of(trained_adapter(base, folder / "adapter", QuantConfig(), num_steps=12, rate=5e-3))
+
+
+@pytest.fixture(scope="module")
+def right(trained: Case) -> tuple[Path, dict[str, Any]]:
+    """A right merge and its verification."""
+    output = write_merged(trained.parts, trained.parts.adapter_folder.parent / "merged")
+    return output, trained.verify(output)
+
+
+def test_right_merge_passes(trained: Case, right: tuple[Path, dict[str, Any]]) -> None:
+    output, found = right
+    assert (found["passed"], found["failed"]) == (True, [])
+    assert found["perplexity"]["adapted"] < 0.8 * found["perplexity"]["base"], "nothing was gained that could be lost"
+    assert found["num_tokens"] == sum(len(sample.ids) for sample in trained.samples) == MAX_TOKENS
+    assert [file.name for file in output.parent.iterdir() if file.name.startswith(".")] == [], "logits were left"
+    json.dumps(found, allow_nan=False)
+
+
+@torch.no_grad()
+def test_numbers_are_those_computed_by_hand(trained: Case, right: tuple[Path, dict[str, Any]]) -> None:
+    output, found = right
+    adapted, merged = load_adapted(trained.parts).model.eval(), AutoModelForCausalLM.from_pretrained(output)
+    base = load_model(
+        trained.parts.base,
+        trained.parts.model,
+        trained.parts.quant,
+        AdapterConfig(rank=8),
+        ParallelConfig(plan=Plan.none),
+        WORLD,
+    ).model.eval()  # a fresh adapter adds nothing
+    losses: dict[str, list[Tensor]] = {"base": [], "adapted": [], "merged": []}
+    kl, agreed, apart = [], [], []
+    for sample in trained.samples:
+        ids = torch.tensor(sample.ids)[None]
+        logs = {}
+        for name, model in (("base", base), ("adapted", adapted), ("merged", merged)):
+            logits = model(input_ids=ids).logits[0].double()
+            logs[name] = (logits - logits.logsumexp(1, keepdim=True), logits)
+            losses[name].append(-logs[name][0][:-1].gather(1, ids[0, 1:, None])[:, 0])
+        (p, ours), (q, theirs) = logs["adapted"], logs["merged"]
+        kl.append(nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(1))
+        agreed.append((p.argmax(1) == q.argmax(1)).double())
+        apart.append((ours - theirs).abs())
+    mean = {name: float(torch.cat(loss).mean()) for name, loss in losses.items()}
+    for name, loss in mean.items():
+        assert found["perplexity"][name] == pytest.approx(math.exp(loss), rel=1e-3)
+    assert found["mean_kl"] == pytest.approx(float(torch.cat(kl).mean()), rel=RELATIVE)
+    assert found["top1_agreement"] == pytest.approx(float(torch.cat(agreed).mean()), abs=3 / MAX_TOKENS)
+    assert found["mean_logit_difference"] == pytest.approx(float(torch.cat(apart).mean()), rel=RELATIVE)
+    lost = (mean["merged"] - mean["adapted"]) / (mean["base"] - mean["adapted"])
+    assert found["gain_lost"] == pytest.approx(lost, abs=1e-3)
+
+
+def perturb(state: State) -> None:
+    weight = state["model.layers.1.mlp.down_proj.weight"]
+    weight += weight.float().std() * torch.randn(weight.shape)
+
+
+def swap(state: State) -> None:
+    first, second = (f"model.layers.{index}.self_attn.q_proj.weight" for index in (0, 1))
+    state[first], state[second] = state[second], state[first]
+
+
+def spoil(state: State) -> None:
+    state["model.layers.0.self_attn.v_proj.weight"][3, 5] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (perturb, r"mean_kl is [\d.]+, allowed is at most 0.02"),
+        (swap, r"top1_agreement is [\d.]+, allowed is at least 0.95"),
+        (spoil, r"not a finite number: .*mean_kl.*perplexity of merged"),
+    ],
+)
+def test_wrong_weights_fail(trained: Case, tmp_path: Path, change: Callable[[State], None], said: str) -> None:
+    torch.manual_seed(0)
+    found = trained.verify(write_merged(trained.parts, tmp_path / "merged", change))
+    assert found["passed"] is False
+    assert re.search(said, "; ".join(found["failed"])), found["failed"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_merge_without_the_adapter_fails(trained: Case, tmp_path: Path) -> None:
+    layers = adapted_layers(load_adapted(trained.parts).model)
+
+    def leave_out(state: State) -> None:
+        state.update({f"{name}.weight": base_weight(layer.base).bfloat16() for name, layer in layers.items()})
+
+    found = trained.verify(write_merged(trained.parts, tmp_path / "merged", leave_out))
+    assert found["passed"] is False
+    assert found["gain_lost"] == pytest.approx(1, abs=0.05)
+    assert re.search(r"gain_lost is (1|0\.9)[\d.]*, allowed is at most 0.02", "; ".join(found["failed"]))
+
+
+def test_four_bits_anew_lose_what_a_short_training_gained(tmp_path: Path) -> None:
+    """A small change of W' snaps back to the codes that W had."""
+    base = make_model(tmp_path / "model", "llama")
+    case = Case.of(trained_adapter(base, tmp_path / "adapter", QuantConfig(), num_steps=4, rate=1e-3))
+    merged = write_merged(case.parts, tmp_path / "merged")
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(merged, quantization_config=quantised, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "nf4")
+    found = case.verify(tmp_path / "nf4", MergeFormat.nf4, "rounded")
+    assert found["perplexity"]["adapted"] < 0.8 * found["perplexity"]["base"]
+    assert found["thresholds"] == {"gain_lost": 0.1}
+    assert (found["passed"], len(found["failed"])) == (False, 1)
+    assert found["gain_lost"] > 0.1
+
+
+@pytest.mark.parametrize(("family", "quant"), [("qwen2", QuantConfig()), ("gemma3", PLAIN)])
+def test_lora_beside_its_base_is_the_adapted_model(family: str, quant: QuantConfig, tmp_path: Path) -> None:
+    base = make_model(tmp_path / "model", family)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+    theirs = get_peft_model(model, config)
+    theirs.save_pretrained(tmp_path / "lora")
+    case = Case.of(parts_of(base, tmp_path / "lora", quant))
+    found = case.verify(tmp_path / "lora", MergeFormat.lora, "exact")
+    assert (found["passed"], found["failed"]) == (True, [])
+    ids = torch.tensor(case.samples[0].ids)[None]
+    with torch.no_grad(), theirs.disable_adapter():
+        alone = theirs(input_ids=ids).logits[0].double().log_softmax(1)
+    with torch.no_grad():
+        adapted = theirs(input_ids=ids).logits[0].double().log_softmax(1)
+    changed = nn.functional.kl_div(alone, adapted, log_target=True, reduction="batchmean")
+    assert changed > 10 * found["thresholds"]["mean_kl"], "the adapter does nothing"
+
+
+def test_output_that_is_cut_short_is_told_as_not_verified(
+    trained: Case, right: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for file in right[0].iterdir():
+        content = file.read_bytes()
+        (cut / file.name).write_bytes(content[:-1000] if file.suffix == ".safetensors" else content)
+    with pytest.raises(ModelError, match=r"cut was written but not verified, .*SafetensorError: .+") as caught:
+        trained.verify(cut)
+    assert "\n" not in str(caught.value)
+
+
+def test_gguf_that_transformers_does_not_know_is_told_as_not_verified(trained: Case, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "abacus")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = trained.verify(tmp_path, MergeFormat.gguf, "8bit")
+    assert found["passed"] is None
+    assert "abacus" in found["unreadable"]
+    record = {"format": "gguf", "base_weights": "nf4"}
+    assert "**Not verified**: transformers cannot read it (GGUF model with arch" in model_card(
+        trained.parts, record, found, tmp_path
+    )
+
+
+def test_better_base_is_the_one_with_the_lower_loss(trained: Case, tmp_path: Path) -> None:
+    chosen, losses = better_base(trained.parts, trained.samples)
+    assert losses.keys() == {"nf4", "original"}
+    for name, quant in (("nf4", trained.parts.quant), ("original", PLAIN)):
+        assert losses[name] == pytest.approx(
+            reference(trained.parts, quant, trained.samples, tmp_path).adapted_loss, rel=1e-6
+        )
+    assert chosen is (MergeBase.original if losses["original"] < losses["nf4"] * 0.999 else MergeBase.nf4)
+    unquantised = replace(trained.parts, quant=PLAIN)
+    assert better_base(unquantised, trained.samples) == (MergeBase.original, {})
+
+
+def test_held_out_comes_from_what_is_given_then_the_run_then_qdora(
+    trained: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, own = tmp_path / "given.jsonl", tmp_path / "own.jsonl"
+    rows = [{"prompt": f"{index} plus 1 is ", "completion": f"{index + 1}"} for index in range(100)]
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own.write_text(json.dumps({"text": "A text of the run's own."}) + "\n")
+    parts = replace(trained.parts, data=DataConfig(eval=str(own), max_length=14))
+    source, samples = held_out(parts, str(given), make_tokenizer())
+    assert (source, len(samples)) == (str(given), 64)
+    assert all(len(sample.ids) <= 14 for sample in samples)
+    assert samples[0].learned == [False] * 12 + [True] * 2
+    source, samples = held_out(parts, None, make_tokenizer())
+    assert (source, samples[0].learned) == (str(own), [True] * 14)
+    own.unlink()
+    source, samples = held_out(parts, None, make_tokenizer())
+    assert source == "qdora's own text"
+    assert f"data.eval={own} cannot be used any more" in capsys.readouterr().out
+    with pytest.raises(DataError, match="no such data file"):
+        held_out(parts, str(own), make_tokenizer())
+
+
+def test_card_tells_what_the_data_say(trained: Case, right: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    output, found = right
+    run = RunFolder(tmp_path / "run")
+    run.start(RunConfig(model=trained.parts.model, data=DataConfig(train="data/mine.jsonl")), 0)
+    run.write_summary({"num_tokens": 12345, "eval_losses": {"0": 3.5, "7": 1.25}, "versions": {"torch": "9.9"}})
+    record = {"format": "hf", "base_weights": "nf4", "dtype": "bfloat16"}
+    text = model_card(replace(trained.parts, run=run), record, found, output)
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front == {"library_name": "transformers", "tags": ["qdora", "dora"]}
+    for fact in (
+        "| Rank | 8 |",
+        "| Scaling | 2 |",
+        "`data/mine.jsonl`",
+        "12,345",
+        "| Held-out loss after step 7 | 1.25",
+    ):
+        assert fact in text
+    assert f"| {found['perplexity']['base']:#.4g} | {found['perplexity']['adapted']:#.4g} |" in text
+    assert "**Passed**" in text
+    assert "| those that were trained over, dequantised |" in text
+    hub = replace(trained.parts, model=ModelConfig(path="somebody/some-model"))
+    assert yaml.safe_load(model_card(hub, record, None, output).split("---\n")[1])["base_model"] == hub.model.path
+    assert "**Not verified**" in model_card(hub, record, None, output)
+    failed = found | {"passed": False, "failed": ["mean_kl is 3, allowed is at most 0.02"]}
+    assert "**Failed**: mean_kl is 3, allowed is at most 0.02" in model_card(hub, record, failed, output)
+    lora = model_card(hub, record | {"format": "lora", "lora_rank": 20}, None, output)
+    assert "vllm serve somebody/some-model --quantization bitsandbytes --enable-lora --max-lora-rank 32 " in lora
+
+
+def test_snippet_of_the_card_runs(
+    trained: Case, right: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, _ = right
+    make_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}").save_pretrained(output)
+    for base in (trained.parts.base, output):  # the first without a chat template
+        text = model_card(replace(trained.parts, base=base), {"format": "hf", "base_weights": "nf4"}, None, output)
+        code = text.split("```python\n")[1].split("```")[0]
+        assert ("apply_chat_template" in code) is (base == output)
+        exec(compile(code.replace("max_new_tokens=200", "max_new_tokens=3"), "README.md", "exec"), {})
+        assert capsys.readouterr().out.strip()
