@@ -46,7 +46,7 @@ def write(
         values |= {"dtype": config.dtype.name, "quantization_config": quantization_config(dtype, kept)}
         write_durably(file, json.dumps(values, indent=2) + "\n")
     elif config.format is MergeFormat.gguf:
-        layout = gguf_layout(weights.jobs(torch.float32), parts.base, config.gguf.type, parts.base.name)
+        layout = gguf_layout(weights.jobs(torch.float32), parts.base, config.gguf.type, Path(str(config.output)).name)
         write_tensors(folder, layout, what, num_workers=workers)
     else:
         rank = lora_rank(parts.adapter, config.lora_rank)
