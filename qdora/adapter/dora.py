@@ -270,21 +270,6 @@ class AdaptedLinear(nn.Module):
                 yield first, weight[first : first + step].to(device, torch.float32)
 
 
-@torch.no_grad()
-def merge_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, scaling: float) -> Tensor:
-    """(m / n) (W + s B A) of some rows, in place of `weight`; all float32. The norm is of the rows as they come out.
-
-    Args:
-        weight: (rows, in) of the frozen weight; `lora_b` (rows, rank) and `magnitude` (rows,) are of the same rows.
-        lora_a: (rank, in).
-    """
-    weight.addmm_(lora_b, lora_a, alpha=scaling)
-    if magnitude is not None:
-        norm = weight.square().sum(1).sqrt_().clamp_(min=NORM_FLOOR)
-        weight.mul_((magnitude / norm)[:, None])
-    return weight
-
-
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Every adapted layer of `model` by its name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdora.adapter.dora import AdaptedLinear
 from qdora.config import AdapterConfig, GgufType, MergeConfig, MergeFormat, QuantConfig, QuantMethod
 from qdora.files import write_durably
 from qdora.merging.gguf_format import gguf_layout
@@ -17,6 +16,7 @@ from qdora.merging.quantised import quantised_jobs, quantization_config
 from qdora.merging.weights import Weights
 from qdora.model.build import build_model
 from qdora.model.export import write_checkpoint
+from qdora.model.load import base_modules
 from qdora.model.writer import write_tensors
 from qdora.parallel import World
 
@@ -67,16 +67,5 @@ def _to_quantise(parts: Parts) -> tuple[set[str], list[str]]:
     """The tensors of the checkpoint that become NF4, and the linear layers that do not."""
     quant = parts.quant if parts.quant.method is QuantMethod.nf4 else QuantConfig()
     empty = build_model(parts.base, parts.model, quant, parts.adapter)
-    head = empty.model.get_output_embeddings()
-    kept = [name for name, module in empty.model.named_modules() if module is head]
-    kept += [name for name in empty.report.not_quantised if isinstance(_module(empty.model, name), nn.Linear)]
+    kept = [name for name, module in base_modules(empty.model) if isinstance(module, nn.Linear)]
     return {empty.sources.keys[f"{name}.weight"] for name in empty.report.quantised}, kept
-
-
-def _module(model: nn.Module, name: str) -> nn.Module | None:
-    """The module called so, without its adapter; None if that is a parameter's name."""
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        return None
-    return module.base if isinstance(module, AdaptedLinear) else module

@@ -5,6 +5,7 @@ best approximation in the Frobenius norm is taken, the largest singular values (
 method with power iterations (Halko et al., arXiv:0909.4061). Each factor gets the root of the singular values; s is 1.
 """
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from math import sqrt
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from qdora.adapter import peft_format
 from qdora.config import AdapterConfig, AdapterMethod
 from qdora.merging.weights import Weights
-from qdora.model.writer import CHUNK_NUMEL, MAX_WORKERS, one_thread_each
+from qdora.model.writer import CHUNK_NUMEL, MAX_WORKERS, cores_shared
 
 OVERSAMPLED, POWER_ITERATIONS = 16, 6
 """Directions beyond the rank, and rounds, of the randomised method: within 1 % of the best error on what was seen."""
@@ -37,10 +38,11 @@ def is_exact(adapter: AdapterConfig, rank: int) -> bool:
 
 
 def write_lora(weights: Weights, folder: Path, base: str, rank: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Writes the adapter to `folder` in the format of PEFT.
+    """Writes the adapter to `folder` in the format of PEFT; held in memory until it is whole, begun anew if killed.
 
     Returns:
-        `relative_error`, the Frobenius norm of what is lost over that of the change, of all layers and the worst one.
+        `relative_error`, the Frobenius norm of what is lost (before rounding) over that of the change, of all layers;
+        of the worst layer, too.
     """
     tensors: dict[str, Tensor] = {}
     errors: dict[str, tuple[float, float]] = {}
@@ -52,14 +54,20 @@ def write_lora(weights: Weights, folder: Path, base: str, rank: int, dtype: torc
             tensors[peft_format.tensor_name(name, kind)] = matrix.to("cpu", dtype).contiguous()
 
     workers = 1 if weights.world.device.type != "cpu" else min(MAX_WORKERS, torch.get_num_threads())
-    with one_thread_each(workers), ThreadPoolExecutor(workers) as pool:
-        list(pool.map(one, weights.layers))
-    folder.mkdir(parents=True, exist_ok=True)
+    with cores_shared(workers), ThreadPoolExecutor(workers) as pool:
+        try:
+            for task in [pool.submit(one, name) for name in weights.layers]:
+                task.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    shutil.rmtree(folder, ignore_errors=True)  # what a merge into another format has left
+    folder.mkdir(parents=True)
     save_file(dict(sorted(tensors.items())), folder / peft_format.WEIGHTS, metadata={"format": "pt"})
     config = AdapterConfig(method=AdapterMethod.lora, rank=rank, alpha=float(rank))
     peft_format.write_config(folder, config, base, peft_format.target_modules(weights.empty.model))
-    lost, norm = (sqrt(sum(pair[place] for pair in errors.values())) for place in (0, 1))
-    worst = max(errors, key=lambda name: errors[name][0] / max(errors[name][1], 1e-30))
+    lost, norm = (sqrt(sum(errors[name][place] for name in weights.layers)) for place in (0, 1))
+    worst = max(weights.layers, key=lambda name: errors[name][0] / max(errors[name][1], 1e-30))
     return {
         "relative_error": lost / max(norm, 1e-15),
         "worst_layer": worst,

@@ -32,6 +32,8 @@ from qdora.merging.parts import Parts
 from qdora.model import load_model
 from qdora.parallel import start_alone
 
+MAX_ROWS = 1024
+"""Looked at until there are samples enough."""
 MAX_SAMPLES, MAX_TOKENS = 64, 1024
 """Of held-out text at most: some seconds on a GPU, and with a vocabulary of 256 Ki 1 GiB of logits on disk."""
 BUILT_IN = Path(__file__).with_name("held_out.txt")
@@ -49,6 +51,8 @@ AT_LEAST = {"top1_agreement"}
 CERTAIN = 2.0
 """Standard errors by which a number must be beyond its threshold: with few learned tokens and a small gain, rounding to
 bfloat16 alone moves gain_lost by more than 0.02 either way (0.006 nats over the 278 tokens of a SmolLM2-135M run)."""
+MOST_DOUBT = 0.1
+"""However little text there is: it must not be too little to fail."""
 AS_GOOD = 1e-3
 """Share of the loss by which the original base must be better than the one that was trained over."""
 
@@ -59,6 +63,18 @@ class Sample:
 
     ids: list[int]
     learned: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Text to compare on, and where it is from."""
+
+    source: str
+    samples: list[Sample]
+
+    @property
+    def num_learned(self) -> int:
+        return sum(sum(sample.learned[1:]) for sample in self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,30 +89,29 @@ class Reference:
     """The same without the adapter."""
 
 
-def held_out(parts: Parts, given: str | None, tokenizer: Any) -> tuple[str, list[Sample]]:
-    """What to compare on: the file `given`, or the run's data.eval, or a text that qdora brings; and its name.
+def find_held_out(parts: Parts, given: str | None, tokenizer: Any) -> HeldOut:
+    """What to compare on: the file `given`, or the run's data.eval, or a text that qdora brings.
 
     Raises:
         DataError: `given` cannot be read, or has nothing to learn.
     """
     if given is not None:
-        return given, _samples(load_rows(given), parts.data.format, given, parts, tokenizer)
+        return _samples(load_rows(given), parts.data.format, given, parts, tokenizer)
     source = parts.data.eval
     if source is not None:
         try:
-            return source, _samples(load_rows(source, parts.data.limit), parts.data.format, source, parts, tokenizer)
+            return _samples(load_rows(source, parts.data.limit), parts.data.format, source, parts, tokenizer)
         except DataError as error:
             print(f"data.eval={source} cannot be used any more, a text of qdora's own takes its place: {error}")
     paragraphs = BUILT_IN.read_text(encoding="utf-8").split("\n\n")
     rows = (Row({"text": text}, f"{BUILT_IN.name} paragraph {index}") for index, text in enumerate(paragraphs, 1))
-    name = "qdora's own text"
-    return name, _samples(rows, DataFormat.text, name, parts, tokenizer)
+    return _samples(rows, DataFormat.text, "qdora's own text", parts, tokenizer)
 
 
-def _samples(rows: Iterable[Row], form: DataFormat, source: str, parts: Parts, tokenizer: Any) -> list[Sample]:
+def _samples(rows: Iterable[Row], form: DataFormat, source: str, parts: Parts, tokenizer: Any) -> HeldOut:
     samples: list[Sample] = []
     left = MAX_TOKENS
-    for row in islice(rows, MAX_TOKENS):
+    for row in islice(rows, MAX_ROWS):
         form = detect(row) if form is DataFormat.auto else form
         ids, learned = encode(row, form, tokenizer)
         length = min(left, parts.data.max_length)
@@ -108,50 +123,55 @@ def _samples(rows: Iterable[Row], form: DataFormat, source: str, parts: Parts, t
     if not samples:
         limit = min(MAX_TOKENS, parts.data.max_length)
         raise DataError(f"{source} has no row with a token to learn among its first {limit} tokens")
-    return samples
+    return HeldOut(source, samples)
 
 
 def verify(
-    parts: Parts,
-    quant: QuantConfig,
-    samples: list[Sample],
-    source: str,
-    output: Path,
-    format: MergeFormat,
-    exactness: str,
+    parts: Parts, quant: QuantConfig, held_out: HeldOut, output: Path, format: MergeFormat, exactness: str
 ) -> dict[str, Any]:
     """The numbers of `output` beside those of the adapted model over `quant`, and whether they pass.
 
     `passed` is None, and `unreadable` says why, where transformers has no reader for the format.
 
+    Args:
+        quant: of the base that was merged into.
+        exactness: what `output` can hold, a key of `THRESHOLDS`.
+
     Raises:
-        ModelError: `output` cannot be loaded or computed with, or there is no room for the logits.
+        ModelError: `output` cannot be loaded or computed with, or there is no room, in memory or for the logits.
     """
     # Beside the output, where there is room; called so that what a killed process left is found and goes, too.
     scratch = output.with_name(f".{output.name}.verification")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir()
-        measured = reference(parts, quant, samples, scratch)
-        reloaded = _reload(parts, quant, samples, measured, output, format, scratch)
+        measured = reference(parts, quant, held_out, scratch)
+        reloaded = _reload(parts, quant, held_out.samples, measured, output, format, scratch)
     except OSError as error:
         raise ModelError(f"{output} was written but not verified, {scratch} could not be: {error}") from None
+    except (torch.OutOfMemoryError, MemoryError):
+        raise ModelError(
+            f"{output} was written but not verified: no memory for the adapted model. verify=false ends the merge "
+            "without; the same command on a larger machine verifies it later"
+        ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     verification: dict[str, Any] = {
-        "held_out": source,
-        "num_samples": len(samples),
-        "num_tokens": sum(len(sample.ids) for sample in samples),
-        "num_learned_tokens": sum(sum(sample.learned[1:]) for sample in samples),
+        "held_out": held_out.source,
+        "num_samples": len(held_out.samples),
+        "num_tokens": sum(len(sample.ids) for sample in held_out.samples),
+        "num_learned_tokens": held_out.num_learned,
         "thresholds": THRESHOLDS[exactness],
         "versions": reloaded.pop("versions"),
     }
     if "unreadable" in reloaded:
         return verification | {"passed": None, "failed": [], "unreadable": reloaded["unreadable"]}
     merged_loss, loss_error = reloaded.pop("merged_loss"), reloaded.pop("loss_error")
-    gain = max(measured.base_loss - measured.adapted_loss, SMALLEST_GAIN)
-    gain_lost = (merged_loss - measured.adapted_loss) / gain
-    numbers = reloaded | {"gain_lost": gain_lost, "gain_lost_error": loss_error / gain}
+    # Also where the adapter is worse than its base on this text: falling back to the base is a loss then, too.
+    change = measured.base_loss - measured.adapted_loss
+    change = math.copysign(max(abs(change), SMALLEST_GAIN), change)
+    gain_lost = (merged_loss - measured.adapted_loss) / change
+    numbers = reloaded | {"gain_lost": gain_lost, "gain_lost_error": loss_error / abs(change)}
     agreement = numbers["top1_agreement"]
     numbers["top1_agreement_error"] = math.sqrt(agreement * (1 - agreement) / verification["num_tokens"])
     losses = {"base": measured.base_loss, "adapted": measured.adapted_loss, "merged": merged_loss}
@@ -172,17 +192,17 @@ def _failed(numbers: dict[str, float], exactness: str) -> list[str]:
     failed = [f"not a finite number: {', '.join(odd)}"] if odd else []
     for name, threshold in THRESHOLDS[exactness].items():
         value, wants_more = numbers[name], name in AT_LEAST
-        doubt = CERTAIN * numbers.get(f"{name}_error", 0.0)
+        doubt = min(CERTAIN * numbers.get(f"{name}_error", 0.0), MOST_DOUBT)
         if value + doubt < threshold if wants_more else value - doubt > threshold:
             failed.append(f"{name} is {value:.4g}, allowed is at {'least' if wants_more else 'most'} {threshold:g}")
     return failed
 
 
-def reference(parts: Parts, quant: QuantConfig, samples: list[Sample], folder: Path) -> Reference:
-    """What the adapted model over `quant` and its base compute of `samples`; logits go to `folder`."""
+def reference(parts: Parts, quant: QuantConfig, held_out: HeldOut, folder: Path) -> Reference:
+    """What the adapted model over `quant` and its base compute of `held_out`; logits go to `folder`."""
     model, files = _load(parts, quant), []
     adapted = base = 0.0
-    for index, sample in enumerate(samples):
+    for index, sample in enumerate(held_out.samples):
         logits = _logits(model, sample)
         files.append(folder / f"logits-{index}.npy")
         np.save(files[-1], logits.numpy())
@@ -191,11 +211,10 @@ def reference(parts: Parts, quant: QuantConfig, samples: list[Sample], folder: P
             base += _loss(_logits(model, sample), sample)
     del model
     _free()
-    num_learned = sum(sum(sample.learned[1:]) for sample in samples)
-    return Reference(files, adapted / num_learned, base / num_learned)
+    return Reference(files, adapted / held_out.num_learned, base / held_out.num_learned)
 
 
-def better_base(parts: Parts, samples: list[Sample]) -> tuple[MergeBase, dict[str, float]]:
+def better_base(parts: Parts, held_out: HeldOut) -> tuple[MergeBase, dict[str, float]]:
     """The base over which the adapter has the lower loss, and the losses (none where there is no choice)."""
     stored = json.loads((parts.base / "config.json").read_text(encoding="utf-8"))
     if parts.quant.method is QuantMethod.none:
@@ -205,8 +224,8 @@ def better_base(parts: Parts, samples: list[Sample]) -> tuple[MergeBase, dict[st
     losses = {}
     for base, quant in ((MergeBase.nf4, parts.quant), (MergeBase.original, QuantConfig(method=QuantMethod.none))):
         model = _load(parts, quant)
-        total = sum(_loss(_logits(model, sample), sample) for sample in samples)
-        losses[base.name] = total / sum(sum(sample.learned[1:]) for sample in samples)
+        total = sum(_loss(_logits(model, sample), sample) for sample in held_out.samples)
+        losses[base.name] = total / held_out.num_learned
         del model
         _free()
     original = losses["original"] < losses["nf4"] * (1 - AS_GOOD)

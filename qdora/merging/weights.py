@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qdora import nf4
 from qdora.adapter import peft_format
-from qdora.adapter.dora import AdaptedLinear, adapted_layers, merge_rows
+from qdora.adapter.dora import NORM_FLOOR, AdaptedLinear, adapted_layers
 from qdora.config import Dtype, QuantConfig
 from qdora.merging.parts import Parts
 from qdora.model.build import EmptyModel, build_model
@@ -76,7 +76,7 @@ class Weights:
         return lambda first, last: rows(first, last).to("cpu", dtype)
 
     def merged_rows(self, name: str, base: Rows) -> Rows:
-        """W' of a layer, float32, in place of what `base` gives."""
+        """W' of a layer, (rows, in) float32 on the device, in place of what `base` gives."""
         device, scaling = self.world.device, self.layers[name].scaling
         stored = {kind: tensor.to(device) for kind, tensor in peft_format.load_layer(self.adapter_folder, name).items()}
 
@@ -87,7 +87,7 @@ class Weights:
         return rows
 
     def base_rows(self, name: str, module: nn.Module, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Rows:
-        """The rows of one tensor of the base; valid until this thread asks for the next ones."""
+        """The rows of one tensor of the base, (rows, ...) on the device; valid until this thread asks for the next."""
         empty, device = self.empty, self.world.device
         full_name = f"{name}.{kind}" if name else kind
         if kind == "weight" and isinstance(module, NF4Linear):
@@ -112,3 +112,18 @@ class Weights:
             return out.to(dtype)
 
         return read
+
+
+@torch.no_grad()
+def merge_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, scaling: float) -> Tensor:
+    """(m / n) (W + s B A) of some rows, in place of `weight`; all float32. The norm is of the rows as they come out.
+
+    Args:
+        weight: (rows, in) of the frozen weight; `lora_b` (rows, rank) and `magnitude` (rows,) are of the same rows.
+        lora_a: (rank, in).
+    """
+    weight.addmm_(lora_b, lora_a, alpha=scaling)
+    if magnitude is not None:
+        norm = weight.square().sum(1).sqrt_().clamp_(min=NORM_FLOOR)
+        weight.mul_((magnitude / norm)[:, None])
+    return weight

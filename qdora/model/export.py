@@ -24,6 +24,7 @@ _SKIPPED = (
     "training_args.json",
     "merge.json",
     "verification.json",
+    "FAILED_VERIFICATION.txt",
 )
 
 

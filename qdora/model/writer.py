@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
@@ -142,10 +143,11 @@ def write_tensors(folder: Path, layout: Layout, what: Any, *, num_workers: int |
 
     Args:
         what: JSON values that say all that decides the content; other content in `folder` is removed.
-        num_workers: threads; None means one a core. A single one takes the tensors in the order of the files.
+        num_workers: threads; None means one a core, at most 8. One alone takes the tensors in the order of the files.
 
     Raises:
         ConfigError: there is no room.
+        OSError: a file cannot be written.
     """
     done = _begin(folder, layout, what)
     sizes = layout.sizes()
@@ -157,7 +159,7 @@ def write_tensors(folder: Path, layout: Layout, what: Any, *, num_workers: int |
     journal = (folder / JOURNAL).open("a", encoding="utf-8")
     stopped, lock = threading.Event(), threading.Lock()
     try:
-        with _bar(sum(sizes.values())) as advance, one_thread_each(workers):
+        with _bar(sum(sizes.values())) as advance, cores_shared(workers):
             advance(sum(place.job.num_bytes for place in layout.places if place.job.name in done))
 
             def write(place: Place) -> None:
@@ -265,7 +267,7 @@ def _boot_id() -> str:
 
 
 @contextmanager
-def one_thread_each(workers: int) -> Iterator[None]:
+def cores_shared(workers: int) -> Iterator[None]:
     """Workers share the cores: torch's own threads would be too many."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // workers))
@@ -278,6 +280,7 @@ def one_thread_each(workers: int) -> Iterator[None]:
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
+    console = Console()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("writing", total=total)
         yield lambda count: progress.advance(task, count)

@@ -275,6 +275,39 @@ def test_merge_begun_for_something_else_is_not_gone_on_with(run: Path, tmp_path:
     assert json.loads((output / "config.json").read_text())["dtype"] == "float16"
 
 
+def test_lora_adapter_has_nothing_of_a_merge_that_was_killed(run: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "merged.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half of it")
+    (partial / "journal.jsonl").write_text("{}\n")
+    assert merge(f"run={run}", f"output={tmp_path}/merged", "verify=false", "format=lora") == 0
+    assert not list((tmp_path / "merged").glob("*model.safetensors.*"))
+    assert not (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_same_output_for_another_scaling_or_quantisation_is_refused(
+    run: Path, base: Path, tmp_path: Path, capsys: Told
+) -> None:
+    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    arguments = [f"adapter={adapter}", f"model.path={base}", f"output={tmp_path}/merged", "verify=false"]
+    assert merge(*arguments) == 0
+    assert merge(*arguments, "quant.double_quant=false") == 2
+    assert "holds another merge: double_quant True (now False)" in capsys.readouterr().err
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 3}))
+    assert merge(*arguments) == 2
+    assert "holds another merge: adapter" in capsys.readouterr().err
+
+
+def test_base_that_failed_its_own_verification_marks_nothing_else(run: Path, base: Path, tmp_path: Path) -> None:
+    marked = shutil.copytree(base, tmp_path / "marked")
+    (marked / "FAILED_VERIFICATION.txt").write_text("of another time\n")
+    arguments = [f"adapter={run}/adapter", f"model.path={marked}", f"output={tmp_path}/merged", "verify=false"]
+    assert merge(*arguments) == 0
+    assert not (tmp_path / "merged" / "FAILED_VERIFICATION.txt").exists()
+    assert merge(*arguments) == 0
+
+
 def test_second_merge_into_the_same_folder_is_refused(run: Path, tmp_path: Path, capsys: Told) -> None:
     process = slow_merge(run, tmp_path / "merged", rest_s=0.1)
     wait_for(lambda: len(journal(tmp_path / "merged")) > 1, process)
@@ -303,7 +336,7 @@ def test_full_disk_is_told_before_anything_is_computed(run: Path, small_disk: Pa
     told = capsys.readouterr().err
     assert "No space left on device" in told
     assert "GiB are needed" in told
-    assert [path.name for path in small_disk.iterdir() if not path.name.startswith(".")] == ["full"]
+    assert [path.name for path in small_disk.iterdir()] == ["full"]
 
 
 def test_disk_that_fills_up_beside_the_weights_is_told_and_gone_on_from(
@@ -348,4 +381,5 @@ def test_mistakes_are_one_line(run: Path, base: Path, tmp_path: Path, capsys: To
         told = capsys.readouterr().err
         assert message in told
         assert len(told.strip().splitlines()) == 1, told
-    assert not (tmp_path / "merged").exists()
+    left = [path.name for path in tmp_path.iterdir() if "merged" in path.name]
+    assert not left, left

@@ -81,3 +81,22 @@ def test_training_on_cuda_lowers_the_loss(tmp_path: Path, nproc: int) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["device"] == "cuda"
     assert summary["last_loss"] < summary["first_loss"]
+
+
+@pytest.mark.parametrize("options", [["format=hf"], ["format=hf", "base=original"], ["format=gguf"], ["format=lora"]])
+def test_merge_on_cuda_is_the_trained_model(tmp_path: Path, options: list[str]) -> None:
+    model = make_model(tmp_path / "model", "llama")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{n} and {n} are {n + n}"}) + "\n" for n in range(64)))
+    run = f"{tmp_path}/run"
+    trained = qdora(
+        "train", f"model.path={model}", f"data.train={data}", f"data.eval={data}", f"output_dir={run}",
+        "train.num_steps=20", "optim.learning_rate=1e-2", "data.max_length=64", "tracker=none",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    merged = qdora("merge", f"run={run}", f"output={tmp_path}/merged", *options)
+    assert merged.returncode == 0, merged.stdout + merged.stderr
+    assert "verified on" in merged.stdout
+    answered = qdora("generate", f"run={run}", "prompt=1 and 1", "chat_template=false", "max_new_tokens=8")
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stdout.strip()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -35,7 +37,7 @@ from qdora.config import (
 from qdora.errors import DataError, ModelError
 from qdora.merging.card import model_card
 from qdora.merging.parts import Parts
-from qdora.merging.verification import MAX_TOKENS, Sample, better_base, held_out, reference, verify
+from qdora.merging.verification import MAX_TOKENS, HeldOut, better_base, find_held_out, reference, verify
 from qdora.model import LoadedModel, load_model
 from qdora.nf4 import NF4Linear
 from qdora.parallel import start_alone
@@ -61,7 +63,7 @@ def trained_adapter(base: Path, output: Path, quant: QuantConfig, num_steps: int
     plan = ParallelConfig(plan=Plan.none)
     loaded = load_model(base, config, quant, AdapterConfig(rank=8), plan, WORLD)
     nobodys = Parts(base, config, quant, output, loaded.adapter, None, DataConfig(max_length=256))
-    _, samples = held_out(nobodys, None, make_tokenizer())
+    samples = find_held_out(nobodys, None, make_tokenizer()).samples
     parameters = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, rate)
     for _ in range(num_steps):
@@ -112,16 +114,14 @@ class Case:
     """A trained adapter, and what it is compared on."""
 
     parts: Parts
-    samples: list[Sample]
-    source: str
+    held_out: HeldOut
 
     @classmethod
     def of(cls, parts: Parts) -> "Case":
-        source, samples = held_out(parts, None, make_tokenizer())
-        return cls(parts, samples, source)
+        return cls(parts, find_held_out(parts, None, make_tokenizer()))
 
     def verify(self, output: Path, format: MergeFormat = MergeFormat.hf, exactness: str = "exact") -> dict[str, Any]:
-        return verify(self.parts, self.parts.quant, self.samples, self.source, output, format, exactness)
+        return verify(self.parts, self.parts.quant, self.held_out, output, format, exactness)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_right_merge_passes(trained: Case, right: tuple[Path, dict[str, Any]]) -
     output, found = right
     assert (found["passed"], found["failed"]) == (True, [])
     assert found["perplexity"]["adapted"] < 0.8 * found["perplexity"]["base"], "nothing was gained that could be lost"
-    assert found["num_tokens"] == sum(len(sample.ids) for sample in trained.samples) == MAX_TOKENS
+    assert found["num_tokens"] == sum(len(sample.ids) for sample in trained.held_out.samples) == MAX_TOKENS
     assert [file.name for file in output.parent.iterdir() if file.name.startswith(".")] == [], "logits were left"
     json.dumps(found, allow_nan=False)
 
@@ -161,7 +161,7 @@ def test_numbers_are_those_computed_by_hand(trained: Case, right: tuple[Path, di
     ).model.eval()  # a fresh adapter adds nothing
     losses: dict[str, list[Tensor]] = {"base": [], "adapted": [], "merged": []}
     kl, agreed, apart = [], [], []
-    for sample in trained.samples:
+    for sample in trained.held_out.samples:
         ids = torch.tensor(sample.ids)[None]
         logs = {}
         for name, model in (("base", base), ("adapted", adapted), ("merged", merged)):
@@ -239,6 +239,19 @@ def test_four_bits_anew_lose_what_a_short_training_gained(tmp_path: Path) -> Non
     assert found["gain_lost"] > 0.1
 
 
+def test_falling_back_to_the_base_fails_where_that_is_better_on_this_text(trained: Case, tmp_path: Path) -> None:
+    """The adapter of the fixture with its sign turned: the base is better, and still not what was trained."""
+    worse = shutil.copytree(trained.parts.adapter_folder, tmp_path / "worse")
+    tensors = load_file(worse / peft_format.WEIGHTS)
+    turned = {name: -tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(turned, worse / peft_format.WEIGHTS)
+    case = Case.of(parts_of(trained.parts.base, worse, trained.parts.quant))
+    found = case.verify(trained.parts.base, MergeFormat.hf, "rounded")
+    assert found["perplexity"]["adapted"] > 1.2 * found["perplexity"]["base"]
+    assert not found["passed"], found
+    assert found["gain_lost"] > 0.5
+
+
 @pytest.mark.parametrize(("family", "quant"), [("qwen2", QuantConfig()), ("gemma3", PLAIN)])
 def test_lora_beside_its_base_is_the_adapted_model(family: str, quant: QuantConfig, tmp_path: Path) -> None:
     base = make_model(tmp_path / "model", family)
@@ -250,7 +263,7 @@ def test_lora_beside_its_base_is_the_adapted_model(family: str, quant: QuantConf
     case = Case.of(parts_of(base, tmp_path / "lora", quant))
     found = case.verify(tmp_path / "lora", MergeFormat.lora, "exact")
     assert (found["passed"], found["failed"]) == (True, [])
-    ids = torch.tensor(case.samples[0].ids)[None]
+    ids = torch.tensor(case.held_out.samples[0].ids)[None]
     with torch.no_grad(), theirs.disable_adapter():
         alone = theirs(input_ids=ids).logits[0].double().log_softmax(1)
     with torch.no_grad():
@@ -288,15 +301,15 @@ def test_gguf_that_transformers_does_not_know_is_told_as_not_verified(trained: C
 
 
 def test_better_base_is_the_one_with_the_lower_loss(trained: Case, tmp_path: Path) -> None:
-    chosen, losses = better_base(trained.parts, trained.samples)
+    chosen, losses = better_base(trained.parts, trained.held_out)
     assert losses.keys() == {"nf4", "original"}
     for name, quant in (("nf4", trained.parts.quant), ("original", PLAIN)):
         assert losses[name] == pytest.approx(
-            reference(trained.parts, quant, trained.samples, tmp_path).adapted_loss, rel=1e-6
+            reference(trained.parts, quant, trained.held_out, tmp_path).adapted_loss, rel=1e-6
         )
-    assert chosen is (MergeBase.original if losses["original"] < losses["nf4"] * 0.999 else MergeBase.nf4)
+    assert losses[chosen.name] <= min(losses.values()) * 1.001
     unquantised = replace(trained.parts, quant=PLAIN)
-    assert better_base(unquantised, trained.samples) == (MergeBase.original, {})
+    assert better_base(unquantised, trained.held_out) == (MergeBase.original, {})
 
 
 def test_held_out_comes_from_what_is_given_then_the_run_then_qdora(
@@ -307,18 +320,18 @@ def test_held_out_comes_from_what_is_given_then_the_run_then_qdora(
     given.write_text("".join(json.dumps(row) + "\n" for row in rows))
     own.write_text(json.dumps({"text": "A text of the run's own."}) + "\n")
     parts = replace(trained.parts, data=DataConfig(eval=str(own), max_length=14))
-    source, samples = held_out(parts, str(given), make_tokenizer())
-    assert (source, len(samples)) == (str(given), 64)
+    found = find_held_out(parts, str(given), make_tokenizer())
+    samples = found.samples
+    assert (found.source, len(samples)) == (str(given), 64)
     assert all(len(sample.ids) <= 14 for sample in samples)
     assert samples[0].learned == [False] * 12 + [True] * 2
-    source, samples = held_out(parts, None, make_tokenizer())
-    assert (source, samples[0].learned) == (str(own), [True] * 14)
+    found = find_held_out(parts, None, make_tokenizer())
+    assert (found.source, found.samples[0].learned) == (str(own), [True] * 14)
     own.unlink()
-    source, samples = held_out(parts, None, make_tokenizer())
-    assert source == "qdora's own text"
+    assert find_held_out(parts, None, make_tokenizer()).source == "qdora's own text"
     assert f"data.eval={own} cannot be used any more" in capsys.readouterr().out
     with pytest.raises(DataError, match="no such data file"):
-        held_out(parts, str(own), make_tokenizer())
+        find_held_out(parts, str(own), make_tokenizer())
 
 
 def test_card_tells_what_the_data_say(trained: Case, right: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
