@@ -17,7 +17,7 @@ from qdora.config import AdapterMethod, ChatConfig, DataFormat, GenerateConfig
 from qdora.data.encode import encode_prompt
 from qdora.data.sources import Row
 from qdora.errors import ConfigError, DataError
-from qdora.model import LoadedModel, load_tokenizer, model_folder
+from qdora.model import LoadedModel, check_vocabulary, load_tokenizer, model_folder
 from qdora.model.folder import load_config
 from qdora.model.generate import TextStream, end_tokens, generate_stream
 from qdora.subject import find_subject
@@ -110,6 +110,7 @@ class Speaker:
         self.name = str(config.run or config.adapter or config.model.path)
         self._base = model_folder(self._subject.model)
         self._tokenizer = load_tokenizer(self._base, self._subject.model)
+        check_vocabulary(self._base, self._tokenizer)
         self._ends = end_tokens(self._tokenizer, self._base)
         text_config = load_config(self._base, self._subject.model).get_text_config()
         self._context: int | None = getattr(text_config, "max_position_embeddings", None)

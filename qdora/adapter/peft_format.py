@@ -26,7 +26,7 @@ from qdora.parallel import World, gather_rows, own_rows
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _SUFFIXES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
-_REFUSED = ("modules_to_save", "layer_replication", "trainable_token_indices")
+_REFUSED = ("modules_to_save", "layer_replication", "trainable_token_indices", "alora_invocation_tokens")
 """Options of PEFT that change the arithmetic and that qdora's layer does not have."""
 
 
@@ -39,6 +39,10 @@ class StoredAdapter(AdapterConfig):
 
     def shape_of(self, layer: str) -> tuple[int, float]:
         return self.layers.get(layer, (self.rank, self.scaling))
+
+
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways of PEFT to start an adapter that subtract it from the base model's weights."""
 
 
 def _parameters(layer: AdaptedLinear) -> dict[str, nn.Parameter]:
@@ -112,9 +116,9 @@ def read_config(folder: Path) -> StoredAdapter:
     """
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise AdapterError(f"no {CONFIG} in {folder}: give the folder of an adapter in PEFT format") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise AdapterError(f"{folder / CONFIG} is not JSON: {error}") from None
     if not isinstance(values, dict) or not {"r", "lora_alpha"} <= values.keys():
         raise AdapterError(
@@ -126,13 +130,19 @@ def read_config(folder: Path) -> StoredAdapter:
             f"{folder}: only plain LoRA and DoRA adapters without trained biases load here; this one has "
             f"peft_type={values.get('peft_type')!r}, bias={values.get('bias')!r}, {refused}"
         )
+    if str(values.get("init_lora_weights")).startswith(_CHANGE_THE_BASE):
+        raise AdapterError(
+            f"{folder}: init_lora_weights={values['init_lora_weights']!r} changes the base model's weights when PEFT "
+            "loads it; convert it first: save_pretrained(DIR, path_initial_model_for_weight_conversion=...)"
+        )
+    _check_numbers(folder / CONFIG, values)
     suffix = _SUFFIXES["lora_a"]
     with _opened(folder) as file:
-        ranks = {
-            name[len(_PREFIX) : -len(suffix)]: int(file.get_slice(key).get_shape()[0])
-            for name, key in _names(file).items()
-            if name.endswith(suffix)
-        }
+        shapes = {name: file.get_slice(key).get_shape() for name, key in _names(file).items() if name.endswith(suffix)}
+    odd = [name for name, shape in shapes.items() if len(shape) != 2]
+    if odd:
+        raise AdapterError(f"{folder / WEIGHTS}: {odd[0]} is no matrix")
+    ranks = {name[len(_PREFIX) : -len(suffix)]: int(shape[0]) for name, shape in shapes.items()}
     stored = StoredAdapter(
         method=AdapterMethod.dora if values.get("use_dora") else AdapterMethod.lora,
         rank=values["r"],
@@ -147,6 +157,25 @@ def read_config(folder: Path) -> StoredAdapter:
             alpha = _by_pattern(values.get("alpha_pattern") or {}, name, values["lora_alpha"])
             stored.layers[name] = rank, replace(stored, rank=rank, alpha=alpha).scaling
     return stored
+
+
+def _check_numbers(file: Path, values: dict[str, Any]) -> None:
+    """Raises `AdapterError` for what is not the number, or the patterns of numbers, that it should be."""
+    wanted: dict[str, tuple[type, ...]] = {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float)}
+    for name, kinds in wanted.items():
+        if not isinstance(values.get(name, 0), kinds) or isinstance(values.get(name), bool):
+            raise AdapterError(f"{file}: {name} is {values[name]!r}, which is no number that LoRA knows")
+    if values["r"] < 1:
+        raise AdapterError(f"{file}: r is {values['r']}; it must be at least 1")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = values.get(name) or {}
+        try:
+            good = all(isinstance(value, int | float) for value in patterns.values())
+            [re.compile(pattern) for pattern in patterns]
+        except (AttributeError, TypeError, re.error):
+            good = False
+        if not good:
+            raise AdapterError(f"{file}: {name} is {patterns!r}; it must map regular expressions to numbers")
 
 
 def _by_pattern(patterns: dict[str, float], name: str, usual: float) -> float:

@@ -150,7 +150,8 @@ def _taken_out(arguments: list[str], config_class: type) -> tuple[list[str], dic
     for argument in arguments:
         option, equals, value = argument.lstrip("+").partition("=")
         if equals and option in TEXTS and option in hints:
-            named[option] = _INTERPOLATION.sub(r"\1\1\\${", value)  # OmegaConf would look `${name}` up
+            # OmegaConf would look `${name}` up, and takes `???` for a value that is missing.
+            named[option] = _INTERPOLATION.sub(r"\1\1\\${", value) if value != "???" else "??? "
         elif equals and option in plain:
             if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
                 value = value[1:-1]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,7 +22,8 @@ def describe(name: str, config_class: type, values: DictConfig, conf: Path) -> s
     lines = [f"usage: qdora {name} [option=value ...] [group=choice ...]", "", header.rstrip(), ""]
     lines += ["Options, each with the value it has now:", "", *_options(config_class, values)]
     lines += ["Option groups; a choice sets options of its group at once, as in model=qwen3_0_6b:", ""]
-    for group in sorted(groups.keys() & values.keys()):
+    plain = {name for name, hint in get_type_hints(config_class).items() if not is_dataclass(hint)}
+    for group in sorted(groups.keys() & values.keys() - plain):
         lines += _paragraph(f"{group}: {', '.join(file.stem for file in groups[group])}")
     if recipes:
         lines += ["", "Recipes; +experiment=NAME sets options of several groups, and what follows overrides it:", ""]
@@ -35,9 +36,11 @@ def describe(name: str, config_class: type, values: DictConfig, conf: Path) -> s
 
 
 def field_docs(config_class: type) -> dict[str, str]:
-    """The docstring under each field that has one."""
+    """The docstring under each field that has one, those of a base class included."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
     docs: dict[str, str] = {}
+    for parent in config_class.__bases__:
+        docs |= field_docs(parent) if is_dataclass(parent) else {}
     field = ""
     for statement in definition.body:  # type: ignore[attr-defined]
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
@@ -63,6 +66,7 @@ def _options(config_class: type, values: DictConfig, prefix: str = "") -> Iterat
 
 
 def _allowed(hint: Any) -> str:
+    hint = next((part for part in get_args(hint) if part is not type(None)), hint)  # of `Word | None`
     return f"One of: {', '.join(hint.__members__)}" if isinstance(hint, type) and issubclass(hint, Enum) else ""
 
 

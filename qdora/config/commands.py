@@ -133,7 +133,7 @@ class MergeConfig:
         if self.run is not None:
             refuse_settled(self.model, self.quant, QuantConfig(), free={"model.path"})
         require(bool(self.output), "output is not set: give the folder to write")
-        require(self.max_shard_gib > 0, f"max_shard_gib is {self.max_shard_gib}; it must be above 0")
+        require(0 < self.max_shard_gib < 2**20, f"max_shard_gib is {self.max_shard_gib}; it must be above 0 and finite")
         require(self.held_out != "", "held_out is empty: give a data file, or leave it out")
         require(self.lora_rank is None or self.lora_rank >= 1, f"lora_rank is {self.lora_rank}; it must be at least 1")
         if self.format is not MergeFormat.lora:
@@ -234,7 +234,9 @@ class ChatConfig:
             "compare=base needs run=DIR or adapter=DIR: a model without an adapter has nothing to compare",
         )
         require(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        require(self.temperature >= 0, f"temperature is {self.temperature}; it must not be below 0")
+        good = self.temperature == 0 or 1e-3 <= self.temperature <= 1e3
+        require(good, f"temperature is {self.temperature}; it must be 0, or between 0.001 and 1000")
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}; allowed: 0 <= seed < 2^63")
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; allowed: 0 < top_p <= 1")
 
 

@@ -50,7 +50,7 @@ def model_card(parts: Parts, record: dict[str, Any], verification: dict[str, Any
     """The text of README.md.
 
     Args:
-        record: merge.json; `format` and `base_weights` (nf4 or original) are understood, for LoRA also `rank`.
+        record: merge.json.
         verification: verification.json, None where it was not wanted.
         output: the folder that the card describes, by whose name it is called.
     """
@@ -87,8 +87,14 @@ def _facts(parts: Parts, record: dict[str, Any]) -> list[list[str]]:
         ["Base weights while training", trained_over],
         ["Base weights here", _base_weights(parts, record)],
     ]
-    shown = {key: value for key, value in record.items() if isinstance(value, str | int | float)}
-    return rows + [[f"`{key}` in merge.json", f"`{_shown(value)}`"] for key, value in shown.items()]
+    if "dtype" in record:
+        rows += [["Weights written as", f"{record['dtype']}"]]
+    if "relative_error" in record:
+        lost = (
+            f"{record['relative_error']:.1%} (Frobenius norm; {record['worst_relative_error']:.1%} of the worst layer)"
+        )
+        rows += [["Rank of this adapter", f"{record['lora_rank']}"], ["Left out of the weights' change", lost]]
+    return rows
 
 
 def _base_weights(parts: Parts, record: dict[str, Any]) -> str:
@@ -132,7 +138,10 @@ def _shown(value: Any) -> str:
 
 def _verification(verification: dict[str, Any] | None) -> list[str]:
     if verification is None:
-        return ["**Not verified**: nobody has compared this with the model that was trained."]
+        return [
+            "**Not verified**: this was not compared with the model that was trained; the same `qdora merge` with "
+            "`verify=true` does it."
+        ]
     if "unreadable" in verification:
         return [f"**Not verified**: transformers cannot read it ({verification['unreadable']})."]
     by = ", ".join(f"{name} {version}" for name, version in verification["versions"].items())
@@ -156,7 +165,8 @@ def _verification(verification: dict[str, Any] | None) -> list[str]:
 def _loading(parts: Parts, record: dict[str, Any], output: Path) -> list[str]:
     kind, folder = record["format"], shlex.quote(str(output))
     if kind == "gguf":
-        return ["```sh", f"llama-cli -m {shlex.quote(str(output / 'model.gguf'))}", "```"]
+        file = shlex.quote(str(output / "model.gguf"))
+        return ["With llama.cpp:", "", "```sh", f"llama-cli -m {file}", f"llama-server -m {file} --port 8080", "```"]
     if kind == "lora":
         rank = int(record["lora_rank"])
         served = next((allowed for allowed in SERVED_RANKS if allowed >= rank), rank)
@@ -165,7 +175,12 @@ def _loading(parts: Parts, record: dict[str, Any], output: Path) -> list[str]:
             command += " --quantization bitsandbytes"
         named = shlex.quote(f"{output.resolve().name}={output}")
         command += f" --enable-lora --max-lora-rank {served} --lora-modules {named}"
-        return [f"Beside its base ({CONFIG} names it), with vLLM:", "", "```sh", command, "```"]
+        why = " (bitsandbytes, as the base was NF4 while this was trained)" if "--quantization" in command else ""
+        return [
+            f"Beside its base ({CONFIG} names it), with vLLM{why}:",
+            *["", "```sh", command, "```", ""],
+            "With PEFT, `model` being the base: `PeftModel.from_pretrained(model, " + json.dumps(str(output)) + ")`.",
+        ]
     chats = _has_chat_template(parts.base)
     trusted = ", trust_remote_code=True" if parts.model.trust_remote_code else ""
     snippet = SNIPPET.format(folder=json.dumps(str(output)), prompt=CHAT if chats else PLAIN, trusted=trusted)

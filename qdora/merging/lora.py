@@ -5,7 +5,6 @@ best approximation in the Frobenius norm is taken, the largest singular values (
 method with power iterations (Halko et al., arXiv:0909.4061). Each factor gets the root of the singular values; s is 1.
 """
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from math import sqrt
 from pathlib import Path
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from qdora.adapter import peft_format
 from qdora.config import AdapterConfig, AdapterMethod
+from qdora.errors import AdapterError, ConfigError
 from qdora.merging.weights import Weights
-from qdora.model.writer import CHUNK_NUMEL, MAX_WORKERS, cores_shared
+from qdora.model.writer import CHUNK_NUMEL, JOURNAL, MAX_WORKERS, clear, cores_shared
 
 OVERSAMPLED, POWER_ITERATIONS = 16, 6
 """Directions beyond the rank, and rounds, of the randomised method: within 1 % of the best error on what was seen."""
@@ -44,6 +44,9 @@ def write_lora(weights: Weights, folder: Path, base: str, rank: int, dtype: torc
         `relative_error`, the Frobenius norm of what is lost (before rounding) over that of the change, of all layers;
         of the worst layer, too.
     """
+    whole = max(min(layer.in_features, layer.out_features) for layer in weights.layers.values())
+    if rank > whole:
+        raise ConfigError(f"lora_rank is {rank}, but {whole} is the whole of the largest layer")
     tensors: dict[str, Tensor] = {}
     errors: dict[str, tuple[float, float]] = {}
 
@@ -61,8 +64,9 @@ def write_lora(weights: Weights, folder: Path, base: str, rank: int, dtype: torc
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    shutil.rmtree(folder, ignore_errors=True)  # what a merge into another format has left
+    clear(folder)
     folder.mkdir(parents=True)
+    (folder / JOURNAL).touch()
     save_file(dict(sorted(tensors.items())), folder / peft_format.WEIGHTS, metadata={"format": "pt"})
     config = AdapterConfig(method=AdapterMethod.lora, rank=rank, alpha=float(rank))
     peft_format.write_config(folder, config, base, peft_format.target_modules(weights.empty.model))
@@ -93,6 +97,8 @@ def _factors(weights: Weights, name: str, rank: int) -> tuple[Tensor, Tensor, fl
         last = min(first + step, layer.out_features)
         before = base(first, last).clone()
         change[first:last] = merged(first, last) - before
+    if not change.isfinite().all():
+        raise AdapterError(f"{name} has values that are not finite: the adapter is damaged")
     kept = min(rank, *shape)
     u, s, vh = _largest_singular(change, min(kept + OVERSAMPLED, *shape))
     root = s[:kept].sqrt()

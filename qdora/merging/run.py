@@ -27,9 +27,9 @@ from qdora.merging.formats import exactness, write
 from qdora.merging.lora import lora_rank
 from qdora.merging.parts import Parts
 from qdora.merging.verification import HeldOut, better_base, find_held_out, verify
-from qdora.model import load_tokenizer
+from qdora.model import check_vocabulary, load_tokenizer
 from qdora.model.checkpoint_files import CheckpointFiles
-from qdora.model.writer import finish
+from qdora.model.writer import JOURNAL, finish
 
 RECORD = "merge.json"
 """What was merged; written with the checkpoint, so that the same merge is not made twice."""
@@ -62,7 +62,7 @@ def merge(config: MergeConfig) -> int:
         record = wanted | {"base_weights": base.name} | told
         print(f"merged {told['num_layers']} layers in {time.perf_counter() - started:.1f} s")
         if "relative_error" in told:
-            print(f"rank {record['lora_rank']} leaves out {told['relative_error']:.1%} of the change")
+            print(f"rank {record['lora_rank']} leaves out {told['relative_error']:.1%} of the weights' change (norm)")
         verification = None
         if config.verify and held_out is not None:
             kind = exactness(config, parts.adapter)
@@ -70,13 +70,15 @@ def merge(config: MergeConfig) -> int:
         with _room_is_told(output):
             _write_rest(partial, parts, record, verification, output)
             finish(partial, output)
-    print(f"written to {output}; {CARD} says how to load it")
+    unverified = "" if config.verify else "; it was not verified, the same command without verify=false does it"
+    print(f"written to {output}; {CARD} says how to load it{unverified}")
     return _conclude(record, verification, output)
 
 
 def _there_already(config: MergeConfig, parts: Parts, output: Path, wanted: dict[str, Any]) -> int:
     """Verifies what is in `output` if that is wanted and was not done."""
     record = _same(output, wanted)
+    (output / JOURNAL).unlink(missing_ok=True)  # of a process that was killed at its very end
     if config.verify and not (output / VERIFICATION).exists():
         print(f"{output} is this merge already, not verified yet")
         quant, kind = _quant(parts, record["base_weights"]), exactness(config, parts.adapter)
@@ -140,7 +142,9 @@ def _quant(parts: Parts, base: str) -> QuantConfig:
 
 
 def _held_out(config: MergeConfig, parts: Parts) -> HeldOut:
-    return find_held_out(parts, config.held_out, load_tokenizer(parts.base, parts.model))
+    tokenizer = load_tokenizer(parts.base, parts.model)
+    check_vocabulary(parts.base, tokenizer)
+    return find_held_out(parts, config.held_out, tokenizer)
 
 
 def _base(config: MergeConfig, parts: Parts, held_out: HeldOut | None) -> MergeBase:
@@ -161,9 +165,9 @@ def _write_rest(
     for stale in (VERIFICATION, MARK):  # of a verification after which something failed
         (folder / stale).unlink(missing_ok=True)
     if verification is not None:
-        write_durably(folder / VERIFICATION, json.dumps(verification, indent=2) + "\n")
-        if verification["failed"]:
+        if verification["failed"]:  # before what says that it was verified
             write_durably(folder / MARK, "\n".join(verification["failed"]) + "\n")
+        write_durably(folder / VERIFICATION, json.dumps(verification, indent=2) + "\n")
     write_durably(folder / CARD, model_card(parts, record, verification, output))
     write_durably(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
@@ -221,6 +225,8 @@ def _alone(output: Path) -> Iterator[None]:
     """
     name = output.with_name(f".{output.name}.lock")
     try:
+        if output.name in ("", "..") or (output.is_symlink() and not output.exists()):
+            raise ConfigError(f"output={output} is not a folder that can be made: give its name")
         output.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     except OSError as error:
@@ -229,6 +235,8 @@ def _alone(output: Path) -> Iterator[None]:
         with suppress(OSError):  # a file system without locks
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not name.exists() or name.stat().st_ino != os.fstat(descriptor).st_ino:
+                    raise BlockingIOError  # the lock of a merge that has just ended
             except BlockingIOError:
                 raise ConfigError(f"another process merges into {output} now: wait, or give another folder") from None
         try:

@@ -140,6 +140,7 @@ def verify(
     Raises:
         ModelError: `output` cannot be loaded or computed with, or there is no room, in memory or for the logits.
     """
+    print(f"verifying on {held_out.source}: {len(held_out.samples)} samples", flush=True)
     # Beside the output, where there is room; called so that what a killed process left is found and goes, too.
     scratch = output.with_name(f".{output.name}.verification")
     shutil.rmtree(scratch, ignore_errors=True)

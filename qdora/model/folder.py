@@ -109,7 +109,7 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
     try:
         _check_code_is_here(folder)
         return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{config.path} brings its own Python code, which is not run unless you say so: read it, then set "
@@ -141,7 +141,7 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
     try:
         _check_code_is_here(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise ModelError(f"transformers cannot read a tokenizer in {folder}: {error}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

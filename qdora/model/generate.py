@@ -9,12 +9,17 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from qdora.errors import ModelError, first_line
+
 
 def end_tokens(tokenizer: Any, base: Path) -> list[int]:
     """The ids that end an answer: the tokenizer's end of sequence, and those that the folder of the model names."""
     ends = {tokenizer.eos_token_id}
     if (base / "generation_config.json").exists():
-        named = GenerationConfig.from_pretrained(base).eos_token_id
+        try:
+            named = GenerationConfig.from_pretrained(base).eos_token_id
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"{base}/generation_config.json cannot be read: {first_line(error)}") from None
         ends |= set(named) if isinstance(named, list) else {named}
     return sorted(end for end in ends if end is not None)
 

@@ -187,12 +187,12 @@ def write_tensors(folder: Path, layout: Layout, what: Any, *, num_workers: int |
 
 def finish(folder: Path, output: Path) -> None:
     """Gives what was written its name, when every other file is in `folder`, too."""
-    (folder / JOURNAL).unlink(missing_ok=True)
     for file in folder.rglob("*"):
         sync(file)
     sync(folder)
     folder.rename(output)
     sync(output.parent)
+    (output / JOURNAL).unlink(missing_ok=True)  # last: without it all would be written again
 
 
 class _StoppedError(Exception):
@@ -234,11 +234,11 @@ def _begin(folder: Path, layout: Layout, what: Any) -> set[str]:
                 except json.JSONDecodeError:  # the last one, cut by a kill: that tensor is written again
                     break
             return done
-    if folder.exists():
-        shutil.rmtree(folder)
+    clear(folder)
     needed = sum(layout.sizes().values())
     try:
         folder.mkdir(parents=True)
+        journal.touch()  # first, so that the folder is known as what it is
         for file, size in layout.sizes().items():
             with (folder / file).open("wb") as stream:
                 os.posix_fallocate(stream.fileno(), 0, size)
@@ -252,6 +252,18 @@ def _begin(folder: Path, layout: Layout, what: Any) -> set[str]:
             f"{free / 2**30:.2f} GiB are free)"
         ) from None
     return set()
+
+
+def clear(folder: Path) -> None:
+    """Removes what an earlier call has left.
+
+    Raises:
+        ConfigError: the folder is somebody else's.
+    """
+    if folder.exists():
+        if any(folder.iterdir()) and not (folder / JOURNAL).exists():
+            raise ConfigError(f"{folder} is in the way and not of a merge: move it, or give another output")
+        shutil.rmtree(folder)
 
 
 def _existing(folder: Path) -> Path:

@@ -275,6 +275,31 @@ def test_merge_begun_for_something_else_is_not_gone_on_with(run: Path, tmp_path:
     assert json.loads((output / "config.json").read_text())["dtype"] == "float16"
 
 
+@pytest.mark.parametrize("format", ["hf", "lora"])
+def test_folder_of_somebody_else_is_not_removed(format: str, run: Path, tmp_path: Path, capsys: Told) -> None:
+    (tmp_path / "merged.partial").mkdir()
+    (tmp_path / "merged.partial" / "precious").write_text("mine")
+    assert merge(f"run={run}", f"output={tmp_path}/merged", "verify=false", f"format={format}") == 2
+    assert "is in the way and not of a merge" in capsys.readouterr().err
+    assert (tmp_path / "merged.partial" / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("output", ["x" * 300, "dangling", "nope/.."])
+def test_output_that_cannot_be_made_is_told_at_once(output: str, run: Path, tmp_path: Path, capsys: Told) -> None:
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert merge(f"run={run}", f"output={tmp_path}/{output}", "verify=false") == 2
+    assert "can be made" in capsys.readouterr().err.replace("cannot", "can")
+
+
+def test_merge_that_was_killed_at_its_very_end_is_whole(run: Path, tmp_path: Path, capsys: Told) -> None:
+    arguments = [f"run={run}", f"output={tmp_path}/merged", "verify=false"]
+    assert merge(*arguments) == 0
+    (tmp_path / "merged" / "journal.jsonl").write_text("{}\n")
+    assert merge(*arguments) == 0
+    assert "is this merge already" in capsys.readouterr().out
+    assert not (tmp_path / "merged" / "journal.jsonl").exists()
+
+
 def test_lora_adapter_has_nothing_of_a_merge_that_was_killed(run: Path, tmp_path: Path) -> None:
     partial = tmp_path / "merged.partial"
     partial.mkdir()
@@ -373,6 +398,9 @@ def test_mistakes_are_one_line(run: Path, base: Path, tmp_path: Path, capsys: To
         ([f"run={tmp_path}"], "no run there"),
         ([f"run={run}", "gguf.type=q4_0"], "it goes with format=gguf"),
         ([f"run={run}", "lora_rank=4"], "it goes with format=lora"),
+        ([f"run={run}", "format=lora", "lora_rank=1000000"], "128 is the whole of the largest layer"),
+        ([f"run={run}", "max_shard_gib=inf"], "must be above 0 and finite"),
+        ([f"adapter={adapter}/{peft_format.WEIGHTS}", f"model.path={base}"], "no adapter_config.json in"),
         ([f"run={run}", "format=gguf", "dtype=float16"], "it is gguf.type that says"),
         ([f"run={run}", f"held_out={tmp_path}/none.jsonl"], "none.jsonl"),
         ([f"run={run}", "base=nf5"], "base"),

@@ -180,6 +180,30 @@ def test_adapter_with_features_of_its_own_is_refused(saved: tuple[Path, Path], o
         peft_format.read_config(saved[1])
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("r", "4"),
+        ("r", None),
+        ("r", True),
+        ("r", 0),
+        ("lora_alpha", "x"),
+        ("lora_alpha", None),
+        ("lora_dropout", "x"),
+        ("alpha_pattern", {"(": 4}),
+        ("alpha_pattern", ["a"]),
+        ("rank_pattern", {"q_proj": "z"}),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+    ],
+)
+def test_adapter_config_that_cannot_be_meant_is_refused(saved: tuple[Path, Path], option: str, value: object) -> None:
+    file = saved[1] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
+    with pytest.raises(AdapterError, match=option if option != "r" else "r is "):
+        peft_format.read_config(saved[1])
+
+
 def test_training_does_not_go_on_from_an_adapter_of_several_ranks(saved: tuple[Path, Path]) -> None:
     file = saved[1] / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha_pattern": {"q_proj": 8}}))

@@ -114,7 +114,7 @@ def test_what_is_written_is_the_adapted_model(
     if format is MergeFormat.gguf:
         options |= {"gguf": GgufConfig(type=GgufType.f16), "dtype": MergedDtype.bfloat16}
     if format is MergeFormat.lora:
-        options |= {"lora_rank": 192}  # the whole of every layer
+        options |= {"lora_rank": 128}  # the whole of every layer
     config = merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.nf4, **options)
     if quantised and base is MergeBase.original:
         with pytest.raises(ConfigError, match="is stored in 4 bits; give the checkpoint that it was made from"):
