@@ -110,7 +110,6 @@ class Speaker:
         self.name = str(config.run or config.adapter or config.model.path)
         self._base = model_folder(self._subject.model)
         self._tokenizer = load_tokenizer(self._base, self._subject.model)
-        check_vocabulary(self._base, self._tokenizer)
         self._ends = end_tokens(self._tokenizer, self._base)
         text_config = load_config(self._base, self._subject.model).get_text_config()
         self._context: int | None = getattr(text_config, "max_position_embeddings", None)
@@ -118,6 +117,7 @@ class Speaker:
 
     def load(self) -> None:
         """Loads the model."""
+        check_vocabulary(self._base, self._tokenizer)
         self._loaded = self._subject.load(self._base, self._world)
 
     def encode(self, turns: list[Turn]) -> list[int]:
