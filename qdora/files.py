@@ -1,6 +1,10 @@
-"""Files that outlast a loss of power: whole under their names, or not there."""
+"""Files that outlast a loss of power, whole under their names or not there; locks; output that is read no more."""
 
+import fcntl
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -20,3 +24,31 @@ def write_durably(path: Path, text: str) -> None:
     sync(partial)
     partial.replace(path)
     sync(path.parent)
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return next(place for place in [path.absolute(), *path.absolute().parents] if place.exists())
+
+
+def lock(descriptor: int) -> bool:
+    """Locks an open file for this process without waiting; False where another has it.
+
+    True, and no lock, on a file system that has none.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextmanager
+def output_may_close() -> Iterator[None]:
+    """A reader such as `head`, which has read enough, is no error; Python would complain again at the last flush."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,10 +1,9 @@
 """Answers of a run or a model, shown while they are made: to one prompt (`generate`) or in a conversation (`chat`)."""
 
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 from rich.console import Console
 from rich.live import Live
@@ -17,6 +16,7 @@ from qdora.config import AdapterMethod, ChatConfig, DataFormat, GenerateConfig
 from qdora.data.encode import encode_prompt
 from qdora.data.sources import Row
 from qdora.errors import ConfigError, DataError
+from qdora.files import output_may_close
 from qdora.model import LoadedModel, check_vocabulary, load_tokenizer, model_folder
 from qdora.model.folder import load_config
 from qdora.model.generate import TextStream, end_tokens, generate_stream
@@ -40,7 +40,7 @@ def generate(config: GenerateConfig) -> int:
     text = _utf8("prompt", _standard_input() if config.prompt == "-" else str(config.prompt))
     prompt = speaker.encode([_said("user", text)]) if config.chat_template else speaker.encode_bare(text)
     speaker.load()
-    with _output_may_close():
+    with output_may_close():
         speaker.show(prompt, config.seed)
     return 0
 
@@ -56,7 +56,7 @@ def chat(config: ChatConfig) -> int:
     speaker = Speaker(config, "qdora chat", can_stop=True)
     speaker.encode([_said("user", "Hello")])  # a system prompt without a place shows before the model is loaded
     speaker.load()
-    with _output_may_close(), suppress(KeyboardInterrupt):
+    with output_may_close(), suppress(KeyboardInterrupt):
         _converse(speaker, config.seed)
     return 0
 
@@ -264,12 +264,3 @@ def _next_line(mark: str) -> str:
         return ""
     except UnicodeDecodeError:
         raise ConfigError("standard input is not UTF-8: convert it") from None
-
-
-@contextmanager
-def _output_may_close() -> Iterator[None]:
-    """A reader such as `head`, which has read enough, is no error; Python would complain again at the last flush."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

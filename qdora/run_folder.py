@@ -1,6 +1,5 @@
 """A run's own folder: config.yaml, metrics.jsonl, summary.json, adapter/, checkpoints/, report.png."""
 
-import fcntl
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from qdora.adapter import peft_format
 from qdora.checkpoint import Manifest
 from qdora.config import RunConfig
 from qdora.errors import CheckpointError, ConfigError
-from qdora.files import write_durably
+from qdora.files import existing, lock, write_durably
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -163,18 +162,12 @@ class RunFolder:
         if self._lock is None:
             self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         deadline = time.monotonic() + LOCK_PATIENCE_S
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ConfigError(
-                        f"a run is going on in {self.path}: wait for its end, stop it, or give another output_dir"
-                    ) from None
-                time.sleep(0.2)
-            except OSError:  # a file system without locks
-                return
+        while not lock(self._lock):
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"a run is going on in {self.path}: wait for its end, stop it, or give another output_dir"
+                )
+            time.sleep(0.2)
 
     def release(self) -> None:
         """Lets other runs have the folder."""
@@ -278,7 +271,7 @@ class RunFolder:
 
 def _check_can_be_made(folder: Path) -> None:
     """Raises `ConfigError` before anything is loaded; what the system refuses all the same shows when it is made."""
-    there = next(place for place in [folder.absolute(), *folder.absolute().parents] if place.exists())
+    there = existing(folder)
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "cannot be written" if there.is_dir() else "is a file"
         raise ConfigError(f"output_dir={folder} cannot be made: {there} {what}")

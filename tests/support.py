@@ -117,3 +117,19 @@ def wandb_records(folder: Path, kind: str) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
         lines += subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
     return [record[kind] for record in map(json.loads, lines) if record["type"] == kind]
+
+
+def long_run(tiny: Path, data: Path) -> list[str]:
+    """30 steps, a checkpoint every 5, with dropout, so that random numbers count too."""
+    return [
+        f"model.path={tiny}",
+        f"data.train={data}",
+        "data.max_length=64",
+        "adapter.rank=4",
+        "adapter.dropout=0.1",
+        "optim.learning_rate=1e-2",
+        "train.num_steps=30",
+        "train.num_accumulation_steps=2",
+        "train.checkpoint_every=5",
+        "tracker=none",
+    ]

@@ -27,6 +27,7 @@ from qdora import config
 from qdora.commands.explain import check_known, explain
 from qdora.commands.help import describe
 from qdora.errors import EXIT_KEYBOARD, EXIT_USER_ERROR, ConfigError, QdoraError, nearest
+from qdora.files import output_may_close
 from qdora.interrupt import interrupt
 from qdora.rank_files import leave_error
 
@@ -199,10 +200,8 @@ def _call(command: Command, values: DictConfig) -> int:
 
 
 def _show(text: str) -> None:
-    try:
+    with output_may_close():
         print(text, flush=True)
-    except BrokenPipeError:  # `| head` has read enough; Python would complain again when it flushes at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage() -> str:

@@ -53,6 +53,17 @@ def refuse_settled(model: ModelConfig, quant: QuantConfig, usual: QuantConfig, f
     refuse(options - free, "run=DIR decides that; leave it out, or give adapter=DIR/adapter model.path=... instead")
 
 
+def check_subject(run: str | None, adapter: str | None, model: ModelConfig, quant: QuantConfig) -> None:
+    """Raises `ConfigError` unless exactly one thing is named: a run, or a model with or without an adapter."""
+    require(
+        run is not None or model.path is not None,
+        "give one of run=DIR and model.path=DIR (optionally with adapter=DIR)",
+    )
+    require(adapter is None or run is None, "adapter=DIR goes with model.path=DIR; a run has its own")
+    if run is not None:
+        refuse_settled(model, quant, QuantConfig(method=QuantMethod.none), free={"model.path"})
+
+
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     """`qdora train`."""
@@ -169,13 +180,7 @@ class EvaluateConfig:
     """Where results.json goes; null means `evaluation` in the run's or the model's folder."""
 
     def __post_init__(self) -> None:
-        require(
-            self.run is not None or self.model.path is not None,
-            "give one of run=DIR and model.path=DIR (optionally with adapter=DIR)",
-        )
-        require(self.adapter is None or self.run is None, "adapter=DIR goes with model.path=DIR; a run has its own")
-        if self.run is not None:
-            refuse_settled(self.model, self.quant, QuantConfig(method=QuantMethod.none), free={"model.path"})
+        check_subject(self.run, self.adapter, self.model, self.quant)
         data = {f"data.{name}" for name in changed(self.data, DataConfig())}
         refuse(data & {"data.limit"}, "write limit=N, the option of qdora evaluate")
         refuse(data & {"data.train", "data.packing"}, "qdora evaluate scores data.eval, a sample a row; leave it out")
@@ -222,13 +227,7 @@ class ChatConfig:
     """Fixes what is drawn."""
 
     def __post_init__(self) -> None:
-        require(
-            self.run is not None or self.model.path is not None,
-            "give one of run=DIR and model.path=DIR (optionally with adapter=DIR)",
-        )
-        require(self.adapter is None or self.run is None, "adapter=DIR goes with model.path=DIR; a run has its own")
-        if self.run is not None:
-            refuse_settled(self.model, self.quant, QuantConfig(method=QuantMethod.none), free={"model.path"})
+        check_subject(self.run, self.adapter, self.model, self.quant)
         require(
             self.compare is None or self.run is not None or self.adapter is not None,
             "compare=base needs run=DIR or adapter=DIR: a model without an adapter has nothing to compare",

@@ -1,6 +1,6 @@
 """What each `format` writes."""
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +8,15 @@ import torch
 from torch import nn
 
 from qdora.config import AdapterConfig, GgufType, MergeConfig, MergeFormat, QuantConfig, QuantMethod
-from qdora.files import write_durably
 from qdora.merging.gguf_format import gguf_layout
 from qdora.merging.lora import is_exact, lora_rank, write_lora
 from qdora.merging.parts import Parts
 from qdora.merging.quantised import quantised_jobs, quantization_config
 from qdora.merging.weights import Weights
-from qdora.model.build import build_model
+from qdora.model.build import EmptyModel, build_model
 from qdora.model.export import write_checkpoint
 from qdora.model.load import base_modules
-from qdora.model.writer import write_tensors
+from qdora.model.writer import num_workers, write_tensors
 from qdora.parallel import World
 
 
@@ -31,23 +30,29 @@ def write(
         what: all that decides the content.
     """
     weights = Weights.of(parts, quant, world)
-    dtype = getattr(torch, config.dtype.name)
-    shard_bytes = int(config.max_shard_gib * 2**30)
-    workers = 1 if world.device.type != "cpu" else None  # a GPU's reused buffer is one for all threads
+    dtype, workers = getattr(torch, config.dtype.name), num_workers(world.device)
+    save = partial(
+        write_checkpoint,
+        folder,
+        base=parts.base,
+        what=what,
+        dtype=dtype,
+        max_shard_bytes=int(config.max_shard_gib * 2**30),
+        workers=workers,
+    )
     told = {"num_layers": len(weights.layers)}
     if config.format is MergeFormat.hf:
-        write_checkpoint(folder, weights.jobs(dtype), parts.base, what, shard_bytes, workers)
+        save(weights.jobs(dtype))
     elif config.format is MergeFormat.nf4:
-        quantised, kept = _to_quantise(parts)
+        # Over the original weights the model at hand has no quantised layers to take the names of.
+        as_nf4 = weights.empty if quant.method is QuantMethod.nf4 else _in_nf4(parts)
+        quantised = {as_nf4.sources.keys[f"{name}.weight"] for name in as_nf4.report.quantised}
+        kept = [name for name, module in base_modules(as_nf4.model) if isinstance(module, nn.Linear)]
         jobs = quantised_jobs(weights.jobs(dtype, in_float32=quantised), quantised, dtype)
-        write_checkpoint(folder, jobs, parts.base, what, shard_bytes, workers)
-        file = folder / "config.json"
-        values = json.loads(file.read_text(encoding="utf-8"))
-        values |= {"dtype": config.dtype.name, "quantization_config": quantization_config(dtype, kept)}
-        write_durably(file, json.dumps(values, indent=2) + "\n")
+        save(jobs, quantization=quantization_config(dtype, kept))
     elif config.format is MergeFormat.gguf:
         layout = gguf_layout(weights.jobs(torch.float32), parts.base, config.gguf.type, Path(str(config.output)).name)
-        write_tensors(folder, layout, what, num_workers=workers)
+        write_tensors(folder, layout, what, workers)
     else:
         rank = lora_rank(parts.adapter, config.lora_rank)
         told |= write_lora(weights, folder, str(parts.model.path), rank, dtype)
@@ -63,9 +68,7 @@ def exactness(config: MergeConfig, adapter: AdapterConfig) -> str:
     return "rounded" if config.format is MergeFormat.nf4 else "exact"
 
 
-def _to_quantise(parts: Parts) -> tuple[set[str], list[str]]:
-    """The tensors of the checkpoint that become NF4, and the linear layers that do not."""
+def _in_nf4(parts: Parts) -> EmptyModel:
+    """The model's form with every layer in NF4 that can be."""
     quant = parts.quant if parts.quant.method is QuantMethod.nf4 else QuantConfig()
-    empty = build_model(parts.base, parts.model, quant, parts.adapter)
-    kept = [name for name, module in base_modules(empty.model) if isinstance(module, nn.Linear)]
-    return {empty.sources.keys[f"{name}.weight"] for name in empty.report.quantised}, kept
+    return build_model(parts.base, parts.model, quant, parts.adapter)

@@ -18,7 +18,7 @@ from qdora.adapter import peft_format
 from qdora.config import AdapterConfig, AdapterMethod
 from qdora.errors import AdapterError, ConfigError
 from qdora.merging.weights import Weights
-from qdora.model.writer import CHUNK_NUMEL, JOURNAL, MAX_WORKERS, clear, cores_shared
+from qdora.model.writer import CHUNK_NUMEL, JOURNAL, clear, cores_shared, num_workers
 
 OVERSAMPLED, POWER_ITERATIONS = 16, 6
 """Directions beyond the rank, and rounds, of the randomised method: within 1 % of the best error on what was seen."""
@@ -56,7 +56,7 @@ def write_lora(weights: Weights, folder: Path, base: str, rank: int, dtype: torc
         for kind, matrix in (("lora_a", a), ("lora_b", b)):
             tensors[peft_format.tensor_name(name, kind)] = matrix.to("cpu", dtype).contiguous()
 
-    workers = 1 if weights.world.device.type != "cpu" else min(MAX_WORKERS, torch.get_num_threads())
+    workers = num_workers(weights.world.device)
     with cores_shared(workers), ThreadPoolExecutor(workers) as pool:
         try:
             for task in [pool.submit(one, name) for name in weights.layers]:
@@ -82,7 +82,7 @@ def write_lora(weights: Weights, folder: Path, base: str, rank: int, dtype: torc
 def _factors(weights: Weights, name: str, rank: int) -> tuple[Tensor, Tensor, float, float]:
     """B (out, rank), A (rank, in) of a layer's change, and the squared norms of what is lost and of the change."""
     layer, device = weights.layers[name], weights.world.device
-    stored = {kind: tensor.to(device) for kind, tensor in peft_format.load_layer(weights.adapter_folder, name).items()}
+    stored = weights.adapter_of(name)
     a, b = stored["lora_a"], stored["lora_b"] * layer.scaling
     if layer.magnitude is None and a.shape[0] <= rank:
         padding = rank - a.shape[0]

@@ -1,5 +1,6 @@
 """What is merged: a base model, how it was quantised for training, and an adapter."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,11 @@ class Parts:
     """The run that trained the adapter, where that is known."""
     data: DataConfig
     """The run's data options, or the usual ones."""
+
+    @property
+    def is_stored_in_4_bits(self) -> bool:
+        """Whether the base has no original weights in its folder."""
+        return "quantization_config" in json.loads((self.base / "config.json").read_text(encoding="utf-8"))
 
     @classmethod
     def of(cls, config: MergeConfig) -> "Parts":

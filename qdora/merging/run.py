@@ -5,13 +5,12 @@ command goes on with what a killed one has left, and does nothing where all is d
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from qdora import parallel
 from qdora.adapter import peft_format
 from qdora.config import MergeBase, MergeConfig, MergeFormat, QuantConfig, QuantMethod
 from qdora.errors import EXIT_NOT_VERIFIED, ConfigError
-from qdora.files import write_durably
+from qdora.files import lock, write_durably
 from qdora.merging.card import model_card
 from qdora.merging.formats import exactness, write
 from qdora.merging.lora import lora_rank
@@ -65,8 +64,7 @@ def merge(config: MergeConfig) -> int:
             print(f"rank {record['lora_rank']} leaves out {told['relative_error']:.1%} of the weights' change (norm)")
         verification = None
         if config.verify and held_out is not None:
-            kind = exactness(config, parts.adapter)
-            verification = verify(parts, quant, held_out, partial, config.format, kind)
+            verification = _verified(config, parts, quant, held_out, partial)
         with _room_is_told(output):
             _write_rest(partial, parts, record, verification, output)
             finish(partial, output)
@@ -81,8 +79,8 @@ def _there_already(config: MergeConfig, parts: Parts, output: Path, wanted: dict
     (output / JOURNAL).unlink(missing_ok=True)  # of a process that was killed at its very end
     if config.verify and not (output / VERIFICATION).exists():
         print(f"{output} is this merge already, not verified yet")
-        quant, kind = _quant(parts, record["base_weights"]), exactness(config, parts.adapter)
-        verification = verify(parts, quant, _held_out(config, parts), output, config.format, kind)
+        quant = _quant(parts, record["base_weights"])
+        verification = _verified(config, parts, quant, _held_out(config, parts), output)
         with _room_is_told(output):
             _write_rest(output, parts, record, verification, output)
         return _conclude(record, verification, output)
@@ -132,8 +130,7 @@ def _quant(parts: Parts, base: str) -> QuantConfig:
     """What the base that is merged into was quantised to."""
     if base == MergeBase.nf4.name:
         return parts.quant
-    stored = json.loads((parts.base / "config.json").read_text(encoding="utf-8"))
-    if "quantization_config" in stored:
+    if parts.is_stored_in_4_bits:
         raise ConfigError(
             f"base={base}: {parts.model.path} is stored in 4 bits; give the checkpoint that it was made from as "
             "model.path, or base=nf4"
@@ -145,6 +142,10 @@ def _held_out(config: MergeConfig, parts: Parts) -> HeldOut:
     tokenizer = load_tokenizer(parts.base, parts.model)
     check_vocabulary(parts.base, tokenizer)
     return find_held_out(parts, config.held_out, tokenizer)
+
+
+def _verified(config: MergeConfig, parts: Parts, quant: QuantConfig, held_out: HeldOut, folder: Path) -> dict[str, Any]:
+    return verify(parts, quant, held_out, folder, config.format, exactness(config, parts.adapter))
 
 
 def _base(config: MergeConfig, parts: Parts, held_out: HeldOut | None) -> MergeBase:
@@ -232,13 +233,9 @@ def _alone(output: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"output={output} cannot be made: {error.strerror}") from None
     try:
-        with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not name.exists() or name.stat().st_ino != os.fstat(descriptor).st_ino:
-                    raise BlockingIOError  # the lock of a merge that has just ended
-            except BlockingIOError:
-                raise ConfigError(f"another process merges into {output} now: wait, or give another folder") from None
+        # The lock of a merge that has just ended has no name any more.
+        if not (lock(descriptor) and name.exists() and name.stat().st_ino == os.fstat(descriptor).st_ino):
+            raise ConfigError(f"another process merges into {output} now: wait, or give another folder")
         try:
             yield
         finally:

@@ -217,10 +217,9 @@ def reference(parts: Parts, quant: QuantConfig, held_out: HeldOut, folder: Path)
 
 def better_base(parts: Parts, held_out: HeldOut) -> tuple[MergeBase, dict[str, float]]:
     """The base over which the adapter has the lower loss, and the losses (none where there is no choice)."""
-    stored = json.loads((parts.base / "config.json").read_text(encoding="utf-8"))
     if parts.quant.method is QuantMethod.none:
         return MergeBase.original, {}
-    if "quantization_config" in stored:
+    if parts.is_stored_in_4_bits:
         return MergeBase.nf4, {}
     losses = {}
     for base, quant in ((MergeBase.nf4, parts.quant), (MergeBase.original, QuantConfig(method=QuantMethod.none))):
@@ -272,13 +271,12 @@ def _reload(
     folder: Path,
 ) -> dict[str, Any]:
     """What `reload.py` finds."""
-    stored = json.loads((parts.base / "config.json").read_text(encoding="utf-8"))
     request = {
         "folder": str(output),
         "format": format.name,
         "base": str(parts.base),
         "dtype": parts.model.dtype.name,
-        "quantise": quant.method is QuantMethod.nf4 and "quantization_config" not in stored,
+        "quantise": quant.method is QuantMethod.nf4 and not parts.is_stored_in_4_bits,
         "double_quant": quant.double_quant,
         "trust_remote_code": parts.model.trust_remote_code,
         "samples": [

@@ -77,14 +77,18 @@ class Weights:
 
     def merged_rows(self, name: str, base: Rows) -> Rows:
         """W' of a layer, (rows, in) float32 on the device, in place of what `base` gives."""
-        device, scaling = self.world.device, self.layers[name].scaling
-        stored = {kind: tensor.to(device) for kind, tensor in peft_format.load_layer(self.adapter_folder, name).items()}
+        scaling, stored = self.layers[name].scaling, self.adapter_of(name)
 
         def rows(first: int, last: int) -> Tensor:
             magnitude = stored["magnitude"][first:last] if "magnitude" in stored else None
             return merge_rows(base(first, last), stored["lora_a"], stored["lora_b"][first:last], magnitude, scaling)
 
         return rows
+
+    def adapter_of(self, name: str) -> dict[str, Tensor]:
+        """`lora_a`, `lora_b` and (of DoRA) `magnitude` of a layer, float32 on the device, as they are stored."""
+        stored = peft_format.load_layer(self.adapter_folder, name)
+        return {kind: tensor.to(self.world.device) for kind, tensor in stored.items()}
 
     def base_rows(self, name: str, module: nn.Module, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Rows:
         """The rows of one tensor of the base, (rows, ...) on the device; valid until this thread asks for the next."""

@@ -5,7 +5,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from qdora.files import write_durably
@@ -29,23 +31,34 @@ _SKIPPED = (
 
 
 def write_checkpoint(
-    folder: Path, jobs: Sequence[Job], base: Path, what: object, max_shard_bytes: int, num_workers: int | None = None
+    folder: Path,
+    jobs: Sequence[Job],
+    base: Path,
+    what: object,
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    workers: int,
+    quantization: dict[str, Any] | None = None,
 ) -> None:
     """Writes `jobs` to `folder` as safetensors, with an index where there are several files, and the rest of `base`.
+
+    Args:
+        what, workers: as `write_tensors` takes them.
+        dtype, quantization: what config.json is to say of the weights.
 
     Raises:
         ConfigError: there is no room.
     """
     layout, index = safetensors_layout(jobs, max_shard_bytes)
-    write_tensors(folder, layout, what, num_workers=num_workers)
+    write_tensors(folder, layout, what, workers)
     if len(layout.headers) > 1:
         write_durably(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    dtypes = {job.dtype for job in jobs if job.dtype.is_floating_point}
-    copy_rest(base, folder, str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch."))
+    _copy_rest(base, folder, dtype, quantization)
 
 
-def copy_rest(base: Path, output: Path, dtype: str) -> None:
-    """Copies config (without a quantisation, naming `dtype`), generation config, tokenizer and chat template."""
+def _copy_rest(base: Path, output: Path, dtype: torch.dtype, quantization: dict[str, Any] | None) -> None:
+    """Copies config (naming `dtype` and `quantization`), generation config, tokenizer and chat template."""
     for pattern in _COPIED:
         for file in base.glob(pattern):
             if not any(file.match(skipped) for skipped in _SKIPPED):
@@ -54,7 +67,9 @@ def copy_rest(base: Path, output: Path, dtype: str) -> None:
     values = json.loads(config.read_text(encoding="utf-8"))
     values.pop("quantization_config", None)
     values.pop("torch_dtype", None)
-    values["dtype"] = dtype
+    values["dtype"] = str(dtype).removeprefix("torch.")
+    if quantization is not None:
+        values["quantization_config"] = quantization
     config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -81,7 +96,9 @@ def export_model(loaded: LoadedModel, output: Path, base: Path, world: World) ->
     try:
         if world.is_main:
             shutil.rmtree(beside, ignore_errors=True)
-            write_checkpoint(beside, jobs, base, "export", MAX_SHARD_BYTES, num_workers=1)
+            write_checkpoint(
+                beside, jobs, base, "export", dtype=loaded.dtype, max_shard_bytes=MAX_SHARD_BYTES, workers=1
+            )
             shutil.rmtree(output, ignore_errors=True)
             finish(beside, output)
     finally:  # the other ranks gather along to the end

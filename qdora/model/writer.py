@@ -24,7 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from qdora.errors import ConfigError
-from qdora.files import sync
+from qdora.files import existing, sync
 
 JOURNAL = "journal.jsonl"
 CHUNK_NUMEL = 2**20
@@ -138,12 +138,17 @@ SAFETENSORS_NAMES = {
 }
 
 
-def write_tensors(folder: Path, layout: Layout, what: Any, *, num_workers: int | None = None) -> None:
+def num_workers(device: torch.device) -> int:
+    """One a core, at most 8; on a GPU one, as the reused buffer of dequantised weights is one for all threads."""
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0))) if device.type == "cpu" else 1
+
+
+def write_tensors(folder: Path, layout: Layout, what: Any, workers: int) -> None:
     """Writes the files of `layout` to `folder`, or goes on with them where `folder` holds some of the same `what`.
 
     Args:
         what: JSON values that say all that decides the content; other content in `folder` is removed.
-        num_workers: threads; None means one a core, at most 8. One alone takes the tensors in the order of the files.
+        workers: threads. One alone takes the tensors in the order of the files.
 
     Raises:
         ConfigError: there is no room.
@@ -152,7 +157,6 @@ def write_tensors(folder: Path, layout: Layout, what: Any, *, num_workers: int |
     done = _begin(folder, layout, what)
     sizes = layout.sizes()
     left = [place for place in layout.places if place.job.name not in done]
-    workers = num_workers or min(MAX_WORKERS, len(os.sched_getaffinity(0)))
     if workers > 1:  # largest first, or one worker would be left with it at the end
         left.sort(key=lambda place: -place.job.num_bytes)
     descriptors = {file: os.open(folder / file, os.O_WRONLY) for file in sizes}
@@ -246,7 +250,7 @@ def _begin(folder: Path, layout: Layout, what: Any) -> set[str]:
         journal.write_text(head + "\n", encoding="utf-8")
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        free = shutil.disk_usage(_existing(folder)).free
+        free = shutil.disk_usage(existing(folder)).free
         raise ConfigError(
             f"{folder} cannot be written: {error.strerror} ({needed / 2**30:.2f} GiB are needed, "
             f"{free / 2**30:.2f} GiB are free)"
@@ -264,10 +268,6 @@ def clear(folder: Path) -> None:
         if any(folder.iterdir()) and not (folder / JOURNAL).exists():
             raise ConfigError(f"{folder} is in the way and not of a merge: move it, or give another output")
         shutil.rmtree(folder)
-
-
-def _existing(folder: Path) -> Path:
-    return next(place for place in [folder.absolute(), *folder.absolute().parents] if place.exists())
 
 
 def _boot_id() -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import make_model
+from tests.support import long_run, make_model, qdora
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +38,14 @@ def options(tiny: Path, data: Path) -> list[str]:
         "train.num_accumulation_steps=4",
         "tracker=none",
     ]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The run of 30 steps that was never stopped, on one rank and two."""
+    folders = {}
+    for nproc in (1, 2):
+        folders[nproc] = tmp_path_factory.mktemp("whole") / "run"
+        done = qdora("train", *long_run(tiny, data), f"output_dir={folders[nproc]}", nproc=nproc)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folders

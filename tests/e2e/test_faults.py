@@ -22,27 +22,15 @@ from safetensors.torch import load_file
 from qdora.run_folder import RunFolder
 from tests.e2e.test_run import (
     copy_without_result,
-    long_run,
     losses_of,
     read_until,
     start,
     start_command,
     wait_for_steps,
 )
-from tests.support import launcher, qdora, run
+from tests.support import launcher, long_run, qdora, run
 
 STEPS = 30
-
-
-@pytest.fixture(scope="module")
-def never_stopped(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The whole run, on one rank and two."""
-    folders = {}
-    for nproc in (1, 2):
-        folders[nproc] = tmp_path_factory.mktemp("whole") / "run"
-        done = qdora("train", *long_run(tiny, data), f"output_dir={folders[nproc]}", nproc=nproc)
-        assert done.returncode == 0, done.stderr[-3000:]
-    return folders
 
 
 def assert_same(folder: Path, other: Path) -> None:
@@ -96,25 +84,25 @@ def sweep(arguments: list[str], folder: Path, nproc: int, points: int, seed: int
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_run_killed_anywhere_ends_the_same(
-    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
     arguments = [*long_run(tiny, data), "train.checkpoint_every=1", f"output_dir={tmp_path}/run"]
     inside = sweep(arguments, tmp_path / "run", nproc, points=4, seed=nproc)
     assert inside, "no kill was inside a checkpoint's write"
-    assert_same(tmp_path / "run", never_stopped[nproc])
+    assert_same(tmp_path / "run", uninterrupted[nproc])
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_run_killed_at_fifty_points_ends_the_same(
-    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
 ) -> None:
     inside = 0
     for seed in range(7):
         nproc = 1 + seed % 2
         arguments = [*long_run(tiny, data), "train.checkpoint_every=1", f"output_dir={tmp_path}/{seed}"]
         inside += sweep(arguments, tmp_path / str(seed), nproc, points=8, seed=100 + seed)
-        assert_same(tmp_path / str(seed), never_stopped[nproc])
+        assert_same(tmp_path / str(seed), uninterrupted[nproc])
     assert inside >= 10
 
 
@@ -134,23 +122,23 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {"cut": cut, "flipped bit": flip, "mi
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
 def test_damaged_checkpoint_falls_back_to_the_one_before(
-    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, name: str, kind: str
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
-    folder = copy_without_result(never_stopped[1], tmp_path / "run")
+    folder = copy_without_result(uninterrupted[1], tmp_path / "run")
     newest = folder / "checkpoints" / f"step-{STEPS:08d}"
     DAMAGE[kind](newest / name)
     done = qdora("train", *long_run(tiny, data), f"output_dir={folder}")
     assert done.returncode == 0, done.stderr
     assert f"going on from step {STEPS - 5} of {STEPS}" in done.stdout
     assert f"{newest} is damaged" in done.stderr
-    assert_same(folder, never_stopped[1])
+    assert_same(folder, uninterrupted[1])
 
 
 def test_only_damaged_checkpoints_are_an_error(
-    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(never_stopped[1], folder)
+    shutil.copytree(uninterrupted[1], folder)
     for file in (folder / "checkpoints").glob("step-*/__0_0.distcp"):
         flip(file)
     newest = f"resume={folder}/checkpoints/latest"
@@ -184,9 +172,9 @@ def fill(folder: Path) -> Path:
 
 
 @pytest.fixture
-def full_disk(never_stopped: dict[int, Path], tmp_path: Path) -> Iterator[Path]:
+def full_disk(uninterrupted: dict[int, Path], tmp_path: Path) -> Iterator[Path]:
     """A run that has five steps left, and whose checkpoints are on a file system of their own, which is full."""
-    folder = copy_without_result(never_stopped[1], tmp_path / "run")
+    folder = copy_without_result(uninterrupted[1], tmp_path / "run")
     kept = folder / "checkpoints" / "step-00000025"
     kept.rename(tmp_path / kept.name)
     shutil.rmtree(folder / "checkpoints")
@@ -202,7 +190,7 @@ def status_of(folder: Path) -> str:
 
 
 def test_run_on_a_full_disk_ends_without_its_last_checkpoint(
-    never_stopped: dict[int, Path], tiny: Path, data: Path, full_disk: Path
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, full_disk: Path
 ) -> None:
     done = qdora("train", *long_run(tiny, data), "train.checkpoint_every=1", f"output_dir={full_disk}")
     assert done.returncode == 0, done.stderr
@@ -212,12 +200,12 @@ def test_run_on_a_full_disk_ends_without_its_last_checkpoint(
     assert "Traceback" not in done.stderr
     assert status_of(full_disk) == "completed_without_last_checkpoint"
     assert [path.name for path in (full_disk / "checkpoints").glob("step*")] == ["step-00000025"]
-    assert_same(full_disk, never_stopped[1])
+    assert_same(full_disk, uninterrupted[1])
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_run_whose_whole_folder_is_on_a_full_disk_goes_on_when_there_is_room(
-    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
     """Neither checkpoints nor the result can be written, and metrics for some time; then all of it is."""
     folder = tmp_path / "disk" / "run"
@@ -237,7 +225,7 @@ def test_run_whose_whole_folder_is_on_a_full_disk_goes_on_when_there_is_room(
         done = qdora("train", *arguments, nproc=nproc)
         assert done.returncode == 0, done.stderr
         assert status_of(folder) == "finished"
-        assert_same(folder, never_stopped[nproc])
+        assert_same(folder, uninterrupted[nproc])
 
 
 def test_lines_that_a_full_disk_did_not_take_come_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -256,7 +244,7 @@ def test_lines_that_a_full_disk_did_not_take_come_later(tmp_path: Path, caplog: 
 
 
 def test_checkpoint_is_tried_again_when_there_is_room(
-    never_stopped: dict[int, Path], tiny: Path, data: Path, full_disk: Path
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, full_disk: Path
 ) -> None:
     """The next regular one would be at step 30; the retries at 26 + 1, + 2."""
     arguments = [*long_run(tiny, data), "train.checkpoint_every=13", f"output_dir={full_disk}"]
@@ -269,7 +257,7 @@ def test_checkpoint_is_tried_again_when_there_is_room(
     names = {path.name for path in (full_disk / "checkpoints").glob("step*")}
     assert names & {"step-00000027", "step-00000028", "step-00000029"}, names
     assert "step-00000030" in names
-    assert_same(full_disk, never_stopped[1])
+    assert_same(full_disk, uninterrupted[1])
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
@@ -293,11 +281,11 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows(
 
 
 def test_what_changes_results_is_refused_unless_allowed(
-    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
 ) -> None:
     """Other rows a step, and data that is another; data and model that were only moved are the same."""
     folder = tmp_path / "run"
-    shutil.copytree(never_stopped[1], folder)
+    shutil.copytree(uninterrupted[1], folder)
     shutil.copytree(tiny, tmp_path / "model")
     moved = shutil.copy(data, tmp_path / "moved.jsonl")
     other = tmp_path / "other.jsonl"
@@ -352,7 +340,7 @@ def test_rank_that_is_killed_is_named_and_not_what_followed(tiny: Path, data: Pa
 
 
 def test_interrupted_run_that_cannot_be_saved_says_so(
-    never_stopped: dict[int, Path], tiny: Path, data: Path, full_disk: Path
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, full_disk: Path
 ) -> None:
     arguments = [*long_run(tiny, data), "train.num_steps=3000", f"output_dir={full_disk}"]
     process = start(arguments, 1)
@@ -438,7 +426,7 @@ def test_second_signal_ends_at_once_even_in_a_step_that_never_ends(
 
 @pytest.mark.parametrize("module", ["qdora.commands.launch", "torch.distributed.run"])
 def test_torchrun_restarts_pick_the_run_up(
-    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, module: str
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, module: str
 ) -> None:
     """With no output_dir given: it is the same run all the same."""
     torchrun = [sys.executable, "-m", module, "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
@@ -452,7 +440,7 @@ def test_torchrun_restarts_pick_the_run_up(
     assert process.returncode == 0, told
     assert told.count("going on from step") == 2, told
     assert len(list((tmp_path / "outputs").iterdir())) == 1
-    assert_same(folder, never_stopped[2])
+    assert_same(folder, uninterrupted[2])
 
 
 def wait_for_run(outputs: Path, process: "subprocess.Popen[str]") -> Path:

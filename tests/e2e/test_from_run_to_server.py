@@ -113,6 +113,11 @@ def test_page_trains_merges_and_answers(outputs: list[str], answer: list[int], t
     assert tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
+def test_merged_folder_has_what_a_server_asks_for(merged: Path, smollm2: Path) -> None:
+    for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json"):
+        assert (merged / name).read_bytes() == (smollm2 / name).read_bytes(), name
+
+
 def test_onnxruntime_gives_the_same_greedy_answer(
     merged: Path, question: list[int], answer: list[int], tokenizer: Any, tmp_path: Path
 ) -> None:

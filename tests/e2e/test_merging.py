@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -201,7 +203,9 @@ def test_base_auto_takes_the_better_one(base_weights: str, run: Path, tmp_path: 
     assert capsys.readouterr().out.endswith("is this merge already\n")
 
 
-def slow_merge(run: Path, output: Path, *options: str, rest_s: float = 0.005) -> subprocess.Popen[str]:
+def slow_merge(
+    run: Path, output: Path, *options: str, rest_s: float = 0.005, stdout: int = subprocess.PIPE
+) -> subprocess.Popen[str]:
     """A merge that takes a rest before each piece of a tensor."""
     script = (
         "import time; from qdora.model import writer; import qdora.__main__ as q; from qdora.merging import weights\n"
@@ -212,7 +216,7 @@ def slow_merge(run: Path, output: Path, *options: str, rest_s: float = 0.005) ->
         "weights.Weights.start = slow; q.main()"
     )
     command = [sys.executable, "-c", script, "merge", f"run={run}", f"output={output}", "verify=false", *options]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=subprocess.STDOUT, text=True)
 
 
 def journal(output: Path) -> list[str]:
@@ -289,6 +293,18 @@ def test_output_that_cannot_be_made_is_told_at_once(output: str, run: Path, tmp_
     (tmp_path / "dangling").symlink_to("nowhere")
     assert merge(f"run={run}", f"output={tmp_path}/{output}", "verify=false") == 2
     assert "can be made" in capsys.readouterr().err.replace("cannot", "can")
+
+
+def test_terminal_shows_how_far_the_merge_is(run: Path, tmp_path: Path) -> None:
+    leader, terminal = pty.openpty()
+    process = slow_merge(run, tmp_path / "merged", rest_s=0.05, stdout=terminal)
+    os.close(terminal)
+    shown = b""
+    while b"MB/s" not in shown and b"kB/s" not in shown:
+        shown += os.read(leader, 65536)
+    assert process.wait(60) == 0
+    os.close(leader)
+    assert re.search(rb"writing.*\d\.\d.*/.*B", shown), shown[-500:]
 
 
 def test_merge_that_was_killed_at_its_very_end_is_whole(run: Path, tmp_path: Path, capsys: Told) -> None:

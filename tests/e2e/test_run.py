@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import ROOT, launcher, make_model, make_tokenizer, qdora, run
+from tests.support import ROOT, launcher, long_run, make_model, make_tokenizer, qdora, run
 
 DIVERGING = ["adapter=lora", "optim.learning_rate=1e25", "optim.max_grad_norm=0", "optim.warmup_ratio=0"]
 """DoRA's norm keeps its outputs finite at any learning rate; LoRA's overflow."""
@@ -76,33 +76,6 @@ def copy_without_result(run_folder: Path, copy: Path) -> Path:
     shutil.copytree(run_folder, copy)
     shutil.rmtree(copy / "adapter")
     return copy
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The run of 30 steps that was never stopped, on one rank and two."""
-    folders = {}
-    for nproc in (1, 2):
-        folders[nproc] = tmp_path_factory.mktemp("whole") / "run"
-        done = qdora("train", *long_run(tiny, data), f"output_dir={folders[nproc]}", nproc=nproc)
-        assert done.returncode == 0, done.stderr[-3000:]
-    return folders
-
-
-def long_run(tiny: Path, data: Path) -> list[str]:
-    """30 steps, a checkpoint every 5, with dropout, so that random numbers count too."""
-    return [
-        f"model.path={tiny}",
-        f"data.train={data}",
-        "data.max_length=64",
-        "adapter.rank=4",
-        "adapter.dropout=0.1",
-        "optim.learning_rate=1e-2",
-        "train.num_steps=30",
-        "train.num_accumulation_steps=2",
-        "train.checkpoint_every=5",
-        "tracker=none",
-    ]
 
 
 @pytest.mark.parametrize("nproc", [1, 2])

@@ -11,11 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.test_faults import assert_same, fill, never_stopped, small_disk, status_of
-from tests.e2e.test_run import long_run, losses_of, start, start_command, wait_for_steps
-from tests.support import launcher, qdora, run, wandb_records
-
-__all__ = ["never_stopped"]
+from tests.e2e.test_faults import assert_same, fill, small_disk, status_of
+from tests.e2e.test_run import losses_of, start, start_command, wait_for_steps
+from tests.support import launcher, long_run, qdora, run, wandb_records
 
 KILLED_AT_EXPORT = """
 import os, signal
@@ -28,11 +26,11 @@ main()
 
 
 def test_longer_run_that_is_killed_before_its_export_is_not_finished(
-    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
 ) -> None:
     """The adapter and the summary of the shorter one are there still."""
     folder = tmp_path / "run"
-    shutil.copytree(never_stopped[1], folder)
+    shutil.copytree(uninterrupted[1], folder)
     arguments = ["train", *long_run(tiny, data), "train.num_steps=32", f"output_dir={folder}"]
     done = run([sys.executable, "-c", KILLED_AT_EXPORT, *arguments])
     assert done.returncode == -signal.SIGKILL
@@ -45,7 +43,7 @@ def test_longer_run_that_is_killed_before_its_export_is_not_finished(
 
 
 def test_ranks_whose_launcher_is_killed_save_and_end(
-    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     arguments = [*long_run(tiny, data), f"output_dir={folder}"]
@@ -57,7 +55,7 @@ def test_ranks_whose_launcher_is_killed_save_and_end(
     done = qdora("train", *arguments, nproc=2)  # at once: it waits for their end
     assert done.returncode == 0, done.stderr
     assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
-    assert_same(folder, never_stopped[2])
+    assert_same(folder, uninterrupted[2])
 
 
 def test_second_run_in_a_folder_is_refused(tiny: Path, data: Path, tmp_path: Path) -> None:
@@ -74,10 +72,10 @@ def test_second_run_in_a_folder_is_refused(tiny: Path, data: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("resume", ["path", "never"])
 def test_same_command_goes_on_whatever_it_resumed_from(
-    never_stopped: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, resume: str
+    uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, resume: str
 ) -> None:
     folder = tmp_path / "run"
-    given = f"{never_stopped[1]}/checkpoints/step-00000025" if resume == "path" else "never"
+    given = f"{uninterrupted[1]}/checkpoints/step-00000025" if resume == "path" else "never"
     arguments = [*long_run(tiny, data), "train.num_steps=400", f"resume={given}", f"output_dir={folder}"]
     process = start(arguments, 1)
     wait_for_steps(folder, 2, process)

@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.test_run import long_run, start_command, wait_for_steps
-from tests.support import launcher, run
+from tests.e2e.test_run import start_command, wait_for_steps
+from tests.support import launcher, long_run, run
 from tests.wandb_server import KEY, WandbServer, serving
 
 STEPS = 60
