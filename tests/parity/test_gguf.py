@@ -80,7 +80,7 @@ def jobs_of(folder: Path) -> list[Job]:
 def export(folder: Path, kind: GgufType = GgufType.f16) -> Path:
     """Writes the GGUF file of a checkpoint; returns it."""
     output = folder.with_name(f"{folder.name}-{kind.name}")
-    write_tensors(output, gguf_layout(jobs_of(folder), folder, kind, "tiny"), "test", num_workers=2)
+    write_tensors(output, gguf_layout(jobs_of(folder), folder, kind, "tiny"), "test", workers=2)
     return output / "model.gguf"
 
 
