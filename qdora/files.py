@@ -52,3 +52,12 @@ def output_may_close() -> Iterator[None]:
         yield
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def forget_cached(descriptor: int, first: int, last: int) -> None:
+    """Takes bytes of a file out of the page cache; what is not on the disk yet begins to be written, and stays.
+
+    What streams through more than the memory holds would push everything else out of it, and on a virtual machine the
+    first use of each page costs more than the copying: merging 8.4 GB took 39 s instead of 25.
+    """
+    os.posix_fadvise(descriptor, first, last - first, os.POSIX_FADV_DONTNEED)

@@ -47,6 +47,7 @@ class Weights:
         as_trained = quant.method is parts.quant.method
         model = parts.model if as_trained else replace(parts.model, dtype=Dtype.float32)
         empty = build_model(parts.base, model, quant, parts.adapter)
+        empty.files.read_once = True
         peft_format.check(empty.model, parts.adapter_folder)
         return cls(empty, parts.adapter_folder, world, adapted_layers(empty.model))
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qdora.errors import ModelError
+from qdora.files import forget_cached
 
 _DTYPES = {
     "F64": torch.float64,
@@ -56,6 +57,8 @@ class CheckpointFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.read_once = False
+        """What is read need not stay in the page cache: nobody is to read it again soon."""
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
@@ -94,6 +97,8 @@ class CheckpointFiles:
                 buffer = some if direct else torch.empty(some.shape, dtype=entry.dtype)
                 raw: Any = buffer.flatten().view(torch.uint8).numpy()
                 _read_exactly(descriptor, memoryview(raw), offset)
+                if self.read_once:
+                    forget_cached(descriptor, offset, offset + raw.nbytes)
                 if not direct:
                     some.copy_(buffer)
         finally:

@@ -24,11 +24,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from qdora.errors import ConfigError
-from qdora.files import existing, sync
+from qdora.files import existing, forget_cached, sync
 
 JOURNAL = "journal.jsonl"
 CHUNK_NUMEL = 2**20
 """Values computed and written at a time by each worker: 4 MiB in float32, which stay near the core."""
+BEHIND_BYTES = 2**26
+"""Of what a worker has written last may be in memory."""
 MAX_WORKERS = 8
 
 Rows = Callable[[int, int], Tensor]
@@ -221,6 +223,8 @@ def _write_one(place: Place, descriptor: int, advance: Callable[[int], None], st
         while view:
             count = os.pwrite(descriptor, view, offset)
             view, offset = view[count:], offset + count
+            # The disk begins at once, not at the end, and the kernel uses few pages again and again.
+            forget_cached(descriptor, max(0, offset - BEHIND_BYTES), offset)
         advance((last - first) * job.row_bytes)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 import time
 from math import prod
 from pathlib import Path
@@ -28,6 +29,7 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 PATIENCE_S = 1800
+NUM_ROUNDS = 3
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -154,14 +156,20 @@ def test_merge_of_8_gb_in_little_memory(options: list[str], tmp_path: Path) -> N
     size = make_checkpoint(tmp_path / "base")
     assert size > 8e9
     make_adapter(tmp_path / "adapter")
-    copied = copy_s(tmp_path / "base", tmp_path / "copy")
-    seconds, peak = merge_s(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", *options)
-    print(
-        f"{size / 1e9:.1f} GB: copied in {copied:.1f} s, merged {options} in {seconds:.1f} s, peak {peak / 1e9:.2f} GB"
-    )
+    ratios, peaks = [], []
+    for round_ in range(NUM_ROUNDS):
+        copied = copy_s(tmp_path / "base", tmp_path / "copy")
+        output = tmp_path / f"merged-{round_}"
+        seconds, peak = merge_s(tmp_path / "base", tmp_path / "adapter", output, *options)
+        ratios.append(seconds / copied)
+        peaks.append(peak)
+        print(f"{size / 1e9:.1f} GB: copied in {copied:.1f} s, {options} in {seconds:.1f} s, {peak / 1e9:.2f} GB")
+        if options == ["format=hf"]:
+            assert sum(file.stat().st_size for file in output.glob("*.safetensors")) > size
+        shutil.rmtree(output)
+    print(f"median of the ratios {statistics.median(ratios):.2f}, most memory {max(peaks) / 1e9:.2f} GB")
     largest = max(prod(shape) for shape in shapes().values()) * 2
-    assert peak < 1.5e9 + largest
+    assert max(peaks) < 1.5e9 + largest
     if options == ["format=hf"]:
-        assert seconds < 2 * copied, (seconds, copied)
-        assert sum(file.stat().st_size for file in (tmp_path / "merged").glob("*.safetensors")) > size
+        assert statistics.median(ratios) < 2, ratios
     shutil.rmtree(tmp_path)
