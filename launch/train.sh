@@ -1,31 +1,20 @@
 #!/usr/bin/env bash
 # launch/train.sh [overrides]: `qdora train` on all GPUs of this machine, or on 2 CPU ranks where there is none.
 # NPROC=N chooses the number of ranks. Ctrl-C saves a checkpoint; the same command with output_dir=... goes on.
+# -m makes a sweep of it: optim.learning_rate=1e-4,3e-4 trains with the one, then with the other.
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-python="${PYTHON:-$root/.venv/bin/python}"
-[[ -x "$python" ]] || python="$(command -v python3)"
+threads="${OMP_NUM_THREADS:-}"
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-trap 'exit 130' INT
-gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null)"
-trap - INT
-nproc="${NPROC:-$((gpus > 0 ? gpus : 2))}"
-if [[ ! "$nproc" =~ ^[1-9][0-9]*$ ]]; then
-    echo "qdora: NPROC=$nproc is not a number of ranks: give 1 or more" >&2
-    exit 2
-fi
-
-if ((gpus == 0)); then
-    cores="$(nproc)"
-    # One thread a core and rank: spinning threads of several ranks on the same cores cost ten times the work. Threads
-    # that wait a tenth of a millisecond before they sleep make a step a tenth shorter than ones that sleep at once.
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}"
-    export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
-else
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
-    export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
-fi
+for argument in "$@"; do
+    if [[ "$argument" == -m || "$argument" == --multirun ]]; then
+        # Each run of the sweep comes back here, in a process of its own: on another machine, or beside others.
+        [[ -n "$threads" ]] || unset OMP_NUM_THREADS
+        QDORA_TRAIN="$root/launch/train.sh" exec "$python" -m qdora train "$@"
+    fi
+done
 
 if ((nproc == 1)); then
     exec "$python" -m qdora train "$@"

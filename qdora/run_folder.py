@@ -25,6 +25,8 @@ _IDENTITY = ("model", "quant", "adapter", "data", "seed")
 """Groups that make a run what it is: a checkpoint continues only under the same values."""
 LOCK_PATIENCE_S = 20.0
 """Ranks whose launcher was killed finish their step and save first."""
+SEEN_AFTER_S = 70.0
+"""When another machine sees a new file at the latest: NFS may remember for a minute that there was none."""
 _HARMLESS = {"data.cache_dir", "data.eval", "data.train", "model.path"}
 """Data and model that were moved are the same: the checkpoint knows their fingerprints."""
 
@@ -174,6 +176,21 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def see(self, mark: Path) -> None:
+        """Waits for a file that another machine has made there.
+
+        Raises:
+            ConfigError: it does not come: the folder is not the same one on each machine.
+        """
+        deadline = time.monotonic() + SEEN_AFTER_S
+        while not mark.exists():
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"output_dir={self.path} is not the same folder on every machine, and each rank writes its part of "
+                    "a checkpoint there: put it on a file system that they share"
+                )
+            time.sleep(0.2)
 
     def _stored_config(self) -> dict[str, Any]:
         try:

@@ -109,9 +109,12 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
         if trainer.step > trainer.num_steps:
             raise ConfigError(f"{found[0]} is of step {trainer.step}, and the run is to have {trainer.num_steps}")
     interrupt.training = True
-    with parallel.failing_together(world, world.patient_group):  # W&B may take longer than parallel.timeout_s
+    with parallel.failing_together(world, world.patient_group):
         if world.is_main:
             folder.start(given, trainer.step)
+    if world.local_size < world.size:
+        _check_is_shared(folder, world)
+    with parallel.failing_together(world, world.patient_group):  # W&B may take longer than parallel.timeout_s
         trainer.tracker = make_tracker(
             config.tracker,
             output_dir=folder.path,
@@ -129,6 +132,19 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     if world.is_main:
         conclude(config, folder, status, trainer.checkpoints.failure, trainer.tracker.location)
     return EXIT_PREEMPTED if status == "preempted" else 0
+
+
+def _check_is_shared(folder: RunFolder, world: World) -> None:
+    """Raises `ConfigError` on every rank where several machines have a folder each. *Collective*."""
+    mark = folder.path / f"{parallel.broadcast(world, secrets.token_hex(4))}.partial"
+    try:
+        with parallel.failing_together(world, world.patient_group):
+            if world.is_main:
+                mark.touch()
+            folder.see(mark)
+    finally:
+        if world.is_main:
+            mark.unlink()
 
 
 def _find_checkpoint(config: RunConfig, folder: RunFolder, world: World) -> tuple[Path, Manifest] | None:

@@ -1,0 +1,26 @@
+"""The run that is started in all these ways, and its result on one machine."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support import long_run, make_model, qdora
+
+
+@pytest.fixture(scope="session")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """30 steps of a tiny Llama, with dropout and a checkpoint every 5."""
+    folder = tmp_path_factory.mktemp("given")
+    rows = [{"prompt": f"{n}+{n}=", "completion": f"{n + n} " + "so " * (n % 4)} for n in range(48)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return long_run(make_model(folder / "model", "llama", num_hidden_layers=1), folder / "data.jsonl")
+
+
+@pytest.fixture(scope="session")
+def one_machine(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run on two ranks of one machine, which was never stopped."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    done = qdora("train", *overrides, f"output_dir={folder}", nproc=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
