@@ -32,6 +32,7 @@ from qdora.interrupt import interrupt
 from qdora.rank_files import leave_error
 
 HELP = ("-h", "--help")
+MULTIRUN = {"-m", "--multirun"}
 TEXTS = ("prompt", "system")
 """Options that are taken as they are written, quotes and all: they hold what people say."""
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
@@ -76,10 +77,17 @@ def run(arguments: list[str]) -> int:
         if name not in COMMANDS:
             raise ConfigError(f"unknown command {name!r}{nearest(name, COMMANDS)}; there are: {', '.join(COMMANDS)}")
         overrides = [argument for argument in arguments[1:] if argument not in HELP]
+        help_wanted = len(overrides) < len(arguments) - 1
+        if not MULTIRUN.isdisjoint(overrides):
+            if name != "train":
+                raise ConfigError(f"-m is a sweep of training runs: qdora train -m ..., there is none of {name}")
+            overrides = [override for override in overrides if override not in MULTIRUN]
+            if not help_wanted:
+                return int(importlib.import_module("qdora.commands.sweep").sweep(overrides))
         values = compose(name, overrides)
         if values is None:
             return 0
-        if len(overrides) < len(arguments) - 1:
+        if help_wanted:
             if is_main:
                 _show(describe(name, COMMANDS[name].config_class, values, conf_folder()))
             return 0
@@ -117,17 +125,27 @@ def compose(name: str, arguments: list[str]) -> DictConfig | None:
     Raises:
         ConfigError: an override names nothing, or has a value of the wrong type.
     """
-    if not {"-m", "--multirun"}.isdisjoint(arguments):
-        raise ConfigError("--multirun is several runs, and one process does one: call qdora once for each")
-    config_class = COMMANDS[name].config_class
-    arguments, named = _taken_out(arguments, config_class)
-    ConfigStore.instance().store(name=f"{name}_schema", node=config_class)
+    arguments, named = _taken_out(arguments, COMMANDS[name].config_class)
     composed: list[DictConfig] = []
+    run_hydra(name, arguments, composed.append)
+    for values in composed:
+        values.update(named)
+    return composed[0] if composed else None
+
+
+def run_hydra(name: str, arguments: list[str], function: Callable[[DictConfig], None]) -> None:
+    """Hydra's own command line: calls `function` with the configuration, in a sweep with that of each member.
+
+    Raises:
+        ConfigError: an override names nothing, or has a value of the wrong type.
+    """
+    config_class = COMMANDS[name].config_class
+    ConfigStore.instance().store(name=f"{name}_schema", node=config_class)
     said = io.StringIO()
     with _environment(sys.argv, [f"qdora {name}", *arguments]):
         try:
             with redirect_stderr(said):
-                hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(composed.append)()
+                hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(function)()
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ConfigError(explain(error, config_class, conf_folder(), arguments)) from None
         except SystemExit as left:  # argparse, on what begins with a dash
@@ -136,9 +154,6 @@ def compose(name: str, arguments: list[str]) -> DictConfig | None:
                 raise ConfigError(f"{what}. Options are written name=value; --help lists them") from None
             raise
     sys.stderr.write(said.getvalue())
-    for values in composed:
-        values.update(named)
-    return composed[0] if composed else None
 
 
 def _taken_out(arguments: list[str], config_class: type) -> tuple[list[str], dict[str, str | None]]:

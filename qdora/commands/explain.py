@@ -60,6 +60,8 @@ def explain(error: Exception, config_class: type, conf: Path, arguments: list[st
 def _missing(error: MissingConfigException, conf: Path) -> str:
     wanted = str(error.missing_cfg_file or "")
     group, _, name = wanted.rpartition("/")
+    if group in ("hydra/launcher", "hydra/sweeper"):
+        return f"{group}={name}: no such choice: joblib and submitit want pip install 'qdora[sweep]'"
     choices = sorted(path.stem for path in (conf / group).glob("*.yaml"))
     if not group or not choices:
         groups = sorted(path.name for path in conf.iterdir() if path.is_dir())

@@ -13,7 +13,6 @@ from qdora.commands import compose, run
 from qdora.commands.explain import option_names
 from qdora.commands.help import field_docs
 from qdora.config import OptimConfig, RunConfig
-from qdora.errors import ConfigError
 from tests.support import run as run_process
 
 
@@ -130,11 +129,6 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> No
     assert run([]) == 2
     assert "evaluate" in capsys.readouterr().out
     assert run(["--help"]) == 0
-
-
-def test_several_configurations_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--multirun is several runs, and one process does one"):
-        compose("train", ["--multirun", f"hydra.sweep.dir={tmp_path}", "seed=1,2"])
 
 
 def test_hydra_leaves_no_files_and_the_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
