@@ -26,6 +26,13 @@ def write_durably(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def let_others_read(path: Path) -> None:
+    """Gives a file the rights that the user's umask leaves; safetensors makes it readable by its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that is there."""
     return next(place for place in [path.absolute(), *path.absolute().parents] if place.exists())

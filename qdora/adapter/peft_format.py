@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qdora.adapter.dora import AdaptedLinear, adapted_layers
 from qdora.config import AdapterConfig, AdapterMethod
 from qdora.errors import AdapterError
-from qdora.files import sync, write_durably
+from qdora.files import let_others_read, sync, write_durably
 from qdora.parallel import World, gather_rows, own_rows
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -62,6 +62,7 @@ def save(model: nn.Module, folder: Path, config: AdapterConfig, base: str, dtype
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / f"{WEIGHTS}.partial", metadata={"format": "pt"})
+        let_others_read(folder / f"{WEIGHTS}.partial")
         sync(folder / f"{WEIGHTS}.partial")
         (folder / f"{WEIGHTS}.partial").replace(folder / WEIGHTS)
         write_config(folder, config, base, target_modules(model))

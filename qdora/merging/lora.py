@@ -17,6 +17,7 @@ from torch import Tensor
 from qdora.adapter import peft_format
 from qdora.config import AdapterConfig, AdapterMethod
 from qdora.errors import AdapterError, ConfigError
+from qdora.files import let_others_read
 from qdora.merging.weights import Weights
 from qdora.model.writer import CHUNK_NUMEL, JOURNAL, clear, cores_shared, num_workers
 
@@ -68,6 +69,7 @@ def write_lora(weights: Weights, folder: Path, base: str, rank: int, dtype: torc
     folder.mkdir(parents=True)
     (folder / JOURNAL).touch()
     save_file(dict(sorted(tensors.items())), folder / peft_format.WEIGHTS, metadata={"format": "pt"})
+    let_others_read(folder / peft_format.WEIGHTS)
     config = AdapterConfig(method=AdapterMethod.lora, rank=rank, alpha=float(rank))
     peft_format.write_config(folder, config, base, peft_format.target_modules(weights.empty.model))
     lost, norm = (sqrt(sum(errors[name][place] for name in weights.layers)) for place in (0, 1))

@@ -162,6 +162,8 @@ def _header(file: Path) -> Iterator[tuple[str, Entry]]:
         }
     except FileNotFoundError:
         raise ModelError(f"{file} is missing, though the index names it; download it again") from None
+    except PermissionError:
+        raise ModelError(f"{file} may not be read by this user: give the right, or run as its owner") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{file} is not a safetensors file or is damaged; download it again") from None
     start = 8 + length

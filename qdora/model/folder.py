@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from qdora.config import ModelConfig
 from qdora.errors import ModelError, first_line
+from qdora.files import let_others_read
 from qdora.model.checkpoint_files import CheckpointFiles
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -92,6 +93,8 @@ def convert_gguf(file: Path, output: Path) -> None:
     try:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        for weights in beside.glob("*.safetensors"):
+            let_others_read(weights)
         beside.rename(output)
     except OSError:
         if not output.exists():  # else another process was first

@@ -1,0 +1,21 @@
+"""Files and the rights on them."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qdora.files import let_others_read
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
+def test_file_gets_the_rights_that_the_umask_leaves(umask: int, mode: int, tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.touch(mode=0o600)
+    before = os.umask(umask)
+    try:
+        let_others_read(file)
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == mode
