@@ -119,6 +119,13 @@ def wandb_records(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [record[kind] for record in map(json.loads, lines) if record["type"] == kind]
 
 
+def write_sums(file: Path) -> Path:
+    """48 sums, easy to learn the form of, with answers of different lengths; returns `file`."""
+    rows = [{"prompt": f"{n}+{n}=", "completion": f"{n + n} " + "so " * (n % 4)} for n in range(48)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 def long_run(tiny: Path, data: Path) -> list[str]:
     """30 steps, a checkpoint every 5, with dropout, so that random numbers count too."""
     return [

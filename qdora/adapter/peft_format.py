@@ -61,11 +61,16 @@ def save(model: nn.Module, folder: Path, config: AdapterConfig, base: str, dtype
                 tensors[tensor_name(name, kind)] = whole.cpu().contiguous()
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / f"{WEIGHTS}.partial", metadata={"format": "pt"})
-        let_others_read(folder / f"{WEIGHTS}.partial")
+        write_weights(folder / f"{WEIGHTS}.partial", tensors)
         sync(folder / f"{WEIGHTS}.partial")
         (folder / f"{WEIGHTS}.partial").replace(folder / WEIGHTS)
         write_config(folder, config, base, target_modules(model))
+
+
+def write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes an adapter's tensors as safetensors."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    let_others_read(file)
 
 
 def write_config(folder: Path, config: AdapterConfig, base: str, target_modules: list[str]) -> None:

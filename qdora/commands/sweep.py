@@ -35,7 +35,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from qdora.commands import run_hydra, typed
-from qdora.commands.sweep_results import Member, conclude
+from qdora.commands.sweep_results import RECORDS, Member, bare, conclude, short
 from qdora.config import RunConfig
 from qdora.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, QdoraError
 from qdora.files import lock
@@ -46,7 +46,6 @@ TRAIN = "QDORA_TRAIN"
 """Environment variable: what starts a member, `launch/train.sh` when that was called; else one rank is started."""
 POLL_S = 0.2
 NAME_LENGTH = 120
-RECORDS = ".members"
 STOP = f"{RECORDS}/stop"
 _FOLDER = ("output_dir", "hydra.sweep.dir")
 _OWN = ("output_dir", "run_id", "resume", "allow_changes")
@@ -146,12 +145,11 @@ def _start(member: Member, given: list[str], config: RunConfig, gpus: dict[str, 
 
 def member_name(swept: dict[str, str]) -> str:
     """The name of a run's folder: that of the command line, without what a shell or Hydra would want in quotes."""
-    keys = [re.sub(r"^[+~]+", "", key) for key in swept]
-    short = [key.rpartition(".")[2] for key in keys]
-    said = "+".join(f"{key}-{value}" for key, value in zip(short, swept.values(), strict=True)) or "0"
+    names = [short(key) for key in swept]
+    said = "+".join(f"{key}-{value}" for key, value in zip(names, swept.values(), strict=True)) or "0"
     name = re.sub(r"[^A-Za-z0-9._+-]+", "-", said)[:NAME_LENGTH]
-    unclear = name != said or len(set(short)) < len(short)
-    return f"{name}-{_short_hash(*keys, *swept.values())}" if unclear else name
+    unclear = name != said or len(set(names)) < len(names)
+    return f"{name}-{_short_hash(*map(bare, swept), *swept.values())}" if unclear else name
 
 
 def _is_done(path: Path, config: RunConfig) -> bool:

@@ -13,6 +13,8 @@ from rich.text import Text
 from qdora.errors import EXIT_ERROR, EXIT_PREEMPTED
 from qdora.files import write_durably
 
+RECORDS = ".members"
+"""Folder of the records, in that of the sweep."""
 MEASURED = ("steps", "eval_loss", "last_loss", "tokens_per_second")
 """Of a run's summary."""
 
@@ -45,7 +47,7 @@ def conclude(folder: Path, shared: list[str], began: float) -> int:
 
     `shared`: the options of all runs. Only records since the time `began` count: others are of sweeps before.
     """
-    files = [file for file in (folder / ".members").glob("*.json") if file.stat().st_mtime >= began]
+    files = [file for file in (folder / RECORDS).glob("*.json") if file.stat().st_mtime >= began]
     records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     members = [member | _measured(Path(member["folder"])) for member in sorted(records, key=lambda one: one["number"])]
     if not members:
@@ -86,9 +88,14 @@ def options_of(members: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for member in members for key in member["overrides"]))
 
 
+def bare(option: str) -> str:
+    """Its name without what Hydra's grammar puts before it."""
+    return option.lstrip("+~")
+
+
 def short(option: str) -> str:
     """Its name without its group."""
-    return option.lstrip("+~").rpartition(".")[2]
+    return bare(option).rpartition(".")[2]
 
 
 def _show(folder: Path, members: list[dict[str, Any]]) -> None:

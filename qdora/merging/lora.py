@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qdora.adapter import peft_format
 from qdora.config import AdapterConfig, AdapterMethod
 from qdora.errors import AdapterError, ConfigError
-from qdora.files import let_others_read
 from qdora.merging.weights import Weights
 from qdora.model.writer import CHUNK_NUMEL, JOURNAL, clear, cores_shared, num_workers
 
@@ -68,8 +66,7 @@ def write_lora(weights: Weights, folder: Path, base: str, rank: int, dtype: torc
     clear(folder)
     folder.mkdir(parents=True)
     (folder / JOURNAL).touch()
-    save_file(dict(sorted(tensors.items())), folder / peft_format.WEIGHTS, metadata={"format": "pt"})
-    let_others_read(folder / peft_format.WEIGHTS)
+    peft_format.write_weights(folder / peft_format.WEIGHTS, dict(sorted(tensors.items())))
     config = AdapterConfig(method=AdapterMethod.lora, rank=rank, alpha=float(rank))
     peft_format.write_config(folder, config, base, peft_format.target_modules(weights.empty.model))
     lost, norm = (sqrt(sum(errors[name][place] for name in weights.layers)) for place in (0, 1))

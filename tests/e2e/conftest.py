@@ -1,11 +1,10 @@
 """A tiny model, a small data set, and the options that every run of these tests has."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.support import long_run, make_model, qdora
+from tests.support import long_run, make_model, qdora, write_sums
 
 
 @pytest.fixture(scope="session")
@@ -16,11 +15,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 sums, easy to learn the form of, with answers of different lengths."""
-    file = tmp_path_factory.mktemp("data") / "data.jsonl"
-    rows = [{"prompt": f"{n}+{n}=", "completion": f"{n + n} " + "so " * (n % 4)} for n in range(48)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    """48 sums."""
+    return write_sums(tmp_path_factory.mktemp("data") / "data.jsonl")
 
 
 @pytest.fixture

@@ -1,20 +1,18 @@
 """The run that is started in all these ways, and its result on one machine."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.support import long_run, make_model, qdora
+from tests.support import long_run, make_model, qdora, write_sums
 
 
 @pytest.fixture(scope="session")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """30 steps of a tiny Llama, with dropout and a checkpoint every 5."""
     folder = tmp_path_factory.mktemp("given")
-    rows = [{"prompt": f"{n}+{n}=", "completion": f"{n + n} " + "so " * (n % 4)} for n in range(48)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return long_run(make_model(folder / "model", "llama", num_hidden_layers=1), folder / "data.jsonl")
+    model = make_model(folder / "model", "llama", num_hidden_layers=1)
+    return long_run(model, write_sums(folder / "data.jsonl"))
 
 
 @pytest.fixture(scope="session")
