@@ -21,9 +21,10 @@ from transformers.utils import logging
 
 from qdora import parallel
 from qdora.config import ActivationCheckpointing, ParallelConfig
+from qdora.device_memory import memory_gib
 from qdora.parallel import World
 from qdora.rates import Rates, measure_rates
-from qdora.training.memory import FASTEST_FIRST, memory_gib
+from qdora.training.memory import FASTEST_FIRST
 
 LOSS_TOLERANCE, NORM_TOLERANCE = 0.002, 0.05
 """Relative, before the first update, of arms that compute the same; they round bfloat16 in different places."""

@@ -15,8 +15,9 @@ tensor) sharing one float32: a = scale * code + mean.
     absmax_scale   (ceil(out * in / 64 / 256),)     float32  replicated on every rank, 0.05 % of the weight
     absmax_mean    ()                               float32  replicated
 
-Row o of W is row o of `packed` and `absmax`, so FSDP2 shards both on dim 0 without knowing what they are. The float32
-scales travel as bytes because a mixed-precision policy would round them to bfloat16. The values are bit-identical to
+Row o of W is row o of `packed` and `absmax`, so FSDP2 shards both on dim 0 without knowing what they are. An embedding
+is stored the same way, a row a token; a head that is tied to it has the very same parameters. The float32 scales travel
+as bytes because a mixed-precision policy would round them to bfloat16. The values are bit-identical to
 `bitsandbytes.functional.quantize_4bit(W, blocksize=64, quant_type="nf4")` on the whole tensor, whatever the number of
 ranks; both directions run in bitsandbytes' kernels.
 """
@@ -24,6 +25,7 @@ ranks; both directions run in bitsandbytes' kernels.
 import ctypes
 import logging
 import threading
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -43,6 +45,8 @@ _GRID_CELLS = 4096
 """Far more than codes: no cell has two borders."""
 _QUANTISE_NUMEL = 2**18
 """Values that a CPU quantises at a time, so that temporaries stay in its cache."""
+PART_NUMEL = {"cpu": 2**24, "cuda": 2**26}
+"""Values of a head's weight that are dequantised at a time: no more than a linear layer of a block has."""
 _CPU_KERNELS = {
     torch.bfloat16: "cdequantize_blockwise_cpu_nf4_bf16",
     torch.float32: "cdequantize_blockwise_cpu_nf4_fp32",
@@ -194,8 +198,8 @@ def dequantize(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-class NF4Linear(nn.Module):
-    """A frozen `nn.Linear` whose weight is NF4; see the module's docstring for the parameters.
+class NF4Weight(nn.Module):
+    """A frozen NF4 matrix (`num_rows`, `width`); see the module's docstring for the parameters.
 
     Built empty (on the current default device, usually meta); `qdora.model` fills it with the rank's rows.
     """
@@ -203,34 +207,78 @@ class NF4Linear(nn.Module):
     absmax_scale: Tensor | None
     absmax_mean: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, double_quant: bool, dtype: torch.dtype) -> None:
+    def __init__(self, num_rows: int, width: int, double_quant: bool) -> None:
         super().__init__()
-        assert in_features % BLOCK_SIZE == 0, f"{in_features} inputs are not whole blocks of {BLOCK_SIZE}"
-        self.in_features, self.out_features, self.double_quant = in_features, out_features, double_quant
-        blocks = in_features // BLOCK_SIZE
-        width = blocks if double_quant else blocks * 4
-        self.packed = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8))
-        self.absmax = _frozen(torch.empty(out_features, width, dtype=torch.uint8))
+        assert width % BLOCK_SIZE == 0, f"rows of {width} values are not whole blocks of {BLOCK_SIZE}"
+        self.num_rows, self.width, self.double_quant = num_rows, width, double_quant
+        blocks = width // BLOCK_SIZE
+        self.packed = _frozen(torch.empty(num_rows, width // 2, dtype=torch.uint8))
+        self.absmax = _frozen(torch.empty(num_rows, blocks if double_quant else blocks * 4, dtype=torch.uint8))
         if double_quant:
-            num_scales = -(-out_features * blocks // NESTED_BLOCK_SIZE)
+            num_scales = -(-num_rows * blocks // NESTED_BLOCK_SIZE)
             self.register_buffer("absmax_scale", torch.empty(num_scales, dtype=torch.float32))
             self.register_buffer("absmax_mean", torch.empty((), dtype=torch.float32))
         else:
             self.register_buffer("absmax_scale", None)
             self.register_buffer("absmax_mean", None)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     def tensors(self) -> list[Tensor]:
         """What `weight_from` needs, as they are now (gathered inside a forward, this rank's rows outside)."""
         nested = (self.absmax_scale, self.absmax_mean)
         return [self.packed, self.absmax, *(tensor for tensor in nested if tensor is not None)]
 
+    def share(self, other: "NF4Weight") -> None:
+        """Takes the very parameters of `other`: a head that is tied to its embedding."""
+        self.packed, self.absmax = other.packed, other.absmax
+        self.absmax_scale, self.absmax_mean = other.absmax_scale, other.absmax_mean
+
+    def extra_repr(self) -> str:
+        return f"num_rows={self.num_rows}, width={self.width}, double_quant={self.double_quant}"
+
+
+class NF4Linear(NF4Weight):
+    """A frozen `nn.Linear` whose weight is NF4."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, double_quant: bool, dtype: torch.dtype) -> None:
+        super().__init__(out_features, in_features, double_quant)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = frozen_linear(x, self.tensors())
         return y if self.bias is None else y + self.bias
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, double_quant={self.double_quant}"
+
+class NF4Head(NF4Linear):
+    """An `NF4Linear` that dequantises some rows of its weight at a time: a vocabulary is taller than any layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([frozen_linear(x, part) for _, part in row_parts(self.tensors())], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class NF4Embedding(NF4Weight):
+    """A frozen `nn.Embedding` whose table is NF4; only the rows that are looked up are dequantised."""
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, double_quant: bool, dtype: torch.dtype, scale: float | None
+    ) -> None:
+        """`scale`: what the rows are multiplied by, as Gemma does; None for nothing."""
+        super().__init__(num_embeddings, embedding_dim, double_quant)
+        self.num_embeddings, self.embedding_dim, self.dtype, self.scale = num_embeddings, embedding_dim, dtype, scale
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(..., embedding_dim) of (...) token ids."""
+        ids = input_ids.flatten()
+        absmax = self.absmax[ids]
+        if self.absmax_scale is None or self.absmax_mean is None:
+            scales = absmax.view(torch.float32)
+        else:  # as `unnest`, for rows that do not follow each other
+            places = ids[:, None] * absmax.shape[1] + torch.arange(absmax.shape[1], device=ids.device)
+            scales = nested_code(ids.device)[absmax.int()].mul_(self.absmax_scale[places // NESTED_BLOCK_SIZE])
+            scales.add_(self.absmax_mean)
+        rows = dequantize(self.packed[ids], scales, self.dtype).clone().view(*input_ids.shape, -1)
+        return rows if self.scale is None else rows.mul_(torch.tensor(self.scale).to(self.dtype))
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -255,6 +303,24 @@ def weight_from(tensors: list[Tensor], dtype: torch.dtype, row_scale: Tensor | N
         # Out of place without double quantisation: `scales` is then a view of the stored parameter.
         scales = scales.mul_(row_scale[:, None]) if len(tensors) == 4 else scales * row_scale[:, None]
     return dequantize(tensors[0], scales, dtype)
+
+
+def row_parts(tensors: list[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """A weight as slices of its rows, each with what `weight_from` needs of it: about `PART_NUMEL` values at a time.
+
+    Args:
+        tensors: as `weight_from` takes them; a weight that is not quantised comes in one piece.
+    """
+    if len(tensors) == 1:
+        yield slice(0, tensors[0].shape[0]), tensors
+        return
+    packed, absmax, *nested = tensors
+    absmax_scale, absmax_mean = nested or (None, None)
+    step = max(1, PART_NUMEL[packed.device.type] // (packed.shape[1] * 2))
+    for first in range(0, packed.shape[0], step):
+        rows = slice(first, min(first + step, packed.shape[0]))
+        scales = unnest(absmax[rows], absmax_scale, absmax_mean, first)
+        yield rows, [packed[rows], scales.view(torch.uint8)]
 
 
 @torch.library.custom_op("qdora::frozen_linear", mutates_args=())

@@ -1,10 +1,16 @@
 """Ranks, their mesh, and how a model's blocks are sharded over them. Knows nothing of NF4 or DoRA.
 
-Every block becomes one FSDP2 group, gathered in one collective before its forward and again before its backward; what
-is left (embedding, final norm, head) is the root's group. Trainable parameters are float32 shards: the master weights
-that the optimiser steps. FSDP2 casts them to the compute dtype for the gather and reduces their gradients in float32.
-Frozen parameters are stored in the dtype they are gathered in; a frozen float32 parameter would be rounded in silence,
-so `shard` refuses it.
+Every block becomes one FSDP2 group, gathered in one collective before its forward and again before its backward. So do
+the ends (embedding and head, together where they are tied), for their forward only; what is left (the final norm) is
+the root's group. `parallel.gather` says how much is gathered at a time:
+
+    ahead   FSDP2's own way: the next block while one computes, each received buffer until the next one is copied out
+    block   one block: gathered on the stream of the computation, in whose order memory is given back and taken
+    part    the same with a block's large modules (attention, MLP) as groups of their own
+
+Trainable parameters are float32 shards: the master weights that the optimiser steps. FSDP2 casts them to the compute
+dtype for the gather and reduces their gradients in float32. Frozen parameters are stored in the dtype they are gathered
+in; a frozen float32 parameter would be rounded in silence, so `shard` refuses it.
 """
 
 import faulthandler
@@ -14,8 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from math import prod
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,9 +30,10 @@ from torch import Tensor, nn
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState, is_bw
 from torch.distributed.tensor import DTensor
 
-from qdora.config import ParallelConfig, Plan
+from qdora.config import Gather, ParallelConfig, Plan
 from qdora.errors import ConfigError, ModelError, QdoraError
 from qdora.rank_files import open_stack
 
@@ -46,7 +54,7 @@ class World:
     device: torch.device
     plan: Plan
     mesh: DeviceMesh | None
-    """One axis under `fsdp`, (replicate, shard) under `hsdp`, None where nothing is sharded."""
+    """One axis under `fsdp`, (replicate, shard) under `hsdp`, None where nothing is wrapped."""
     timeout_s: int
     """Seconds that ranks wait for each other."""
     patient_group: dist.ProcessGroup | None = None
@@ -71,7 +79,8 @@ def start(config: ParallelConfig, trains_base: bool = False) -> World:
     """Joins the ranks that torchrun (or `accelerate launch`) started; *collective*. A lone process is a world of one.
 
     On one rank, and under `ddp`, nothing is wrapped: `fully_shard` would copy each parameter at each use. Where the
-    base itself is trained that copy is wanted (float32 master to compute dtype): there a shard axis of one is made.
+    base itself is trained (float32 master to compute dtype), or the shards live in host memory, that copy is wanted:
+    there a shard axis of one is made.
 
     Raises:
         ConfigError: the plan does not fit the number of ranks.
@@ -94,13 +103,14 @@ def start(config: ParallelConfig, trains_base: bool = False) -> World:
         torch.cuda.set_device(device)
     if size > 1 and _stack is None:
         _stack = open_stack()
-    if (size > 1 or trains_base) and not dist.is_initialized():
+    wraps_alone = trains_base or config.cpu_offload
+    if (size > 1 or wraps_alone) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         timeout = timedelta(seconds=config.timeout_s)
         store = _store(timeout) if size > 1 else HashStore()
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     mesh = None
-    if trains_base or (size > 1 and config.plan is not Plan.ddp):
+    if wraps_alone or (size > 1 and config.plan is not Plan.ddp):
         groups = {Plan.fsdp: size, Plan.none: 1, Plan.ddp: 1, Plan.hsdp: min(shard_size, size)}[config.plan]
         shape = (size,) if groups == size else (size // groups, groups)
         axes = ("replicate", "shard")[-len(shape) :]
@@ -217,12 +227,18 @@ def gather(world: World, value: T, group: dist.ProcessGroup | None = None) -> li
 
 
 def shard(
-    model: nn.Module, blocks: Sequence[nn.Module], world: World, config: ParallelConfig, dtype: torch.dtype
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    ends: Sequence[Sequence[nn.Module]],
+    world: World,
+    config: ParallelConfig,
+    dtype: torch.dtype,
 ) -> None:
     """Shards `model` (on the meta device or not) by `world.mesh`; mutates it, does nothing without a mesh.
 
     Args:
         blocks: the modules that become a group each, in order of execution.
+        ends: modules whose backward does without their weights, gathered for their forward alone, a group each list.
         dtype: compute dtype of the trainable parameters.
     """
     if world.mesh is None:
@@ -234,18 +250,54 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if dtype != torch.float32 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    wrap = partial(fully_shard, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
+    ahead, frees = config.gather is Gather.ahead, config.reshard_after_forward
     for block in blocks:
-        fully_shard(
-            block,
-            mesh=world.mesh,
-            # The last block's backward comes next: freed, it would be gathered again at once.
-            reshard_after_forward=config.reshard_after_forward and block is not blocks[-1],
-            mp_policy=policy,
-            offload_policy=offload,
-        )
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
+        for part in parts_of(block) if config.gather is Gather.part else ():
+            wrap(part, reshard_after_forward=frees)
+        # The last block's backward comes next: freed, it would be gathered again at once.
+        wrap(block, reshard_after_forward=frees and not (ahead and block is blocks[-1]))
+    for end in ends:
+        wrap([*end], reshard_after_forward=frees)
+        end[0].set_unshard_in_backward(False)  # type: ignore[operator]
+    wrap(model)
+    if not ahead:
+        model._set_unshard_async_op(True)  # type: ignore[operator]  # on the stream of the computation, not ahead of it
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_modules_to_backward_prefetch([module])  # which is there already: none
     for name, parameter in model.named_parameters():
         assert own_rows(parameter)[0].shape[0] <= -(-parameter.shape[0] // world.num_shards), f"{name} is not sharded"
+
+
+def parts_of(block: nn.Module) -> list[nn.Module]:
+    """The block's own modules with matrices: its attention and its MLP."""
+    return [child for child in block.children() if any(parameter.ndim > 1 for parameter in child.parameters())]
+
+
+def recompute_by_parts(blocks: Sequence[nn.Module]) -> None:
+    """Lets a block's recomputation hold one part at a time, where parts are groups of their own; once.
+
+    FSDP2 gathers the last part for its backward, which then asks for the recomputation of the whole block, and keeps
+    what that gathers. Instead each part but the last is freed when the recomputation is through with it, and the last
+    one is gathered when the recomputation comes to it.
+    """
+    for block in blocks:
+        *others, last = parts_of(block)
+        if isinstance(last, FSDPModule):
+            for part in others:
+                part.register_forward_hook(_free)
+            last.register_forward_pre_hook(_gather_in_backward, prepend=True)
+
+
+def _free(part: Any, *_: object) -> None:
+    # Not one whose backward comes next: blocks may compute their parts side by side.
+    if part._get_fsdp_state()._training_state is not TrainingState.PRE_BACKWARD:
+        part.reshard()
+
+
+def _gather_in_backward(part: Any, *_: object) -> None:
+    part.set_unshard_in_backward(is_bw())
 
 
 def own_rows(parameter: Tensor) -> tuple[Tensor, int]:

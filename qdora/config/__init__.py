@@ -3,7 +3,14 @@
 Values are checked when a dataclass is made, across groups in the three of the commands. All raise `ConfigError`.
 """
 
-from qdora.config.commands import ChatConfig, DoctorConfig, EvaluateConfig, GenerateConfig, MergeConfig, RunConfig
+from qdora.config.commands import (
+    ChatConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    MergeConfig,
+    RunConfig,
+)
 from qdora.config.groups import (
     AdapterConfig,
     DataConfig,
@@ -22,6 +29,7 @@ from qdora.config.words import (
     Compare,
     DataFormat,
     Dtype,
+    Gather,
     GgufType,
     MergeBase,
     MergedDtype,
@@ -49,6 +57,7 @@ __all__ = [
     "DoctorConfig",
     "Dtype",
     "EvaluateConfig",
+    "Gather",
     "GenerateConfig",
     "GgufConfig",
     "GgufType",

@@ -10,6 +10,7 @@ from qdora.config.words import (
     Attention,
     DataFormat,
     Dtype,
+    Gather,
     GgufType,
     OnBadStep,
     Overlong,
@@ -52,8 +53,16 @@ class QuantConfig:
     """`nf4` stores the linear layers of the blocks in 4 bits; `none` keeps `model.dtype`."""
     double_quant: bool = True
     """Store each block scale in 8 bits too (4.13 instead of 4.5 bits a weight). A checkpoint in NF4 keeps its own."""
+    embeddings: bool = False
+    """Store the token embedding and the head in NF4 too: a quarter of their memory, for some of the quality."""
     strict: bool = False
     """Make a layer that cannot be quantised an error instead of a line in the report."""
+
+    def __post_init__(self) -> None:
+        require(
+            not self.embeddings or self.method is QuantMethod.nf4,
+            f"quant.embeddings=true needs quant=nf4, not {self.method.name}",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -218,8 +227,14 @@ class ParallelConfig:
     """Ranks a group under `hsdp`; null means the ranks of a node."""
     reshard_after_forward: bool = True
     """Free a block's gathered weights after its forward and gather them again for its backward."""
+    gather: Gather = Gather.ahead
+    """What of the weights is gathered at a time (fsdp and hsdp): `ahead` a block and the next one, `block` one block,
+    `part` its attention or its MLP. The later ones need less memory and wait for the link."""
     cpu_offload: bool = False
-    """Keep the shards in host memory (fsdp and hsdp)."""
+    """Keep the shards in host memory, on one rank too (fsdp and hsdp). Adapters and the optimiser's state live, and are
+    updated, there as well."""
+    offload_activations: bool = False
+    """Move the hidden states that full recomputation keeps between blocks to host memory until the backward."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.auto
     """`full` recomputes a block in backward, `selective` all but its matrix products and attention, `none` nothing;
     `auto` takes the first of none, selective and full that the free memory has room for."""
@@ -239,6 +254,17 @@ class ParallelConfig:
         require(
             not self.cpu_offload or self.plan in (Plan.fsdp, Plan.hsdp),
             f"parallel.cpu_offload=true needs parallel=fsdp or hsdp, not {self.plan.name}",
+        )
+        require(
+            self.gather is Gather.ahead or (self.plan in (Plan.fsdp, Plan.hsdp) and self.reshard_after_forward),
+            f"parallel.gather={self.gather.name} needs parallel=fsdp or hsdp and parallel.reshard_after_forward=true",
+        )
+        if self.offload_activations and self.activation_checkpointing is ActivationCheckpointing.auto:
+            self.activation_checkpointing = ActivationCheckpointing.full
+        require(
+            not self.offload_activations or self.activation_checkpointing is ActivationCheckpointing.full,
+            "parallel.offload_activations=true needs parallel.activation_checkpointing=full, not "
+            f"{self.activation_checkpointing.name}",
         )
 
 

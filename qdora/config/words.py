@@ -64,6 +64,12 @@ class ActivationCheckpointing(Enum):
     full = "full"
 
 
+class Gather(Enum):
+    ahead = "ahead"
+    block = "block"
+    part = "part"
+
+
 class TrackerKind(Enum):
     wandb = "wandb"
     none = "none"

@@ -77,6 +77,8 @@ def _facts(parts: Parts, record: dict[str, Any]) -> list[list[str]]:
     trained_over = "NF4" if parts.quant.method is QuantMethod.nf4 else "as stored"
     if parts.quant.method is QuantMethod.nf4 and parts.quant.double_quant:
         trained_over += ", block scales in 8 bits"
+    if parts.quant.embeddings:
+        trained_over += ", embedding and head too"
     rows = [
         ["Base", f"`{parts.model.path}`" + (f" at {parts.model.revision}" if parts.model.revision else "")],
         ["Method", adapter.method.name],

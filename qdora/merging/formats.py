@@ -1,5 +1,6 @@
 """What each `format` writes."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,10 @@ def write(
     if config.format is MergeFormat.hf:
         save(weights.jobs(dtype))
     elif config.format is MergeFormat.nf4:
-        # Over the original weights the model at hand has no quantised layers to take the names of.
-        as_nf4 = weights.empty if quant.method is QuantMethod.nf4 else _in_nf4(parts)
+        # Over the original weights the model at hand has no quantised layers to take the names of; where embedding and
+        # head are in NF4 too, it has some that transformers does not load.
+        usual = quant.method is QuantMethod.nf4 and not quant.embeddings
+        as_nf4 = weights.empty if usual else _in_nf4(parts)
         quantised = {as_nf4.sources.keys[f"{name}.weight"] for name in as_nf4.report.quantised}
         kept = [name for name, module in base_modules(as_nf4.model) if isinstance(module, nn.Linear)]
         jobs = quantised_jobs(weights.jobs(dtype, in_float32=quantised), quantised, dtype)
@@ -59,16 +62,21 @@ def write(
     return told
 
 
-def exactness(config: MergeConfig, adapter: AdapterConfig) -> str:
-    """How near what is written can be to the adapted model; a key of `THRESHOLDS`."""
+def exactness(config: MergeConfig, adapter: AdapterConfig, quant: QuantConfig) -> str:
+    """How near what is written can be to the adapted model; a key of `THRESHOLDS`.
+
+    Args:
+        quant: of the base that is merged into. Beside a LoRA adapter, others serve its embeddings as they are stored.
+    """
     if config.format is MergeFormat.lora:
-        return "exact" if is_exact(adapter, lora_rank(adapter, config.lora_rank)) else "rounded"
+        exact = is_exact(adapter, lora_rank(adapter, config.lora_rank)) and not quant.embeddings
+        return "exact" if exact else "rounded"
     if config.format is MergeFormat.gguf:
         return {GgufType.q8_0: "8bit", GgufType.q4_0: "rounded"}.get(config.gguf.type, "exact")
     return "rounded" if config.format is MergeFormat.nf4 else "exact"
 
 
 def _in_nf4(parts: Parts) -> EmptyModel:
-    """The model's form with every layer in NF4 that can be."""
+    """The model's form with every linear layer in NF4 that can be."""
     quant = parts.quant if parts.quant.method is QuantMethod.nf4 else QuantConfig()
-    return build_model(parts.base, parts.model, quant, parts.adapter)
+    return build_model(parts.base, parts.model, replace(quant, embeddings=False), parts.adapter)

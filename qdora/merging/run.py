@@ -101,6 +101,7 @@ def _wanted(config: MergeConfig, parts: Parts) -> dict[str, Any]:
         "base_fingerprint": CheckpointFiles(parts.base).fingerprint(),
         "quantised": parts.quant.method.name,
         "double_quant": parts.quant.double_quant,
+        "quantised_embeddings": parts.quant.embeddings or None,
         "trained_in": parts.model.dtype.name,
         "base_option": config.base.name,
         "adapter": adapter.hexdigest(),
@@ -145,7 +146,7 @@ def _held_out(config: MergeConfig, parts: Parts) -> HeldOut:
 
 
 def _verified(config: MergeConfig, parts: Parts, quant: QuantConfig, held_out: HeldOut, folder: Path) -> dict[str, Any]:
-    return verify(parts, quant, held_out, folder, config.format, exactness(config, parts.adapter))
+    return verify(parts, quant, held_out, folder, config.format, exactness(config, parts.adapter, quant))
 
 
 def _base(config: MergeConfig, parts: Parts, held_out: HeldOut | None) -> MergeBase:

@@ -23,7 +23,7 @@ from qdora.model.build import EmptyModel, build_model
 from qdora.model.load import base_modules, fill_nf4
 from qdora.model.sources import convert
 from qdora.model.writer import Job, Rows
-from qdora.nf4 import NF4Linear
+from qdora.nf4 import NF4Weight
 from qdora.parallel import World
 
 
@@ -57,8 +57,8 @@ class Weights:
         jobs = []
         for name, module in base_modules(self.empty.model):
             tensors = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
-            if isinstance(module, NF4Linear):
-                tensors["weight"] = torch.empty(module.out_features, module.in_features, device="meta")
+            if isinstance(module, NF4Weight):
+                tensors["weight"] = torch.empty(module.num_rows, module.width, device="meta")
             for kind, tensor in tensors.items():
                 full_name = f"{name}.{kind}" if name else kind
                 if full_name in names:
@@ -95,8 +95,8 @@ class Weights:
         """The rows of one tensor of the base, (rows, ...) on the device; valid until this thread asks for the next."""
         empty, device = self.empty, self.world.device
         full_name = f"{name}.{kind}" if name else kind
-        if kind == "weight" and isinstance(module, NF4Linear):
-            own = NF4Linear(module.in_features, module.out_features, False, module.double_quant, empty.dtype).to(device)
+        if kind == "weight" and isinstance(module, NF4Weight):
+            own = NF4Weight(module.num_rows, module.width, module.double_quant).to(device)
             fill_nf4(empty, full_name, own, self.world)
 
             def dequantised(first: int, last: int) -> Tensor:

@@ -22,7 +22,7 @@ from qdora.errors import ModelError
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.folder import load_config
 from qdora.model.sources import Sources, find_sources
-from qdora.nf4 import BLOCK_SIZE, NF4Linear
+from qdora.nf4 import BLOCK_SIZE, NF4Embedding, NF4Head, NF4Linear
 
 
 @dataclass(slots=True)
@@ -60,13 +60,20 @@ class EmptyModel:
 
 
 def build_model(
-    folder: Path, config: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, *, trainable: bool = True
+    folder: Path,
+    config: ModelConfig,
+    quant: QuantConfig,
+    adapter: AdapterConfig,
+    *,
+    trainable: bool = True,
+    with_weights: bool = True,
 ) -> EmptyModel:
     """The model of `folder` without a weight: frozen, its linear layers replaced as `quant` and `adapter` say.
 
     Args:
         adapter: with `path`, the layers of that folder.
         trainable: with `adapter.method` none, whether every weight is trained (kept as a float32 master).
+        with_weights: whether `folder` has weight files; without, its config alone says what the model is.
 
     Raises:
         ModelError, AdapterError: the checkpoint, a layer, or the adapter does not fit.
@@ -74,7 +81,7 @@ def build_model(
     dtype = getattr(torch, config.dtype.name)
     model = _build_on_meta(folder, config, dtype)
     files = CheckpointFiles(folder)
-    sources = find_sources(model, files)
+    sources = find_sources(model, files) if with_weights else Sources()
     blocks = find_blocks(model)
     report = LayerReport(unexpected=sources.unexpected)
     full = adapter.method is AdapterMethod.none
@@ -176,6 +183,8 @@ def _quantise(
             )
         model.set_submodule(name, linears[name])
         report.quantised.append(name)
+    if quant.embeddings:
+        _quantise_ends(model, sources, quant, report, dtype)
     stuck = [name for name in sources.quantised if name.removesuffix(".weight") not in report.quantised]
     if stuck:
         raise ModelError(
@@ -185,6 +194,50 @@ def _quantise(
     if quant.strict and report.not_quantised:
         names = ", ".join(f"{name} ({reason})" for name, reason in report.not_quantised.items())
         raise ModelError(f"quant.strict=true and these layers cannot be quantised: {names}")
+
+
+def _quantise_ends(model: Any, sources: Sources, quant: QuantConfig, report: LayerReport, dtype: torch.dtype) -> None:
+    """Replaces the token embedding and the head by empty NF4 ones, tied as they were; mutates `model` and `report`."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    names = {module: name for name, module in model.named_modules() if module in (embedding, head)}
+    scale = getattr(embedding, "scalar_embed_scale", None)
+    reasons = {
+        embedding: "" if type(embedding) is nn.Embedding or scale is not None else "not a plain embedding",
+        head: "" if type(head) is nn.Linear else "not a plain linear layer",
+    }
+    for module, reason in reasons.items():
+        width = module.weight.shape[1]
+        reasons[module] = reason or (f"rows of {width}, not a multiple of {BLOCK_SIZE}" if width % BLOCK_SIZE else "")
+    if tied and any(reasons.values()):
+        reasons = dict.fromkeys(reasons, next(reason for reason in reasons.values() if reason))
+    stored = {module: sources.quantised.get(f"{name}.weight") for module, name in names.items()}
+    if tied:
+        stored = dict.fromkeys(names, stored[embedding] or stored[head])
+    made: dict[nn.Module, NF4Embedding | NF4Head] = {}
+    for module, name in names.items():
+        if reasons[module]:
+            report.not_quantised[name] = reasons[module]
+            continue
+        found = stored[module]
+        double_quant = quant.double_quant if found is None else found.double_quant
+        num_tokens, width = module.weight.shape
+        with torch.device("meta"):
+            if module is embedding:
+                made[module] = NF4Embedding(num_tokens, width, double_quant, dtype, scale)
+            else:
+                made[module] = NF4Head(width, num_tokens, module.bias is not None, double_quant, dtype)
+        model.set_submodule(name, made[module])
+        report.quantised.append(name)
+    if tied and made:
+        made[head].share(made[embedding])
+
+
+def ends(model: Any) -> list[list[nn.Module]]:
+    """The token embedding and the head, together where they are tied."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = {id(parameter) for parameter in embedding.parameters()} & {id(parameter) for parameter in head.parameters()}
+    return [[embedding, head]] if tied else [[embedding], [head]]
 
 
 def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:

@@ -25,11 +25,11 @@ from qdora.config import (
 )
 from qdora.errors import ConfigError
 from qdora.model.activations import checkpoint_activations
-from qdora.model.build import EmptyModel, LayerReport, build_model, holders
+from qdora.model.build import EmptyModel, LayerReport, build_model, ends, holders
 from qdora.model.loss import attach_token_loss
 from qdora.model.sources import convert
-from qdora.nf4 import BLOCK_SIZE, NF4Linear, nest, quantize
-from qdora.parallel import World, arm_watchdog, disarm_watchdog, failing_together, own_rows, shard
+from qdora.nf4 import BLOCK_SIZE, NF4Weight, nest, quantize
+from qdora.parallel import World, arm_watchdog, disarm_watchdog, failing_together, own_rows, recompute_by_parts, shard
 
 QUANTISE_NUMEL = 2**24
 """Values read and quantised at a time."""
@@ -46,12 +46,15 @@ class LoadedModel:
     adapter: AdapterConfig
     checkpoint_names: dict[str, str]
     """Parameter or buffer to its name in the base checkpoint, under which an export writes it."""
+    parallel: ParallelConfig
     load_s: float
     recomputation: ActivationCheckpointing = ActivationCheckpointing.none
 
     def recompute(self, kind: ActivationCheckpointing) -> None:
         """Makes the blocks keep less for their backward; once, and before they are compiled."""
-        checkpoint_activations(self.blocks, kind)
+        checkpoint_activations(self.blocks, kind, self.parallel.offload_activations)
+        if kind is not ActivationCheckpointing.none:
+            recompute_by_parts(self.blocks)
         self.recomputation = kind
 
     def refresh(self, device: torch.device) -> None:
@@ -86,7 +89,7 @@ def load_model(
     with failing_together(world):
         empty = build_model(folder, config, quant, adapter, trainable=trainable)
     model = empty.model
-    shard(model, empty.blocks, world, parallel, empty.dtype)
+    shard(model, empty.blocks, ends(model), world, parallel, empty.dtype)
     materialise(model, torch.device("cpu") if parallel.cpu_offload else world.device, world.device)
     for name, module in base_modules(model):
         arm_watchdog(world)
@@ -101,22 +104,25 @@ def load_model(
     assert not left, f"still on meta: {left[:3]}"
     attach_token_loss(model)
     names = {name: empty.sources.keys.get(name, name) for name in (empty.sources.keys | empty.sources.conversions)}
-    loaded = LoadedModel(model, empty.blocks, empty.report, empty.dtype, empty.adapter, names, 0.0)
+    loaded = LoadedModel(model, empty.blocks, empty.report, empty.dtype, empty.adapter, names, parallel, 0.0)
     loaded.refresh(world.device)
     loaded.load_s = time.perf_counter() - started
     return loaded
 
 
 def materialise(module: nn.Module, device: torch.device, buffer_device: torch.device) -> None:
-    """Replaces meta parameters by empty ones on `device`, keeping ties, and moves buffers; mutates `module`."""
+    """Replaces meta parameters by empty ones on `device` and moves buffers, keeping ties; mutates `module`."""
     for parameter, where in holders(module).values():
         new = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
         for holder, kind in where:
             setattr(holder, kind, new)
+    moved: dict[Tensor, Tensor] = {}
     for part in module.modules():
         for kind, buffer in part.named_buffers(recurse=False):
-            moved = torch.empty_like(buffer, device=buffer_device) if buffer.is_meta else buffer.to(buffer_device)
-            setattr(part, kind, moved)
+            if buffer not in moved:
+                empty = torch.empty_like(buffer, device=buffer_device) if buffer.is_meta else None
+                moved[buffer] = buffer.to(buffer_device) if empty is None else empty
+            setattr(part, kind, moved[buffer])
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -134,11 +140,12 @@ def fill(empty: EmptyModel, name: str, module: nn.Module, world: World) -> None:
     Args:
         name: the module's, in the untouched model (as `base_modules` gives it).
     """
-    if isinstance(module, NF4Linear):
+    stored = empty.sources.keys.keys() | empty.sources.conversions.keys()
+    if isinstance(module, NF4Weight) and f"{name}.weight" in stored:  # a tied head is its embedding
         fill_nf4(empty, f"{name}.weight", module, world)
     for kind, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         full_name = f"{name}.{kind}" if name else kind
-        if full_name in empty.sources.keys or full_name in empty.sources.conversions:
+        if full_name in stored:
             own, first = own_rows(tensor)
             _read_rows(empty, full_name, first, own)
 
@@ -150,11 +157,11 @@ def _read_rows(empty: EmptyModel, name: str, first: int, out: Tensor) -> None:
         out.copy_(convert(empty.model, name, empty.sources, empty.files)[first : first + out.shape[0]])
 
 
-def fill_nf4(empty: EmptyModel, name: str, module: NF4Linear, world: World) -> None:
+def fill_nf4(empty: EmptyModel, name: str, module: NF4Weight, world: World) -> None:
     """Reads this rank's rows of the weight called `name`, quantising them where they are not. *Collective*."""
     packed, first = own_rows(module.packed)
     absmax, _ = own_rows(module.absmax)
-    rows, width = packed.shape[0], module.in_features
+    rows, width = packed.shape[0], module.width
     if name in empty.sources.quantised:
         stored = empty.sources.quantised[name]
         # Stored flat, two codes a byte in row-major order: this rank's bytes are one range of it.
@@ -175,7 +182,7 @@ def fill_nf4(empty: EmptyModel, name: str, module: NF4Linear, world: World) -> N
     if module.absmax_scale is None or module.absmax_mean is None:
         absmax.copy_(scales.view(torch.uint8))
         return
-    codes, absmax_scale, absmax_mean = nest(scales, module.out_features, first, world.shard_group)
+    codes, absmax_scale, absmax_mean = nest(scales, module.num_rows, first, world.shard_group)
     absmax.copy_(codes)
     module.absmax_scale.copy_(absmax_scale)
     module.absmax_mean.copy_(absmax_mean)

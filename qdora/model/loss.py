@@ -1,11 +1,13 @@
 """Cross entropy without the (tokens x vocabulary) logits.
 
 Only positions that have a label reach the head, some at a time. The gradient of the hidden states is computed in the
-forward, from logits that are at hand (as in Liger-Kernel, arXiv:2410.10989, section 3.2), so none is kept.
+forward, from logits that are at hand (as in Liger-Kernel, arXiv:2410.10989, section 3.2), so none is kept. A head in
+NF4 is dequantised some rows at a time, for the logits and once more for that gradient.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from qdora.errors import ModelError
+from qdora.nf4 import NF4Head, row_parts, weight_from
 from qdora.parallel import World, all_sum, arm_watchdog, reshard
 
 CHUNK_NUMEL = {"cpu": 2**24, "cuda": 2**26}
@@ -48,16 +51,39 @@ class LogitTransform:
 
 
 def _chunk_rows(weight: Tensor) -> int:
-    """How many positions meet the head (vocabulary, hidden size) at a time."""
+    """How many positions meet the head (vocabulary, ...) at a time."""
     return max(1, CHUNK_NUMEL[weight.device.type] // weight.shape[0])
+
+
+def _logits(hidden: Tensor, weight: list[Tensor], bias: Tensor | None) -> Tensor:
+    """(positions, vocabulary), in the dtype of `hidden`."""
+    if len(weight) == 1:
+        return nn.functional.linear(hidden, weight[0], bias)
+    logits = hidden.new_empty(hidden.shape[0], weight[0].shape[0])
+    for rows, part in row_parts(weight):
+        own = None if bias is None else bias[rows]
+        logits[:, rows] = nn.functional.linear(hidden, weight_from(part, hidden.dtype), own)
+    return logits
+
+
+def _hidden_gradient(d_logits: Tensor, weight: list[Tensor], out: Tensor) -> None:
+    """d_logits W into `out`; of several parts, added up in float32."""
+    if len(weight) == 1:
+        torch.mm(d_logits, weight[0], out=out)
+        return
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for rows, part in row_parts(weight):
+        total += d_logits[:, rows] @ weight_from(part, d_logits.dtype)
+    out.copy_(total)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform
+        ctx, hidden: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, *tensors: Tensor
     ) -> Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        weight, parts = tensors[0], list(tensors)
+        need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
@@ -67,7 +93,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         buffer = torch.empty(min(step, hidden.shape[0]), weight.shape[0], dtype=torch.float32, device=hidden.device)
         for first in range(0, hidden.shape[0], step):
             some, targets = hidden[first : first + step], labels[first : first + step, None]
-            rounded = nn.functional.linear(some, weight, bias)
+            rounded = _logits(some, parts, bias)
             logits = transform(buffer[: some.shape[0]].copy_(rounded))
             slope = transform.slope(logits) if need_hidden or need_weight else None
             highest = logits.amax(1, keepdim=True)
@@ -85,37 +111,59 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 d_bias += d_logits.sum(0)
             rounded.copy_(d_logits)
             if d_hidden is not None:
-                torch.mm(rounded, weight, out=d_hidden[first : first + step])
+                _hidden_gradient(rounded, parts, d_hidden[first : first + step])
             if d_weight is not None:
                 d_weight += rounded.T @ some
+        ctx.num_tensors = len(tensors)
         ctx.save_for_backward(
             d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+            None if d_weight is None else d_weight.to(weight.dtype),
         )
         return total
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[no-untyped-def, override]
         # In float32: 1 / (label tokens) rounded to bfloat16 would bias every gradient by up to 0.4 %.
-        scaled = (None if grad is None else (grad.float() * upstream).to(grad.dtype) for grad in ctx.saved_tensors)
-        return (*scaled, None, None)
+        d_hidden, d_bias, d_weight = (
+            None if grad is None else (grad.float() * upstream).to(grad.dtype) for grad in ctx.saved_tensors
+        )
+        return d_hidden, d_bias, None, None, d_weight, *[None] * (ctx.num_tensors - 1)
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform
+    hidden: Tensor, weight: list[Tensor], bias: Tensor | None, labels: Tensor, transform: LogitTransform
 ) -> Tensor:
     """Sum over label tokens of -log p(label), float32, ().
 
     Args:
         hidden: (..., hidden size) the head's input.
-        weight: (vocabulary, hidden size) of the head; may be trained.
+        weight: of the head, (vocabulary, hidden size), as `nf4.weight_from` takes it; may be trained if not in NF4.
         labels: (...) int64, the target of each position, `IGNORED` where there is none.
     """
     labels = labels.flatten()
     wanted = (labels != IGNORED).nonzero().squeeze(1)
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, wanted)
-    return _ChunkedCrossEntropy.apply(rows, weight, bias, labels[wanted], transform)  # type: ignore[no-any-return]
+    return _ChunkedCrossEntropy.apply(rows, bias, labels[wanted], transform, *weight)  # type: ignore[no-any-return]
+
+
+def _head_tensors(head: nn.Module) -> list[Tensor]:
+    return head.tensors() if isinstance(head, NF4Head) else [head.weight]  # type: ignore[list-item]
+
+
+def _head_forward(
+    head: Any,
+    forward: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    labels: Tensor | None = None,
+    transform: LogitTransform | None = None,
+) -> Tensor:
+    """The logits; given labels, the loss instead, whose backward does without the head's weight."""
+    if labels is None or transform is None:
+        sharded = isinstance(head, FSDPModule) and torch.is_grad_enabled()
+        assert not sharded, "a sharded head is freed before a backward of its logits: use token_loss"
+        return forward(hidden)
+    return chunked_cross_entropy(hidden, _head_tensors(head), head.bias, labels, transform)
 
 
 def _token_loss(self: Any, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
@@ -125,7 +173,7 @@ def _token_loss(self: Any, input_ids: Tensor, position_ids: Tensor, labels: Tens
         input_ids, position_ids, labels = (tensor.view(1, -1) for tensor in (input_ids, position_ids, labels))
     hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     head = self.get_output_embeddings()
-    return chunked_cross_entropy(hidden, head.weight, head.bias, labels, LogitTransform.of(self.config))
+    return head(hidden, labels=labels, transform=LogitTransform.of(self.config))  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -135,7 +183,7 @@ def log_likelihoods(model: Any, input_ids: Tensor, position_ids: Tensor, labels:
     head, transform = model.get_output_embeddings(), LogitTransform.of(model.config)
     rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
     totals = torch.zeros(labels.shape[0], device=labels.device)
-    for some in torch.arange(len(rows), device=labels.device).split(_chunk_rows(head.weight)):
+    for some in torch.arange(len(rows), device=labels.device).split(_chunk_rows(_head_tensors(head)[0])):
         logits = transform(head(hidden[rows[some], columns[some]]).float())
         targets = labels[rows[some], columns[some], None]
         totals.index_add_(0, rows[some], logits.gather(1, targets)[:, 0] - logits.logsumexp(1))
@@ -149,6 +197,8 @@ def attach_token_loss(model: Any) -> None:
     transformers separates the samples of a row where `position_ids` restarts, and padding comes last.
     """
     model.token_loss = _token_loss.__get__(model)
+    head = model.get_output_embeddings()
+    head.forward = partial(_head_forward, head, head.forward)  # inside FSDP2's hooks, which gather the head for it
     if isinstance(model, FSDPModule):
         register_fsdp_forward_method(model, "token_loss")  # type: ignore[arg-type]
 

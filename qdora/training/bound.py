@@ -14,10 +14,10 @@ from math import prod
 
 from torch import Tensor, nn
 
-from qdora.config import ActivationCheckpointing, AdapterMethod, ParallelConfig
+from qdora.config import ActivationCheckpointing, AdapterMethod, Gather, ParallelConfig
 from qdora.model import LoadedModel
 from qdora.nf4 import NF4Linear
-from qdora.parallel import World
+from qdora.parallel import World, parts_of
 from qdora.rates import Rates
 
 DEQUANTISED_BYTES = 0.56 + 2
@@ -64,19 +64,34 @@ def work_of(loaded: LoadedModel, world: World, config: ParallelConfig) -> Work:
     nf4 = sum(m.in_features * m.out_features for m in linears if isinstance(m, NF4Linear))
     ranks = world.num_shards
     keep = not config.reshard_after_forward
-    # What is gathered again for the backward; the last block and the root stay from the forward.
-    freed = {id(parameter) for block in loaded.blocks[:-1] if not keep for parameter in block.parameters()}
+    gathers = _num_gathers(loaded, config)
     gathered = reduced = 0
     for parameter in model.parameters() if ranks > 1 else ():
         # Every rank's share is padded to the same rows; a trained float32 master travels in the compute dtype.
         others = -(-parameter.shape[0] // ranks) * (ranks - 1) * prod(parameter.shape[1:])
         size = loaded.dtype.itemsize if parameter.requires_grad else parameter.element_size()
-        gathered += others * size * (2 if id(parameter) in freed else 1)
+        gathered += others * size * gathers.get(id(parameter), 1)
         reduced += others * 4 * parameter.requires_grad
     # Full fine-tuning reduces in each micro-batch: adding up would keep whole float32 gradients on every rank.
     each = loaded.adapter.method is AdapterMethod.none
     dequantised = DEQUANTISED_BYTES * nf4 * passes
+    if isinstance(head, NF4Linear):
+        dequantised += DEQUANTISED_BYTES * head.in_features * head.out_features * 2
     return Work(linear_flops, _flops(head, 2), dequantised, gathered, keep and not each, reduced, each)
+
+
+def _num_gathers(loaded: LoadedModel, config: ParallelConfig) -> dict[int, int]:
+    """By the id of a block's parameter, how often a micro-batch gathers it; embedding, head and the rest once."""
+    if not config.reshard_after_forward:
+        return {}
+    # Again for the backward; the last block stays from the forward, unless as little as possible is to be there.
+    blocks = loaded.blocks[:-1] if config.gather is Gather.ahead else loaded.blocks
+    gathers = {id(parameter): 2 for block in blocks for parameter in block.parameters()}
+    if config.gather is Gather.part and loaded.recomputation is not ActivationCheckpointing.none:
+        # The recomputation frees each part but the last, with which the backward begins.
+        parts = [part for block in blocks for part in parts_of(block)[:-1]]
+        gathers |= {id(parameter): 3 for part in parts for parameter in part.parameters()}
+    return gathers
 
 
 def _flops(linear: nn.Module, passes: int) -> int:

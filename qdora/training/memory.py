@@ -5,73 +5,36 @@ it holds for any model, and is known before the first step. What is free already
 dequantisation buffer, which are there by then; what comes on top while a step runs is counted:
 
     kept by all blocks + 2 * the largest block's (recomputed, and its backward's temporaries)
-    + 2 gathered blocks, or all if they stay + gradients and AdamW's two moments of the rank's own parameters
-    + a chunk of the loss
+    + what is gathered while a block computes, or all if it stays; instead of these two, where they are larger, the
+      embedding or the head while FSDP2 copies it out of the buffer that it was received in
+    + gradients and AdamW's two moments of the rank's own parameters + a chunk of the loss
 """
 
 import functools
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from qdora.config import ActivationCheckpointing, RunConfig
+from qdora.config import ActivationCheckpointing, Gather, Plan, RunConfig
 from qdora.errors import OutOfMemoryError
 from qdora.model import LoadedModel
 from qdora.model.activations import KEPT_OPERATORS
+from qdora.model.build import ends
 from qdora.model.loss import CHUNK_NUMEL, IGNORED
-from qdora.parallel import World, own_rows, reshard
+from qdora.parallel import World, own_rows, parts_of, reshard
 
 FASTEST_FIRST = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
 USABLE = {"cuda": 0.9, "cpu": 0.7}
 """Of the free memory: the rest is lost between blocks of the allocator (up to 27 % was seen of glibc's)."""
-_CGROUPS = (  # folder, limit, used, and what of it is page cache
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
-    ("", "memory.max", "memory.current", ("inactive_file", "active_file")),
-)
 Forward = Callable[..., Any]
-
-
-def memory_gib(world: World) -> float:
-    """Peak memory of this rank: allocated on its GPU, else resident on the host."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def free_memory(world: World) -> int:
-    """Bytes that this rank can still allocate on its device; without GPUs the ranks of a machine share its memory."""
-    if world.device.type == "cuda":
-        cached = torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
-        return int(torch.cuda.mem_get_info(world.device)[0]) + cached
-    return int(min([psutil.virtual_memory().available, *_free_in_cgroups()])) // world.local_size
-
-
-def _free_in_cgroups() -> list[int]:
-    """What the limits of this process's container or job (cgroup v1 or v2) leave; what the page cache holds is free."""
-    found = []
-    listed = Path("/proc/self/cgroup")
-    lines = listed.read_text().splitlines() if listed.exists() else []
-    own = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
-    for folder, limit_name, used_name, cache_names in _CGROUPS:
-        for path in (own.get(folder, "/"), "/"):
-            group = Path(f"/sys/fs/cgroup/{folder}/{path}")
-            if not (group / limit_name).exists():
-                continue
-            limit, used = ((group / name).read_text().strip() for name in (limit_name, used_name))
-            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            cache = sum(int(statistics[name]) for name in cache_names)
-            found += [] if limit == "max" else [max(0, int(limit) - int(used) + cache)]
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +46,24 @@ class StepBytes:
     largest: int
     """What the largest block keeps without recomputation."""
     hidden: int
-    gathered_two: int
-    """Two gathered blocks; 0 where nothing is sharded."""
+    gathered: int
+    """What is gathered at most while a block computes; 0 where nothing is wrapped."""
     gathered_all: int
+    """All blocks, the embedding and the head."""
+    gathered_end: int
+    """The larger of embedding and head, twice."""
     optimizer: int
     """Gradients and AdamW's moments."""
     loss: int
 
     def total(self, kind: ActivationCheckpointing, keep_gathered: bool, share: float = 1.0) -> int:
         """With recomputation of a kind and a share of the micro-batch."""
-        activations = self.kept[kind] + 2 * self.largest + self.hidden
-        gathered = self.gathered_all if keep_gathered else self.gathered_two
-        return int(share * activations) + gathered + self.optimizer + self.loss
+        kept, block = (int(share * size) for size in (self.kept[kind], 2 * self.largest + self.hidden))
+        if keep_gathered:
+            at_work = block + self.gathered_all
+        else:
+            at_work = max(block + self.gathered, self.gathered_end)
+        return kept + at_work + self.optimizer + self.loss
 
 
 def choose_recomputation(
@@ -120,16 +89,20 @@ def choose_recomputation(
 def step_bytes(loaded: LoadedModel, world: World, rows: int, length: int) -> StepBytes:
     """What a step of micro-batches (rows, length) needs. *Collective* if sharded."""
     kept = activation_bytes(loaded, world, rows, length)
-    gathered = [0]
-    if world.num_shards > 1:
-        gathered = [sum(_gathered_bytes(p, loaded.dtype) for p in block.parameters()) for block in loaded.blocks]
+    totals = {kind: sum(block[kind] for block in kept) for kind in FASTEST_FIRST}
+    if loaded.parallel.offload_activations and world.device.type == "cuda":
+        totals[ActivationCheckpointing.full] = 2 * max(block[ActivationCheckpointing.full] for block in kept)
+    is_wrapped = world.mesh is not None
+    gathered = [_gathered_bytes([block], loaded.dtype) if is_wrapped else 0 for block in loaded.blocks]
+    at_ends = [_gathered_bytes(end, loaded.dtype) if is_wrapped else 0 for end in ends(loaded.model)]
     own = sum(own_rows(p)[0].numel() for p in loaded.model.parameters() if p.requires_grad)
     return StepBytes(
-        kept={kind: sum(block[kind] for block in kept) for kind in FASTEST_FIRST},
+        kept=totals,
         largest=max(block[ActivationCheckpointing.none] for block in kept),
         hidden=rows * length * loaded.model.config.get_text_config().hidden_size * loaded.dtype.itemsize,
-        gathered_two=2 * max(gathered),
-        gathered_all=sum(gathered),
+        gathered=max(_at_a_time(loaded, *pair) for pair in zip(loaded.blocks, gathered, strict=True)),
+        gathered_all=sum(gathered) + sum(at_ends),
+        gathered_end=2 * max(at_ends),
         optimizer=3 * 4 * own,
         loss=6 * CHUNK_NUMEL[world.device.type],  # logits in float32, and rounded
     )
@@ -170,15 +143,38 @@ def remedies(need: StepBytes, kind: ActivationCheckpointing, config: RunConfig, 
         share = fewer / config.train.micro_batch_size
         savings[f"train.micro_batch_size={fewer}"] = now - need.total(kind, keep_gathered, share)
     savings[f"data.max_length={config.data.max_length // 2}"] = now - need.total(kind, keep_gathered, 0.5)
-    if world.device.type == "cuda" and world.num_shards > 1 and not config.parallel.cpu_offload:
-        savings["parallel.cpu_offload=true"] = own_bytes
+    if world.device.type == "cuda" and config.parallel.plan in (Plan.fsdp, Plan.hsdp):
+        savings |= _savings_of_sharding(need, kind, config, own_bytes)
     ordered = sorted(savings.items(), key=lambda pair: -pair[1])
     return ", ".join(f"{option} (-{saved / 2**30:.2f} GiB)" for option, saved in ordered if saved > 0)
 
 
-def _gathered_bytes(parameter: Tensor, dtype: torch.dtype) -> int:
-    """Of a whole parameter, with its float32 gradient if it has one."""
-    return parameter.numel() * (dtype.itemsize + 4 if parameter.requires_grad else parameter.element_size())
+def _savings_of_sharding(
+    need: StepBytes, kind: ActivationCheckpointing, config: RunConfig, own_bytes: int
+) -> dict[str, int]:
+    """Of options that are slower, by their names."""
+    savings = {} if config.parallel.cpu_offload else {"parallel.cpu_offload=true": own_bytes}
+    if kind is ActivationCheckpointing.full and not config.parallel.offload_activations:
+        savings["parallel.offload_activations=true"] = need.kept[kind] - 2 * need.hidden
+    if config.parallel.gather is Gather.ahead and config.parallel.reshard_after_forward:
+        savings["parallel.gather=block"] = need.gathered // 2
+    return savings
+
+
+def _gathered_bytes(modules: list[nn.Module], dtype: torch.dtype) -> int:
+    """Of the whole parameters of `modules`, each once, with their float32 gradients if they have one."""
+    parameters = {id(parameter): parameter for module in modules for parameter in module.parameters()}.values()
+    return sum(p.numel() * (dtype.itemsize + 4 if p.requires_grad else p.element_size()) for p in parameters)
+
+
+def _at_a_time(loaded: LoadedModel, block: nn.Module, whole: int) -> int:
+    """What of a block, of so many bytes, is gathered while it computes, and of the next one."""
+    if loaded.parallel.gather is Gather.ahead:
+        return 2 * whole
+    if loaded.parallel.gather is Gather.block or not whole:
+        return whole
+    parts = [_gathered_bytes([part], loaded.dtype) for part in parts_of(block)]
+    return whole - sum(parts) + max(parts)
 
 
 @torch.no_grad()
@@ -211,12 +207,16 @@ def _measured(
 ) -> Any:
     """`forward` with gradients, whose memory is noted and freed again; inside FSDP2's hooks."""
     hidden, *others = args or (kwargs.pop("hidden_states"),)
-    of_model = {tensor.untyped_storage().data_ptr() for tensor in [*block.parameters(), *block.buffers()]}
     saved: dict[int, int] = {}
+
+    def is_of_model(storage: torch.UntypedStorage) -> bool:
+        """Whether it is of a tensor of the block, those that are gathered now."""
+        tensors = (tensor for tensor in [*block.parameters(), *block.buffers()] if not isinstance(tensor, DTensor))
+        return any(storage.data_ptr() == tensor.untyped_storage().data_ptr() for tensor in tensors)
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in of_model:
+        if not is_of_model(storage):
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # itself would be a cycle where a node saves its own output, and stay
 

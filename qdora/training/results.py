@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from qdora import checkpoint, parallel
 from qdora.adapter import peft_format
 from qdora.config import AdapterMethod, RunConfig
+from qdora.device_memory import memory_gib
 from qdora.errors import CheckpointError
 from qdora.model import LoadedModel
 from qdora.model.export import export_model
 from qdora.run_folder import RunFolder
-from qdora.training.memory import memory_gib
 from qdora.training.progress import summary_table
 from qdora.training.report import write_report
 from qdora.training.trainer import Trainer

@@ -16,6 +16,7 @@ from qdora import checkpoint, parallel
 from qdora.checkpoint import Manifest
 from qdora.config import ActivationCheckpointing, AdapterMethod, Plan, RunConfig
 from qdora.data import BatchLoader, TokenDataset, prepare
+from qdora.device_memory import free_memory
 from qdora.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, TrainingError
 from qdora.interrupt import interrupt
 from qdora.model import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_folder
@@ -30,7 +31,6 @@ from qdora.training.memory import (
     StepBytes,
     choose_recomputation,
     explaining_shortage,
-    free_memory,
     remedies,
     step_bytes,
 )

@@ -13,6 +13,7 @@ from qdora.adapter.dora import magnitude_drift
 from qdora.checkpoint import Checkpoints, Manifest
 from qdora.config import OnBadStep, RunConfig
 from qdora.data import Batch, BatchLoader
+from qdora.device_memory import memory_gib
 from qdora.errors import TrainingError
 from qdora.interrupt import interrupt
 from qdora.model import LoadedModel
@@ -33,7 +34,6 @@ from qdora.run_folder import RunFolder
 from qdora.tracking import Tracker
 from qdora.training.bad_step import MAX_SKIPPED, StepGuard
 from qdora.training.bound import work_of
-from qdora.training.memory import memory_gib
 from qdora.training.progress import Progress
 
 logger = logging.getLogger(__name__)

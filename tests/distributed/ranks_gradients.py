@@ -1,6 +1,6 @@
 """One rank of test_gradients: loss and every gradient, gathered whole, of some cases.
 
-ranks_gradients.py OUTPUT MODEL CASES   (CASES: JSON list of dictionaries, see `main`)
+ranks_gradients.py OUTPUT MODELS CASES   (MODELS: folder of a model by name; CASES: JSON list, see `run_case`)
 """
 
 import json
@@ -21,6 +21,7 @@ from qdora.config import (
     AdapterConfig,
     AdapterMethod,
     Dtype,
+    Gather,
     ModelConfig,
     ParallelConfig,
     Plan,
@@ -74,20 +75,23 @@ def batches_of(world: World, accumulate: bool) -> list[Batch]:
     return batches
 
 
-def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> dict[str, float]:
+def run_case(case: dict[str, Any], models: Path, output: Path) -> dict[str, float]:
     """Loads, moves the adapter off its start, and leaves the gathered gradients in OUTPUT/NAME.safetensors."""
     full = case["adapter"] == "none"
     config = ParallelConfig(
         plan=Plan[case["plan"]],
         shard_size=2 if case["plan"] == "hsdp" else None,
         reshard_after_forward=case.get("reshard_after_forward", True),
+        gather=Gather[case.get("gather", "ahead")],
         cpu_offload=case.get("cpu_offload", False),
+        offload_activations=case.get("offload_activations", False),
     )
+    model_folder = models / case.get("model", "tied")
     world = parallel.start(config, trains_base=full)
     loaded = load_model(
         model_folder,
         ModelConfig(path=str(model_folder), dtype=Dtype[case["dtype"]]),
-        QuantConfig(method=QuantMethod[case["quant"]]),
+        QuantConfig(method=QuantMethod[case["quant"]], embeddings=case.get("embeddings", False)),
         AdapterConfig(
             method=AdapterMethod[case["adapter"]], rank=4, target_modules=case.get("target_modules", "all-linear")
         ),
@@ -138,8 +142,8 @@ def run_case(case: dict[str, Any], model_folder: Path, output: Path) -> dict[str
 
 def main() -> None:
     """Runs the cases and writes their losses and norms."""
-    output, model_folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-    found = {case["name"]: run_case(case, model_folder, output) for case in cases}
+    output, models, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    found = {case["name"]: run_case(case, models, output) for case in cases}
     (output / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
     os._exit(0)  # see docs/design/0004
 

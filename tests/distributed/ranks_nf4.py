@@ -6,6 +6,7 @@ ranks_nf4.py OUTPUT CASES   (CASES: JSON of name to folder, double_quant and dty
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from qdora import nf4, parallel
 from qdora.adapter.dora import AdaptedLinear, adapted_layers
 from qdora.config import AdapterConfig, Dtype, ModelConfig, ParallelConfig, QuantConfig
 from qdora.model import load_model
-from qdora.nf4 import NF4Linear
+from qdora.nf4 import NF4Linear, NF4Weight
 from qdora.parallel import World, gather_rows, own_rows, weight_bytes
 
 DRIFT = 1.0015
 """Of the magnitudes: a gain near this is 1 once it is rounded to bfloat16."""
+
+
+ENDS = ("model.embed_tokens", "lm_head")
 
 
 def reference(weights: dict[str, Tensor], name: str, double_quant: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -47,21 +51,25 @@ def run_case(folder: Path, double_quant: bool, dtype_name: str, world: World) ->
     dtype = getattr(torch, dtype_name)
     # Of a stored checkpoint the option says the opposite: what counts is how it is stored.
     stored = "quantization_config" in json.loads((folder / "config.json").read_text())
-    quant = QuantConfig(double_quant=double_quant is not stored)
+    quant = QuantConfig(double_quant=double_quant is not stored, embeddings=not stored)
     model = ModelConfig(path=str(folder), dtype=Dtype[dtype_name])
     loaded = load_model(folder, model, quant, AdapterConfig(rank=4), ParallelConfig(), world)
     weights = load_file(folder / "model.safetensors")
     layers = adapted_layers(loaded.model)
     quantised = {name: layer for name, layer in layers.items() if isinstance(layer.base, NF4Linear)}
-    references = {name: reference(weights, name, double_quant, dtype) for name in quantised}
+    bare: dict[str, NF4Weight] = {name: layer.base for name, layer in quantised.items()}  # type: ignore[misc]
+    if quant.embeddings:
+        bare |= {name: loaded.model.get_submodule(name) for name in ENDS}
+    references = {name: reference(weights, name, double_quant, dtype) for name in bare}
     own_equal, rows = {}, {}
-    for name, layer in quantised.items():
-        packed, first = own_rows(layer.base.packed)  # type: ignore[arg-type]
-        absmax, _ = own_rows(layer.base.absmax)  # type: ignore[arg-type]
+    for name, base in bare.items():
+        packed, first = own_rows(base.packed)
+        absmax, _ = own_rows(base.absmax)
         codes, _, scales = references[name]
         some = slice(first, first + packed.shape[0])
         own_equal[name] = torch.equal(packed, codes[some]) and torch.equal(absmax, scales[some])
         rows[name] = packed.shape[0]
+    for layer in quantised.values():
         assert layer.magnitude is not None
         own_rows(layer.magnitude)[0].mul_(DRIFT)
     loaded.refresh(world.device)
@@ -73,22 +81,23 @@ def run_case(folder: Path, double_quant: bool, dtype_name: str, world: World) ->
     gathered_equal: dict[str, bool] = {}
     adapter_dtypes: set[str] = set()
 
-    def compare(layer: nn.Module, _: object) -> None:
-        assert isinstance(layer, AdaptedLinear)
-        name = next(name for name, other in quantised.items() if other is layer)
+    def compare(name: str, module: nn.Module, _: object) -> None:
         codes, values, scales = references[name]
-        packed, absmax = layer.base_tensors()[:2]
-        same = torch.equal(packed, codes) and torch.equal(absmax, scales) and torch.equal(layer.gain, gains[name])  # type: ignore[arg-type]
-        gathered_equal[name] = same and torch.equal(nf4.weight_from(layer.base_tensors(), dtype), values)
-        adapter_dtypes.add(str(layer.lora_a.dtype))
+        packed, absmax = bare[name].tensors()[:2]
+        same = torch.equal(packed, codes) and torch.equal(absmax, scales)
+        if isinstance(module, AdaptedLinear):
+            same = same and torch.equal(module.gain, gains[name])  # type: ignore[arg-type]
+            adapter_dtypes.add(str(module.lora_a.dtype))
+        gathered_equal[name] = same and torch.equal(nf4.weight_from(bare[name].tensors(), dtype), values)
 
-    for layer in quantised.values():
-        layer.register_forward_pre_hook(compare)
+    for name, base in bare.items():
+        quantised.get(name, base).register_forward_pre_hook(partial(compare, name))
     with torch.no_grad():
         loaded.model(input_ids=torch.arange(8)[None])
     parallel.reshard(loaded.model)
     own, total = weight_bytes(loaded.model)
     return {
+        "stored": stored,
         "own_equal": own_equal,
         "gathered_equal": gathered_equal,
         "gains_are_one": sum(int((gain.view(torch.float32) == 1).sum()) for gain in gains.values()),

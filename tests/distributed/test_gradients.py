@@ -17,6 +17,7 @@ FLOAT32_TOLERANCE = 2e-5
 BFLOAT16_TOLERANCE = 3e-2
 """Relative to the norm of a gradient: bfloat16 products (4e-3 a rounding) of other groups of rows, through 2 layers."""
 
+PATIENCE_S = 500
 CLIPPED_NORM = 0.01
 """As in the script; below every gradient's norm."""
 
@@ -69,26 +70,67 @@ HSDP_CASES = [
     _case("lora-hsdp", "none", "lora", plan="hsdp"),
     _case("full-hsdp", "none", "none", plan="hsdp"),
 ]
+UNTIED = {"model": "untied"}
+ENDS = {"embeddings": True}
+CASES += [
+    _case("untied", "nf4", "dora", **UNTIED),
+    _case("untied-no-reshard", "nf4", "dora", **UNTIED, reshard_after_forward=False),
+    _case("untied_full", "none", "none", **UNTIED),
+    _case("untied_full-full", "none", "none", **UNTIED, checkpointing="full"),
+    _case("ends", "nf4", "dora", **ENDS),
+    _case("ends-one-batch", "nf4", "dora", **ENDS, accumulate=False),
+    _case("ends-offload", "nf4", "dora", **ENDS, cpu_offload=True),
+    _case("untied_ends", "nf4", "dora", **UNTIED, **ENDS),
+    _case("untied_ends-no-reshard", "nf4", "dora", **UNTIED, **ENDS, reshard_after_forward=False),
+]
+METHODS |= {"untied_ends": ("nf4", "dora"), "beside": ("nf4", "dora")}
+OF_MODEL: dict[str, dict[str, Any]] = {"untied_ends": UNTIED | ENDS, "beside": {"model": "beside"}}
+CASES += [_case("beside", *METHODS["beside"], **OF_MODEL["beside"])]
+CASES += [
+    _case(
+        f"{name}-{gather}-{checkpointing}",
+        *METHODS[name],
+        **OF_MODEL.get(name, {}),
+        gather=gather,
+        checkpointing=checkpointing,
+    )
+    for name, gather, checkpointing in (
+        *(("qdora", "block", "none"), ("qdora", "part", "none"), ("qdora", "part", "selective")),
+        *(("untied_ends", "block", "full"), ("untied_ends", "part", "full"), ("beside", "part", "full")),
+        *(("full", "block", "none"), ("full", "part", "selective")),
+    )
+]
+CASES += [
+    _case(f"{name}-offloaded-{gather}{'-compiled' * compiled}", *METHODS[name], gather=gather, compiled=compiled,
+          offload_activations=True, checkpointing="full")
+    for name, gather, compiled in (
+        ("qdora", "ahead", False), ("qdora", "part", False), ("full", "block", False), ("qdora", "ahead", True)
+    )
+]  # fmt: skip
 REFERENCE = {case["name"]: case["name"].split("-")[0] for case in CASES}
 """The case of one rank that a case must equal."""
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with biases and a tied head."""
-    return make_model(tmp_path_factory.mktemp("model"), "qwen2", tie_word_embeddings=True, dtype=torch.float32)
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of tiny models: with biases, their heads tied and untied, and with attention beside the MLP."""
+    folder = tmp_path_factory.mktemp("models")
+    for tied in (True, False):
+        make_model(folder / ("tied" if tied else "untied"), "qwen2", tie_word_embeddings=tied, dtype=torch.float32)
+    make_model(folder / "beside", "llama", model_type="cohere", tie_word_embeddings=True, dtype=torch.float32)
+    return folder
 
 
 Results = dict[int, tuple[dict[str, dict[str, float]], Path]]
 
 
 @pytest.fixture(scope="module")
-def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Losses and norms, and the folder of gradients, by number of ranks."""
     found: Results = {}
     for ranks, cases in ((1, CASES), (2, CASES), (4, HSDP_CASES)):
         output = tmp_path_factory.mktemp(f"ranks-{ranks}")
-        values = run_ranks(SCRIPT, ranks, output, str(model), json.dumps(cases))
+        values = run_ranks(SCRIPT, ranks, output, str(models), json.dumps(cases), timeout_s=PATIENCE_S)
         assert all(other == values[0] for other in values), "ranks differ in the loss or the norm they report"
         found[ranks] = (values[0], output)
     return found

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qdora import nf4
+from qdora import nf4, parallel
 from qdora.adapter.dora import AdaptedLinear, refresh
+from qdora.config import ActivationCheckpointing, AdapterConfig, ModelConfig, ParallelConfig, QuantConfig
+from qdora.model import load_model
+from qdora.model.loss import LogitTransform, chunked_cross_entropy
+from qdora.parallel import own_rows
 from tests.support import make_model, qdora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -100,3 +104,91 @@ def test_merge_on_cuda_is_the_trained_model(tmp_path: Path, options: list[str]) 
     answered = qdora("generate", f"run={run}", "prompt=1 and 1", "chat_template=false", "max_new_tokens=8")
     assert answered.returncode == 0, answered.stderr
     assert answered.stdout.strip()
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_embedding_and_head_on_cuda_have_the_values_of_the_cpu(double_quant: bool) -> None:
+    torch.manual_seed(0)
+    head = nf4.NF4Head(256, 1000, bias=False, double_quant=double_quant, dtype=torch.float32)
+    embedding = nf4.NF4Embedding(1000, 256, double_quant, torch.float32, None)
+    packed, scales = nf4.quantize(torch.randn(1000, 256))
+    head.packed.data, head.absmax.data = packed, scales.view(torch.uint8)
+    if double_quant:
+        head.absmax.data, head.absmax_scale, head.absmax_mean = nf4.nest(scales, 1000)
+    embedding.share(head)
+    ids = torch.randint(0, 1000, (3, 17))
+    on_cpu = embedding(ids)
+    hidden, labels = torch.randn(3, 17, 256), torch.randint(0, 1000, (3, 17))
+    losses = []
+    for device in ("cpu", "cuda"):
+        head.to(device)
+        given = hidden.to(device).requires_grad_()
+        loss = chunked_cross_entropy(given, head.tensors(), None, labels.to(device), LogitTransform())
+        loss.backward()
+        losses.append([loss.detach().cpu(), given.grad.cpu()])  # type: ignore[union-attr]
+    embedding.share(head)  # `to` gives parameters new data and buffers new tensors
+    assert torch.equal(embedding.cuda()(ids.cuda()).cpu(), on_cpu)
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)  # TF32 is off; sums in another order
+
+
+def _trained(folder: Path, config: ParallelConfig, recomputation: ActivationCheckpointing) -> tuple[list[Tensor], int]:
+    """Gradients of two micro-batches, and the most bytes that were allocated in the second."""
+    world = parallel.start(config)
+    loaded = load_model(folder, ModelConfig(path=str(folder)), QuantConfig(), AdapterConfig(rank=4), config, world)
+    loaded.recompute(recomputation)
+    loaded.model.train()
+    tokens = torch.randint(4, 200, (4, 1024), generator=torch.Generator().manual_seed(0)).to(world.device)
+    positions = torch.arange(1024, device=world.device).expand(tokens.shape)
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        loaded.model.token_loss(tokens, positions, tokens).backward()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    gradients = [own_rows(p.grad)[0].cpu() for p in loaded.model.parameters() if p.grad is not None]
+    assert gradients
+    return gradients, peak
+
+
+def test_hidden_states_in_host_memory_leave_room_on_the_gpu(tmp_path: Path) -> None:
+    blocks = 24
+    folder = make_model(tmp_path, "llama", num_hidden_layers=blocks, hidden_size=512, max_position_embeddings=2048)
+    full = ActivationCheckpointing.full
+    plain, peak = _trained(folder, ParallelConfig(), full)
+    offloaded, less = _trained(folder, ParallelConfig(offload_activations=True, activation_checkpointing=full), full)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(offloaded, plain, strict=True))
+    hidden = 4 * 1024 * 512 * 2
+    assert peak - less > (blocks - 6) * hidden
+
+
+def test_shards_in_host_memory_train_as_those_on_the_gpu(tmp_path: Path) -> None:
+    """One GPU: FSDP2 with a shard axis of one. In a process of its own, which no group is to outlive."""
+    model = make_model(tmp_path / "model", "llama", num_hidden_layers=4)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n}: ", "completion": "yes"}) + "\n" for n in range(16)))
+    found = {}
+    for name, more in {"gpu": [], "host": ["parallel.cpu_offload=true", "parallel.gather=block"]}.items():
+        run = tmp_path / name
+        options = [f"model.path={model}", f"data.train={data}", f"output_dir={run}", "tracker=none"]
+        done = qdora("train", *options, "train.num_steps=4", "model.dtype=float32", *more)
+        assert done.returncode == 0, done.stderr
+        found[name] = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert found["host"] == pytest.approx(found["gpu"], rel=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+def test_each_way_of_gathering_learns_the_same(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama", num_hidden_layers=4)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n}: ", "completion": "yes"}) + "\n" for n in range(16)))
+    losses = {}
+    for gather in ("ahead", "block", "part"):
+        run = tmp_path / gather
+        options = [f"model.path={model}", f"data.train={data}", f"output_dir={run}", "tracker=none"]
+        done = qdora(
+            "train", *options, "train.num_steps=4", "quant.embeddings=true", f"parallel.gather={gather}", nproc=2
+        )
+        assert done.returncode == 0, done.stderr
+        losses[gather] = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses["block"] == losses["ahead"]
+    assert losses["part"] == losses["ahead"]

@@ -51,7 +51,8 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(
     results = []
     for function in (chunked_cross_entropy, expected):
         given = [leaf.clone().requires_grad_() for leaf in leaves]
-        value = function(given[0], given[1], given[2] if bias else None, labels, TRANSFORMS[name])
+        weight: Any = [given[1]] if function is chunked_cross_entropy else given[1]
+        value = function(given[0], weight, given[2] if bias else None, labels, TRANSFORMS[name])
         (0.5 * value).backward()
         results.append([value, *(leaf.grad for leaf in given)])
     for ours, theirs in zip(*results, strict=True):
@@ -70,7 +71,7 @@ weight = torch.randn(128_000, 64, dtype=torch.bfloat16)
 labels = torch.randint(0, 128_000, (8192,))
 before = status_bytes("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
-chunked_cross_entropy(hidden, weight, None, labels, LogitTransform()).backward()
+chunked_cross_entropy(hidden, [weight], None, labels, LogitTransform()).backward()
 print(status_bytes("VmHWM") - before)
 """
 
@@ -84,7 +85,7 @@ def test_memory_of_8192_tokens_and_128000_words_stays_small() -> None:
 def test_row_without_a_label_adds_nothing() -> None:
     hidden = torch.randn(1, 5, HIDDEN, requires_grad=True)
     value = chunked_cross_entropy(
-        hidden, torch.randn(VOCABULARY, HIDDEN), None, torch.full((1, 5), -100), LogitTransform()
+        hidden, [torch.randn(VOCABULARY, HIDDEN)], None, torch.full((1, 5), -100), LogitTransform()
     )
     value.backward()
     assert value == 0

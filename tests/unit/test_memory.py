@@ -101,6 +101,23 @@ def test_fastest_kind_that_fits_is_chosen(folders: dict[int, Path], kind: Activa
         assert ("may not fit" in told) == (share == 0.5)
 
 
+def test_an_embedding_or_a_head_counts_where_it_is_more_than_a_block() -> None:
+    """They are gathered when no block computes; kept gathered, all of them are there while one does."""
+    need = memory.StepBytes(
+        kept=dict.fromkeys(memory.FASTEST_FIRST, 1000),
+        largest=50,
+        hidden=5,
+        gathered=200,
+        gathered_all=4000,
+        gathered_end=300,
+        optimizer=7,
+        loss=3,
+    )
+    assert need.total(FULL, keep_gathered=False) == 1000 + (2 * 50 + 5 + 200) + 7 + 3
+    assert need.total(FULL, keep_gathered=False, share=0.5) == 500 + 300 + 7 + 3
+    assert need.total(FULL, keep_gathered=True) == 1000 + (2 * 50 + 5 + 4000) + 7 + 3
+
+
 def test_remedies_say_what_each_option_saves(folders: dict[int, Path]) -> None:
     loaded, world = load(folders[8])
     need = memory.step_bytes(loaded, world, ROWS, LENGTH)
