@@ -78,6 +78,8 @@ class World:
 def start(config: ParallelConfig, trains_base: bool = False) -> World:
     """Joins the ranks that torchrun (or `accelerate launch`) started; *collective*. A lone process is a world of one.
 
+    With `parallel=auto` they have no mesh yet: started again with the plan that was chosen, they get it.
+
     On one rank, and under `ddp`, nothing is wrapped: `fully_shard` would copy each parameter at each use. Where the
     base itself is trained (float32 master to compute dtype), or the shards live in host memory, that copy is wanted:
     there a shard axis of one is made.
@@ -110,7 +112,7 @@ def start(config: ParallelConfig, trains_base: bool = False) -> World:
         store = _store(timeout) if size > 1 else HashStore()
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     mesh = None
-    if wraps_alone or (size > 1 and config.plan is not Plan.ddp):
+    if config.plan is not Plan.auto and (wraps_alone or (size > 1 and config.plan is not Plan.ddp)):
         groups = {Plan.fsdp: size, Plan.none: 1, Plan.ddp: 1, Plan.hsdp: min(shard_size, size)}[config.plan]
         shape = (size,) if groups == size else (size // groups, groups)
         axes = ("replicate", "shard")[-len(shape) :]

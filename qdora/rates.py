@@ -21,7 +21,8 @@ class Rates:
     copy: float
     """Bytes read plus bytes written by a copy."""
     link: float
-    """Bytes received in an all-gather over the ranks that share the weights; infinite where nothing is shared."""
+    """Bytes received in an all-gather over the ranks that share the weights, over all where none do; of a lone rank
+    infinite."""
 
 
 @torch.no_grad()
@@ -32,19 +33,19 @@ def measure_rates(world: World, dtype: torch.dtype) -> Rates:
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     source, target = (torch.zeros(copied, dtype=torch.uint8, device=device) for _ in range(2))
-    matrix = 2 * side**3 / _shortest(world, lambda: torch.mm(a, b))
-    copy = 2 * copied / _shortest(world, lambda: target.copy_(source))
-    link, ranks = float("inf"), world.num_shards
+    matrix = 2 * side**3 / shortest(world, lambda: torch.mm(a, b))
+    copy = 2 * copied / shortest(world, lambda: target.copy_(source))
+    link, ranks = float("inf"), world.num_shards if world.num_shards > 1 else world.size
     if ranks > 1:
-        sent = copied // ranks
+        sent, group = copied // ranks, world.shard_group if world.num_shards > 1 else None
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
-        seconds = _shortest(world, lambda: gather(target[: sent * ranks], source[:sent], group=world.shard_group))
+        seconds = shortest(world, lambda: gather(target[: sent * ranks], source[:sent], group=group))
         link = sent * (ranks - 1) / seconds
     return Rates(matrix, copy, link)
 
 
-def _shortest(world: World, function: Callable[[], object]) -> float:
-    """Seconds of the shortest of some calls, the mean over the ranks. *Collective*."""
+def shortest(world: World, function: Callable[[], object]) -> float:
+    """Seconds of the shortest of some calls (one, if it takes a second), the mean over the ranks. *Collective*."""
     seconds = []
     for _ in range(1 + REPEATS):
         wait(world)  # together: ranks may share cores, or a link
@@ -53,4 +54,6 @@ def _shortest(world: World, function: Callable[[], object]) -> float:
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
         seconds.append(time.perf_counter() - started)
-    return all_sum(world, min(seconds[1:]))[0] / world.size
+        if all_sum(world, seconds[-1])[0] > world.size:  # a slow link: what else takes time is little beside it
+            break
+    return all_sum(world, min(seconds[1:] or seconds))[0] / world.size

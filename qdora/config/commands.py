@@ -11,6 +11,7 @@ from qdora.config.groups import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    PreflightConfig,
     QuantConfig,
     TrackerConfig,
     TrainConfig,
@@ -19,6 +20,7 @@ from qdora.config.groups import (
 from qdora.config.words import (
     AdapterMethod,
     Compare,
+    Gather,
     MergeBase,
     MergedDtype,
     MergeFormat,
@@ -75,6 +77,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    plan: PreflightConfig = field(default_factory=PreflightConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     seed: int = 0
     """Fixes initialisation, data order and dropout."""
@@ -99,6 +102,10 @@ class RunConfig:
         require(
             self.adapter.path is None or self.adapter.method is not AdapterMethod.none,
             "adapter.path is set but adapter=none trains no adapter",
+        )
+        require(
+            not self.train.compile or self.parallel.gather is not Gather.part,
+            "train.compile=true compiles whole blocks, and parallel.gather=part gathers their parts: use gather=block",
         )
 
 
@@ -188,6 +195,34 @@ class EvaluateConfig:
         for name in ("limit", "batch_size", "max_new_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """`qdora plan`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    hardware: str = "auto"
+    """`auto` measures this machine; or cards and memory (`2x24gb`), cards by name (`4xrtx4090`), nodes (`2x8xh100`)."""
+    price_per_hour: float | None = None
+    """Of all of it together, in any currency."""
+    report: Report = Report.table
+    """`table` for people, `json` for machines."""
+    figure: str | None = None
+    """PNG to draw the plans into."""
+
+    def __post_init__(self) -> None:
+        require(self.model.path is not None, "model.path is not set: give a folder or a hub id; no weights are read")
+        require(self.figure != "", "figure is empty: give the name of a PNG, or leave it out")
+        price = self.price_per_hour
+        require(price is None or price >= 0, f"price_per_hour is {price}; it must be at least 0")
+        sets = {f"train.{name}" for name in changed(self.train, TrainConfig())}
+        free = {"train.num_accumulation_steps", "train.num_epochs"}
+        refuse(sets - free, "it changes nothing that qdora plan tells; leave it out (micro-batches are planned)")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from qdora.config.words import (
     Gather,
     GgufType,
     OnBadStep,
+    OnExceed,
     Overlong,
     Plan,
     QuantMethod,
@@ -222,7 +223,8 @@ class TrainConfig:
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     plan: Plan = Plan.fsdp
-    """`fsdp` shards over all ranks, `hsdp` within a group, `ddp` replicates, `none` wants a single rank."""
+    """`fsdp` shards over all ranks, `hsdp` within a group, `ddp` replicates, `none` wants a single rank; `auto` takes
+    the fastest that fits, by `qdora plan`."""
     shard_size: int | None = None
     """Ranks a group under `hsdp`; null means the ranks of a node."""
     reshard_after_forward: bool = True
@@ -242,21 +244,22 @@ class ParallelConfig:
     """Seconds a collective waits before the run fails."""
 
     def __post_init__(self) -> None:
+        is_sharded = self.plan in (Plan.fsdp, Plan.hsdp, Plan.auto)
         require(
             self.shard_size is None or self.shard_size >= 1,
             f"parallel.shard_size is {self.shard_size}; it must be at least 1 or null",
         )
         require(self.timeout_s >= 1, f"parallel.timeout_s is {self.timeout_s}; it must be at least 1")
         require(
-            self.shard_size is None or self.plan is Plan.hsdp,
+            self.shard_size is None or self.plan in (Plan.hsdp, Plan.auto),
             f"parallel.shard_size={self.shard_size} means something only with parallel=hsdp, not {self.plan.name}",
         )
         require(
-            not self.cpu_offload or self.plan in (Plan.fsdp, Plan.hsdp),
+            not self.cpu_offload or is_sharded,
             f"parallel.cpu_offload=true needs parallel=fsdp or hsdp, not {self.plan.name}",
         )
         require(
-            self.gather is Gather.ahead or (self.plan in (Plan.fsdp, Plan.hsdp) and self.reshard_after_forward),
+            self.gather is Gather.ahead or (is_sharded and self.reshard_after_forward),
             f"parallel.gather={self.gather.name} needs parallel=fsdp or hsdp and parallel.reshard_after_forward=true",
         )
         if self.offload_activations and self.activation_checkpointing is ActivationCheckpointing.auto:
@@ -266,6 +269,12 @@ class ParallelConfig:
             "parallel.offload_activations=true needs parallel.activation_checkpointing=full, not "
             f"{self.activation_checkpointing.name}",
         )
+
+
+@dataclass(kw_only=True, slots=True)
+class PreflightConfig:
+    on_exceed: OnExceed = OnExceed.refuse
+    """When a run needs more memory than is there by `qdora plan`: `refuse` to start it, or `warn`."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -51,6 +51,7 @@ class OnBadStep(Enum):
 
 
 class Plan(Enum):
+    auto = "auto"
     fsdp = "fsdp"
     hsdp = "hsdp"
     ddp = "ddp"
@@ -62,6 +63,11 @@ class ActivationCheckpointing(Enum):
     none = "none"
     selective = "selective"
     full = "full"
+
+
+class OnExceed(Enum):
+    refuse = "refuse"
+    warn = "warn"
 
 
 class Gather(Enum):

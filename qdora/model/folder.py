@@ -49,13 +49,30 @@ def model_folder(config: ModelConfig) -> Path:
             f"model.trust_remote_code=true runs code that {given} may change at any time: read it and pin what you "
             f"have read, model.revision=<commit, 40 characters> (given: {config.revision})"
         )
+    return _download(config, _PATTERNS)
+
+
+def config_folder(config: ModelConfig) -> Path:
+    """The local folder of a model's config; of a hub id the config alone is downloaded.
+
+    Raises:
+        ModelError: nothing there, no network, or nothing that can be read.
+    """
+    given = str(config.path)
+    if Path(given).expanduser().exists() or not is_hub_id(given) or config.trust_remote_code:
+        return model_folder(config)
+    return _download(config, ["config.json"])
+
+
+def _download(config: ModelConfig, patterns: list[str]) -> Path:
+    """What of a hub id's files matches `patterns`."""
     try:
-        return Path(snapshot_download(given, revision=config.revision, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(str(config.path), revision=config.revision, allow_patterns=patterns))
     except LocalEntryNotFoundError:
         reason = "it is not in the local cache and the hub cannot be reached"
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = first_line(error)
-    raise ModelError(f"model.path={given}: no such folder, and downloading it failed: {reason}")
+    raise ModelError(f"model.path={config.path}: no such folder, and downloading it failed: {reason}")
 
 
 def is_hub_id(given: str) -> bool:

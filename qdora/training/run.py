@@ -25,6 +25,8 @@ from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.loss import check_token_loss
 from qdora.optim import state_tensors
 from qdora.parallel import World
+from qdora.planning import Settled, settle
+from qdora.rates import Rates, measure_rates
 from qdora.run_folder import RunFolder, config_values
 from qdora.tracking import make_tracker
 from qdora.training.memory import (
@@ -96,13 +98,15 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     if eval_data:
         eval_loader = partial(_loader, config, world, eval_data[0], tokenizer.pad_token_id, shuffle=False)
 
+    world, settled, rates = _settle(config, base, world)
+    config = replace(config, parallel=settled.parallel)
     with explaining_shortage(lambda: _does_not_load(config, world)):
         loaded = load_model(base, config.model, config.quant, config.adapter, config.parallel, world, seed=config.seed)
         check_token_loss(loaded.model, world.device, config.data.packing)
     recomputation = _set_recomputation(config, world, loaded)
     if config.train.compile:
         compile_blocks(loaded.blocks, world.device)
-    trainer = Trainer(config, world, loaded, train_loader, eval_loader, folder)
+    trainer = Trainer(config, world, loaded, train_loader, eval_loader, folder, rates)
     fingerprints = {"data": train_data.fingerprint, "model": CheckpointFiles(base).fingerprint()}
     if found is not None:
         _resume(trainer, *found, fingerprints)
@@ -127,11 +131,25 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
         trainer.tracker.log(record, record["step"])
     if world.is_main:
         _announce(config, world, loaded, [train_data, *eval_data], trainer)
+        print(settled.told)
         print(recomputation.told)
     status = _to_the_end(trainer, recomputation, partial(_manifest, given, fingerprints), base)
     if world.is_main:
         conclude(config, folder, status, trainer.checkpoints.failure, trainer.tracker.location)
     return EXIT_PREEMPTED if status == "preempted" else 0
+
+
+def _settle(config: RunConfig, base: Path, world: World) -> tuple[World, Settled, Rates]:
+    """The plan of the run, the ranks divided by it, and what they do a second. *Collective*."""
+    dtype = getattr(torch, config.model.dtype.name)
+    rates = measure_rates(world, dtype)
+    settled = settle(config, base, world, rates)
+    if settled.exceeds and world.is_main:
+        print(f"warning: {settled.told}", flush=True)
+    if config.parallel.plan is Plan.auto:
+        world = parallel.start(settled.parallel, trains_base=config.adapter.method is AdapterMethod.none)
+        rates = measure_rates(world, dtype)
+    return world, settled, rates
 
 
 def _check_is_shared(folder: RunFolder, world: World) -> None:

@@ -29,7 +29,7 @@ from qdora.parallel import (
     reshard,
     set_gradient_sync,
 )
-from qdora.rates import measure_rates
+from qdora.rates import Rates
 from qdora.run_folder import RunFolder
 from qdora.tracking import Tracker
 from qdora.training.bad_step import MAX_SKIPPED, StepGuard
@@ -68,10 +68,11 @@ class Trainer:
         train_loader: BatchLoader,
         eval_loader: Callable[[], BatchLoader] | None,
         folder: RunFolder,
+        rates: Rates,
     ) -> None:
         self.config, self.world, self.loaded, self.model = config, world, loaded, loaded.model
         self.train_loader, self.eval_loader = train_loader, eval_loader
-        self.folder = folder
+        self.folder, self.rates = folder, rates
         self.tracker = Tracker()
         """Records nothing until the run has been accepted and another takes its place."""
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -85,7 +86,6 @@ class Trainer:
         self.eval_loss: float | None = None
         """Of this step, if it was evaluated."""
         self.step_seconds: list[tuple[int, float]] = []
-        self.rates = measure_rates(world, loaded.dtype)
         self.work = work_of(loaded, world, config.parallel)
 
     def run(self, manifest: Callable[["Trainer"], Manifest]) -> str:

@@ -1,0 +1,195 @@
+"""What a micro-batch keeps and needs, found without a weight: each kind of block is run on tensors without values.
+
+The same forward and backward as in training, recomputation included, in torch's fake tensor mode: every operator says
+which shapes it returns, and what lives when is counted. Memory inside an operator is not seen; `qdora.planning.memory`
+adds what qdora's own operators take there.
+"""
+
+import functools
+import weakref
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qdora.config import ActivationCheckpointing
+from qdora.model.activations import checkpoint_activations
+from qdora.model.build import EmptyModel
+from qdora.model.load import materialise
+
+FASTEST_FIRST = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBytes:
+    """Bytes of one block's activations for one micro-batch."""
+
+    kept: int
+    """From its forward to its backward, its input included and its output not."""
+    forward: int
+    """At most during its forward, above the input."""
+    backward: int
+    """At most during its backward, what is kept included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Of a whole model, for one micro-batch and one kind of recomputation."""
+
+    blocks: list[BlockBytes]
+    outside: int
+    """Kept by what is outside the blocks: final norm, position embeddings, mask."""
+    hidden: int
+    """One hidden state (rows, length, hidden size)."""
+
+    def extended(self, two: "Activations", rows: int) -> "Activations":
+        """Of `rows` rows, from those of one (self) and of two: what a weight takes does not grow with them."""
+        blocks = [
+            BlockBytes(*(_line(getattr(a, f.name), getattr(b, f.name), rows) for f in fields(BlockBytes)))
+            for a, b in zip(self.blocks, two.blocks, strict=True)
+        ]
+        outside, hidden = _line(self.outside, two.outside, rows), _line(self.hidden, two.hidden, rows)
+        return Activations(blocks, outside, hidden)
+
+
+def _line(one: int, two: int, rows: int) -> int:
+    return one + (rows - 1) * (two - one)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages from the operator that makes them to their end, or until they are resized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def _add(self, key: int, size: int) -> None:
+        self.now += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        self.peak = max(self.peak, self.now)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+    def __enter__(self) -> Any:
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def counted(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._add(storage._cdata, size)
+            return result
+
+        torch.UntypedStorage.resize_ = counted  # type: ignore[assignment]  # how FSDP2 frees what it has gathered
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its own operators on the rank's rows are seen
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._sizes and key not in given:
+                self._add(key, storage.nbytes())
+                weakref.finalize(storage, self._drop, key)
+        return result
+
+
+def simulate(
+    empty: EmptyModel, rows: int, length: int, trained: torch.dtype, packed: bool
+) -> dict[ActivationCheckpointing, Activations]:
+    """Runs each kind of block of `empty` (on meta; unusable afterwards) on a micro-batch (rows, length).
+
+    Args:
+        trained: dtype in which the trained parameters compute: the model's under FSDP2, else their own float32.
+        packed: whether samples share a row, which takes a mask.
+    """
+    model, blocks = empty.model, empty.blocks
+    model.train()
+    found: list[_ByRecomputation] = []
+    known: dict[nn.Module, _ByRecomputation] = {}
+    kinds: dict[Any, nn.Module] = {}
+    alike = [kinds.setdefault(_kind(block), block) for block in blocks]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inside = {part for block in blocks for part in block.modules()}
+        outer = [part for part in model.modules() if part not in inside and not list(part.children())]
+        for module in [*outer, *kinds.values()]:
+            _fake(module, trained)
+        for block, like in zip(blocks, alike, strict=True):
+            block.forward = functools.partial(_measured, like, found, known)  # type: ignore[method-assign]
+        # Not from tokens: an embedding in NF4 would compute on values.
+        width = model.config.get_text_config().hidden_size
+        embedded = torch.empty(rows, length, width, dtype=empty.dtype)
+        with LiveBytes() as live:
+            mask = torch.empty(rows, 1, length, length, dtype=torch.bool) if packed else None
+            out = model.get_decoder()(inputs_embeds=embedded, attention_mask=mask, use_cache=False).last_hidden_state
+            outside, hidden = live.now, out.untyped_storage().nbytes()
+            del out
+    return {kind: Activations([block[kind] for block in found], outside, hidden) for kind in FASTEST_FIRST}
+
+
+_ByRecomputation = dict[ActivationCheckpointing, BlockBytes]
+
+
+def _kind(block: nn.Module) -> Any:
+    """The same for blocks that are alike."""
+    shapes = tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in block.parameters())
+    return type(block), getattr(block, "attention_type", None), shapes
+
+
+def _measured(
+    block: nn.Module, found: list[_ByRecomputation], known: dict[nn.Module, _ByRecomputation], *args: Any, **kwargs: Any
+) -> Any:
+    """An output of the block's shape; what it takes is counted once for all blocks that are like `block`."""
+    hidden, *others = args or (kwargs.pop("hidden_states"),)
+    if block not in known:
+        known[block] = {}
+        forward = type(block).forward.__get__(block)
+        for kind in FASTEST_FIRST:
+            block.forward = forward  # type: ignore[method-assign]
+            checkpoint_activations([block], kind)
+            known[block][kind] = _count(block, hidden, others, kwargs)
+    found.append(known[block])
+    return torch.empty_like(hidden, requires_grad=True)
+
+
+def _fake(module: nn.Module, trained: torch.dtype) -> None:
+    """Gives the module tensors that have no values but compute."""
+    materialise(module, torch.device("cpu"), torch.device("cpu"))
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(trained)
+
+
+def _count(block: nn.Module, hidden: Tensor, others: Any, kwargs: Any) -> BlockBytes:
+    with torch.enable_grad(), LiveBytes() as live:
+        given = hidden.detach().clone().requires_grad_()
+        size = live.now
+        result = block(given, *others, **kwargs)
+        forward = live.peak - size
+        output = result[0] if isinstance(result, tuple) else result
+        of_output = output.untyped_storage().nbytes()
+        kept = live.now - of_output
+        upstream = torch.empty_like(output)
+        live.peak = live.now
+        del result
+        torch.autograd.backward([output], [upstream])
+        # The block's own output is the next one's input, and gone by then.
+        backward = live.peak - of_output
+        del output, upstream
+    block.zero_grad(set_to_none=True)
+    return BlockBytes(kept, forward, backward)

@@ -1,0 +1,65 @@
+"""Before it loads, a run compares what it needs with the memory that is there, and `parallel=auto` chooses."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support import qdora, run
+
+HUGE = ["data.max_length=500000", "train.micro_batch_size=4"]
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_loads(options: list[str], tmp_path: Path) -> None:
+    """In one line, with what would fit or that nothing does."""
+    done = qdora("train", *options, *HUGE, f"output_dir={tmp_path}/run")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("qdora: ")]
+    assert "this run needs about" in line
+    assert "plan.on_exceed=warn" in line
+    assert not list(tmp_path.glob("run/*.jsonl"))
+
+
+LITTLE_MEMORY = """
+import sys
+from qdora.commands import run
+from qdora.planning import preflight
+preflight.free_memory = lambda world: 2**20
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def test_it_may_start_all_the_same(options: list[str], tmp_path: Path) -> None:
+    """With a warning, where the plan is wrong about the memory that is there."""
+    given = ["train", *options, f"output_dir={tmp_path}/run"]
+    refused = run([sys.executable, "-c", LITTLE_MEMORY, *given])
+    assert refused.returncode == 2
+    assert "and 0.00 are free" in refused.stderr
+    done = run([sys.executable, "-c", LITTLE_MEMORY, *given, "plan.on_exceed=warn"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "warning: parallel=fsdp: this run needs about" in done.stdout
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_auto_trains_what_its_plan_trains(nproc: int, options: list[str], tmp_path: Path) -> None:
+    """Says what it took and why, takes it, and goes on from its own checkpoint."""
+    told = {}
+    for name, more in (("auto", ["parallel=auto", "train.num_steps=3"]), ("auto", ["parallel=auto"])):
+        done = qdora("train", *options, *more, f"output_dir={tmp_path}/{name}", nproc=nproc)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (told[name],) = [line for line in done.stdout.splitlines() if line.startswith("parallel=")]
+    plan, _, why = told["auto"].partition(":")
+    layouts = ("ddp ", "fsdp ", "fsdp + offload ") if nproc == 2 else ("one rank ", "fsdp + offload ")
+    assert all(layout in why for layout in layouts)
+    assert "are free" in why
+    offload = [f"parallel.cpu_offload={str(plan == 'parallel=fsdp' and nproc == 1).lower()}"]
+    done = qdora("train", *options, plan, *offload, "train.num_steps=3", f"output_dir={tmp_path}/named", nproc=nproc)
+    done = qdora("train", *options, plan, *offload, f"output_dir={tmp_path}/named", nproc=nproc)
+    assert done.returncode == 0, done.stderr[-3000:]
+    auto, named = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("auto", "named"))
+    assert auto.keys() == named.keys()
+    assert all(torch.equal(tensor, named[name]) for name, tensor in auto.items())
+    assert json.loads((tmp_path / "auto" / "summary.json").read_text())["status"] == "finished"

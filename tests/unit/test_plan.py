@@ -1,0 +1,258 @@
+"""`qdora plan`: hardware as people write it, what is chosen for it, and the three ways to tell it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from qdora.commands import compose, run, typed
+from qdora.config import (
+    ActivationCheckpointing,
+    DataConfig,
+    Gather,
+    ModelConfig,
+    OnExceed,
+    ParallelConfig,
+    Plan,
+    PlanConfig,
+    PreflightConfig,
+    RunConfig,
+    TrainConfig,
+)
+from qdora.errors import ConfigError
+from qdora.planning.hardware import GIB, Hardware, find_hardware
+from qdora.planning.plans import Planned, Planner, fastest
+from qdora.planning.preflight import settle_by_plan
+from tests.support import ROOT, make_model
+
+SHAPES = ROOT / "benchmarks/shapes"
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes", "ranks", "gib"),
+    [
+        ("2x24gb", 1, 2, 24),
+        ("8x80GB", 1, 8, 80),
+        ("4xrtx4090", 1, 4, 24),
+        ("2x8xH100", 2, 8, 80),
+        ("1x11.5gib", 1, 1, 11.5),
+        ("1 x a100-40gb", 1, 1, 40),
+    ],
+)
+def test_hardware_is_read(given: str, nodes: int, ranks: int, gib: float) -> None:
+    found = find_hardware(given)
+    assert (found.num_nodes, found.ranks_per_node, found.memory_bytes) == (nodes, ranks, int(gib * GIB))
+    assert not found.measured
+
+
+@pytest.mark.parametrize("given", ["24gb", "2x", "0x24gb", "0x2x24gb", "2x0gb", "2xvoodoo2", "2x24", "two", "-1x24gb"])
+def test_other_hardware_is_refused_with_what_there_is(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"write cards x memory \(2x24gb\), cards x name .*h100"):
+        find_hardware(given)
+
+
+def test_this_machine_is_measured() -> None:
+    found = find_hardware("auto")
+    assert found.measured
+    assert min(found.memory_bytes, found.matrix, found.copy, found.link, found.host_link) > 0
+
+
+def plans_for(shape: str, hardware: str, length: int = 2048, **train: Any) -> tuple[Planner, list[Planned]]:
+    config = PlanConfig(
+        model=ModelConfig(path=str(SHAPES / shape)), data=DataConfig(max_length=length), train=TrainConfig(**train)
+    )
+    planner = Planner(config, SHAPES / shape, find_hardware(hardware))
+    return planner, planner.plans()
+
+
+def test_70b_on_two_cards_of_24_gib_with_its_weights_on_them() -> None:
+    """The headline: NF4 to the ends, a part gathered at a time, hidden states in host memory, weights on the cards."""
+    planner, plans = plans_for("llama3_3_70b", "2x24gb")
+    on_cards = [planned for planned in plans if planned.fits and not planned.choice.parallel.cpu_offload]
+    assert {planned.choice.layout for planned in on_cards} == {"fsdp + tight"}
+    smallest = min(on_cards, key=lambda planned: planned.peak_bytes)
+    assert smallest.choice.micro_batch_size == 1
+    for option in ("quant.embeddings=true", "parallel.gather=part", "parallel.offload_activations=true"):
+        assert option in planner.command(smallest.choice)
+    # By hand, GB: 68.5e9 weights of the blocks and 2.1e9 of the ends at 4.127 bits over two ranks.
+    weights = sum(smallest.parts[name] for name in ("nf4 weights", "quantisation state"))
+    assert weights == pytest.approx((68.45e9 + 2.1e9) * 4.127 / 8 / 2, rel=0.01)
+
+
+def test_70b_on_one_card_of_24_gib_with_offload() -> None:
+    chosen = fastest(plans_for("llama3_3_70b", "1x24gb")[1])
+    assert chosen is not None
+    assert chosen.choice.parallel.cpu_offload
+    assert chosen.host_bytes > 36e9
+
+
+def test_more_ranks_recomputation_and_smaller_batches_need_less() -> None:
+    """On each rank; and whatever fits one card fits a larger one."""
+    _, two = plans_for("llama3_1_8b", "2x24gb")
+    _, eight = plans_for("llama3_1_8b", "8x24gb")
+    key = [(p.choice.layout, p.choice.kind, p.choice.micro_batch_size) for p in two]
+    of_two, of_eight = (
+        {(p.choice.layout, p.choice.kind, p.choice.micro_batch_size): p.peak_bytes for p in plans}
+        for plans in (two, eight)
+    )
+    sharded = [one for one in key if one[0] == "fsdp" and one in of_eight]
+    assert sharded
+    assert all(of_eight[one] < of_two[one] for one in sharded)
+    for layout, kind, rows in sharded:
+        if rows > 1:
+            assert of_two[layout, kind, rows // 2] < of_two[layout, kind, rows]
+        if kind is not ActivationCheckpointing.full:
+            assert of_two[layout, ActivationCheckpointing.full, rows] < of_two[layout, kind, rows]
+    _, larger = plans_for("llama3_1_8b", "2x80gb")
+    assert sum(planned.fits for planned in larger) > sum(planned.fits for planned in two)
+
+
+def test_across_nodes_hsdp_is_there_and_cheaper_than_sharding_over_all() -> None:
+    """What is gathered stays in the node."""
+    _, plans = plans_for("llama3_1_8b", "2x8xh100")
+    best = {layout: fastest([p for p in plans if p.choice.layout == layout]) for layout in ("hsdp", "fsdp")}
+    assert best["hsdp"] is not None
+    assert best["fsdp"] is not None
+    assert best["hsdp"].tokens_per_second > best["fsdp"].tokens_per_second
+
+
+def test_report_as_json_and_figure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    figure = tmp_path / "new" / "plans.png"
+    given = [f"model.path={SHAPES}/llama3_2_1b", "hardware=1x24gb", "report=json", f"figure={figure}"]
+    assert run(["plan", *given]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {"parallel", "cpu_offload", "activation_checkpointing", "micro_batch_size", "fits"} < told["plans"][0].keys()
+    for planned in told["plans"]:
+        assert sum(planned["parts"].values()) == pytest.approx(planned["peak_memory_gib"])
+        assert planned["fits"] == (planned["peak_memory_gib"] <= told["hardware"]["memory_gib"])
+        assert f"train.micro_batch_size={planned['micro_batch_size']}" in planned["command"]
+    speeds = [planned["tokens_per_second"] for planned in told["plans"] if planned["fits"]]
+    assert told["fastest"]["tokens_per_second"] == max(speeds)
+    with Image.open(figure) as image:
+        assert image.size[0] > 1000
+
+
+def test_every_command_that_is_printed_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """`qdora train` accepts its options, whichever plan they are of."""
+    for shape, hardware in (("llama3_3_70b", "2x24gb"), ("llama3_1_8b", "2x8xh100"), ("llama3_2_1b", "1x24gb")):
+        planner, plans = plans_for(shape, hardware, num_accumulation_steps=4)
+        for command in {planner.command(planned.choice) for planned in plans if planned.choice.micro_batch_size == 2}:
+            options = command.partition(".sh ")[2].split()
+            values = compose("train", options)
+            assert values is not None
+            config: RunConfig = typed(values, RunConfig)
+            assert config.train.num_accumulation_steps == 4
+    capsys.readouterr()
+
+
+def test_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", f"model.path={SHAPES}/llama3_2_1b", "hardware=2x24gb"]) == 0
+    told = capsys.readouterr().out
+    assert "fastest" in told
+    assert told.splitlines()[-1].startswith("NPROC=2 launch/train.sh model.path=")
+    assert "of data sheets, nothing was run on such a card" in told
+
+
+def test_nothing_fits_is_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", f"model.path={SHAPES}/llama3_1_8b", "hardware=1x1gb"]) == 1
+    assert "Nothing fits" in capsys.readouterr().out
+
+
+def test_time_and_price_of_the_users_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "some words to learn"}\n' * 50)
+    given = [f"model.path={folder}", f"data.train={data}", "hardware=2x24gb", "price_per_hour=3.5", "report=json"]
+    assert run(["plan", *given, "train.num_epochs=2"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["num_tokens"] == 2 * 50 * (len("some words to learn") + 1)
+    assert told["hours"] == pytest.approx(told["num_tokens"] / told["fastest"]["tokens_per_second"] / 3600)
+    assert told["price"] == pytest.approx(3.5 * told["hours"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["hardware=2x24gb"], "model.path is not set"),
+        (["model.path=nowhere/x/y", "hardware=2x24gb"], "nowhere/x/y"),
+        (["model.path=MODEL", "hardware=24"], "write cards x memory"),
+        (["model.path=MODEL", "train.micro_batch_size=4"], "micro-batches are planned"),
+        (["model.path=MODEL", "price_per_hour=-1"], "price_per_hour is -1"),
+    ],
+)
+def test_mistake_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", *[option.replace("MODEL", str(SHAPES / "llama3_2_1b")) for option in options]]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert message in told[0]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path, Hardware]:
+    """A run of a model of 16 MB in bfloat16 on two ranks, whose memory is to be set."""
+    folder = make_model(
+        tmp_path_factory.mktemp("model"), "llama", num_hidden_layers=8, hidden_size=256, vocab_size=8192
+    )
+    config = RunConfig(
+        model=ModelConfig(path=str(folder)),
+        data=DataConfig(train="data.jsonl", max_length=256),
+        train=TrainConfig(micro_batch_size=2),
+        parallel=ParallelConfig(plan=Plan.auto),
+    )
+    return config, folder, replace(find_hardware("2x24gb"), device="cpu", is_running=True)
+
+
+def test_auto_takes_what_fits_as_memory_shrinks(two_ranks: tuple[RunConfig, Path, Hardware]) -> None:
+    """Weights on the ranks while there is room, at last in host memory; less than a tight plan needs is refused."""
+    config, folder, hardware = two_ranks
+    planner = Planner(config, folder, hardware)
+    taken: list[ParallelConfig] = []
+    refused: list[str] = []
+    for step in range(100):
+        planner.hardware = replace(hardware, memory_bytes=int(2**30 * 0.95**step))
+        try:
+            settled = settle_by_plan(config, planner)
+        except ConfigError as error:
+            refused.append(str(error))
+            continue
+        assert not settled.exceeds
+        assert not refused, "what fits has room in more memory"
+        taken.append(settled.parallel)
+    assert not taken[0].cpu_offload
+    assert taken[-1].cpu_offload
+    assert taken[-1].gather is Gather.part
+    assert taken[-1].offload_activations
+    assert "train.micro_batch_size=1 train.num_accumulation_steps=16" in refused[0]
+    assert "nothing that qdora can do fits" in refused[-1]
+
+
+def test_what_the_user_set_stays(two_ranks: tuple[RunConfig, Path, Hardware]) -> None:
+    config, folder, hardware = two_ranks
+    given = replace(config, parallel=ParallelConfig(plan=Plan.auto, cpu_offload=True, gather=Gather.block))
+    settled = settle_by_plan(given, Planner(given, folder, hardware))
+    assert settled.parallel == replace(given.parallel, plan=Plan.fsdp)
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_would(two_ranks: tuple[RunConfig, Path, Hardware]) -> None:
+    config, folder, hardware = two_ranks
+    given = replace(
+        config,
+        parallel=ParallelConfig(plan=Plan.ddp, activation_checkpointing=ActivationCheckpointing.none),
+        train=TrainConfig(micro_batch_size=8, num_accumulation_steps=2),
+    )
+    small = replace(hardware, memory_bytes=150 * 2**20)
+    with pytest.raises(ConfigError, match=r"needs about .* what fits: parallel=.*plan.on_exceed=warn") as refused:
+        settle_by_plan(given, Planner(given, folder, small))
+    options = str(refused.value).partition("what fits: ")[2].partition(" (")[0].split()
+    values = compose("train", [f"model.path={folder}", "data.train=none", "data.max_length=256", *options])
+    assert values is not None
+    mended: RunConfig = typed(values, RunConfig)
+    assert mended.train.micro_batch_size * mended.train.num_accumulation_steps == 16
+    assert not settle_by_plan(mended, Planner(mended, folder, small)).exceeds
+    warned = replace(given, plan=PreflightConfig(on_exceed=OnExceed.warn))
+    settled = settle_by_plan(warned, Planner(warned, folder, small))
+    assert settled.exceeds
+    assert settled.parallel == given.parallel
