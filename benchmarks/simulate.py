@@ -18,7 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
-from weakref import finalize
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from qdora import nf4
@@ -77,16 +75,27 @@ class DeviceBytes(LiveBytes):
                 return self._bodies[operator](*args, **(kwargs or {}))
             finally:
                 TorchDispatchMode.__exit__(self, None, None, None)
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = operator(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, Tensor):
-                continue
-            storage, counter = tensor.untyped_storage(), self.host if tensor.device.type == "cpu" else self
-            if storage._cdata not in counter._sizes and storage._cdata not in given:
-                counter._add(storage._cdata, storage.nbytes())
-                finalize(storage, counter._drop, storage._cdata)
-        return result
+        return super().__torch_dispatch__(operator, types, args, kwargs)
+
+    def counter(self, tensor: Tensor) -> LiveBytes:
+        """The host's is another."""
+        return self.host if tensor.device.type == "cpu" else self
+
+    def __enter__(self) -> Any:
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def counted(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._add(storage._cdata, size)
+            return result
+
+        torch.UntypedStorage.resize_ = counted  # type: ignore[assignment]  # how FSDP2 frees what it has gathered
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
 
 
 def dequantize(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -167,7 +176,8 @@ def count(empty: EmptyModel, config: RunConfig, kind: ActivationCheckpointing, r
 def plan(folder: Path, config: RunConfig, kind: ActivationCheckpointing, ranks: int) -> dict[str, int]:
     """What the planner counts for the same, by part; without what CUDA and an allocator take."""
     parallel = replace(config.parallel, activation_checkpointing=kind)
-    choice = Choice(parallel, config.train.micro_batch_size, config.quant.embeddings)
+    rows, batches = config.train.micro_batch_size, config.train.num_accumulation_steps
+    choice = Choice(parallel, rows, batches, config.quant.embeddings)
     parts = Planner(config, folder, find_hardware(f"{ranks}x24gb")).plan(choice).parts
     return {name: size for name, size in parts.items() if name not in ("allocator", "context")}
 

@@ -26,7 +26,12 @@ def free_memory(world: World) -> int:
     if world.device.type == "cuda":
         cached = torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
         return int(torch.cuda.mem_get_info(world.device)[0]) + cached
-    return int(min([psutil.virtual_memory().available, *_free_in_cgroups()])) // world.local_size
+    return free_host_memory() // world.local_size
+
+
+def free_host_memory() -> int:
+    """Bytes that the processes of this machine, or of this container, can still allocate."""
+    return int(min([psutil.virtual_memory().available, *_free_in_cgroups()]))
 
 
 def _free_in_cgroups() -> list[int]:

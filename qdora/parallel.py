@@ -285,11 +285,11 @@ def recompute_by_parts(blocks: Sequence[nn.Module]) -> None:
     one is gathered when the recomputation comes to it.
     """
     for block in blocks:
-        *others, last = parts_of(block)
-        if isinstance(last, FSDPModule):
-            for part in others:
+        parts = parts_of(block)
+        if parts and isinstance(parts[-1], FSDPModule):
+            for part in parts[:-1]:
                 part.register_forward_hook(_free)
-            last.register_forward_pre_hook(_gather_in_backward, prepend=True)
+            parts[-1].register_forward_pre_hook(_gather_in_backward, prepend=True)
 
 
 def _free(part: Any, *_: object) -> None:

@@ -59,7 +59,7 @@ COMMANDS = {
     "evaluate": Command(config.EvaluateConfig, "qdora.evaluation:evaluate", "score a run or a model on held-out data"),
     "generate": Command(config.GenerateConfig, "qdora.generation:generate", "answer a prompt, as it is made"),
     "chat": Command(config.ChatConfig, "qdora.generation:chat", "talk with a run or a model"),
-    "plan": Command(config.PlanConfig, "qdora.planning:plan", "say what fits on given cards, and the command for it"),
+    "plan": Command(config.PlanConfig, "qdora.planning.run:plan", "say what fits on given cards, and its command"),
     "doctor": Command(config.DoctorConfig, "qdora.doctor:doctor", "check whether a run can start on this machine"),
 }
 

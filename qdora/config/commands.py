@@ -66,6 +66,15 @@ def check_subject(run: str | None, adapter: str | None, model: ModelConfig, quan
         refuse_settled(model, quant, QuantConfig(method=QuantMethod.none), free={"model.path"})
 
 
+def check_trainable(adapter: AdapterConfig, quant: QuantConfig) -> None:
+    """Raises `ConfigError` where nothing could be trained."""
+    require(
+        adapter.method is not AdapterMethod.none or quant.method is QuantMethod.none,
+        "adapter=none is full fine-tuning and 4-bit weights cannot be trained: use adapter=none quant=none, or an "
+        "adapter (adapter=dora quant=nf4)",
+    )
+
+
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     """`qdora train`."""
@@ -94,11 +103,7 @@ class RunConfig:
         require(self.output_dir != "", "output_dir is empty: give a folder, or leave it out")
         require(self.model.path is not None, "model.path is not set: give a folder, a .gguf file or a hub id")
         require(self.data.train is not None, "data.train is not set: give a file, a folder or a hub id")
-        require(
-            self.adapter.method is not AdapterMethod.none or self.quant.method is QuantMethod.none,
-            "adapter=none is full fine-tuning and 4-bit weights cannot be trained: use adapter=none quant=none, or an "
-            "adapter (adapter=dora quant=nf4)",
-        )
+        check_trainable(self.adapter, self.quant)
         require(
             self.adapter.path is None or self.adapter.method is not AdapterMethod.none,
             "adapter.path is set but adapter=none trains no adapter",
@@ -220,9 +225,8 @@ class PlanConfig:
         require(self.figure != "", "figure is empty: give the name of a PNG, or leave it out")
         price = self.price_per_hour
         require(price is None or price >= 0, f"price_per_hour is {price}; it must be at least 0")
-        sets = {f"train.{name}" for name in changed(self.train, TrainConfig())}
-        free = {"train.num_accumulation_steps", "train.num_epochs"}
-        refuse(sets - free, "it changes nothing that qdora plan tells; leave it out (micro-batches are planned)")
+        require(price is None or self.data.train is not None, "price_per_hour needs data.train, whose time it prices")
+        check_trainable(self.adapter, self.quant)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qdora.files import let_others_read
 from qdora.model.checkpoint_files import CheckpointFiles
 
 _COMMIT = re.compile("[0-9a-f]{40}")
-_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+_WITHOUT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
 def model_folder(config: ModelConfig) -> Path:
@@ -44,35 +45,36 @@ def model_folder(config: ModelConfig) -> Path:
         return path
     if not is_hub_id(given):
         raise ModelError(f"model.path={given}: no such folder, and not a hub id such as org/name")
-    if config.trust_remote_code and not _COMMIT.fullmatch(config.revision or ""):
-        raise ModelError(
-            f"model.trust_remote_code=true runs code that {given} may change at any time: read it and pin what you "
-            f"have read, model.revision=<commit, 40 characters> (given: {config.revision})"
-        )
-    return _download(config, _PATTERNS)
+    return _download(config, ["*.safetensors", *_WITHOUT_WEIGHTS])
 
 
 def config_folder(config: ModelConfig) -> Path:
-    """The local folder of a model's config; of a hub id the config alone is downloaded.
+    """The same with config and tokenizer alone: of a hub id no weights are downloaded.
 
     Raises:
         ModelError: nothing there, no network, or nothing that can be read.
     """
     given = str(config.path)
-    if Path(given).expanduser().exists() or not is_hub_id(given) or config.trust_remote_code:
+    if Path(given).expanduser().exists() or not is_hub_id(given):
         return model_folder(config)
-    return _download(config, ["config.json"])
+    return _download(config, _WITHOUT_WEIGHTS)
 
 
 def _download(config: ModelConfig, patterns: list[str]) -> Path:
     """What of a hub id's files matches `patterns`."""
+    given = str(config.path)
+    if config.trust_remote_code and not _COMMIT.fullmatch(config.revision or ""):
+        raise ModelError(
+            f"model.trust_remote_code=true runs code that {given} may change at any time: read it and pin what you "
+            f"have read, model.revision=<commit, 40 characters> (given: {config.revision})"
+        )
     try:
-        return Path(snapshot_download(str(config.path), revision=config.revision, allow_patterns=patterns))
+        return Path(snapshot_download(given, revision=config.revision, allow_patterns=patterns))
     except LocalEntryNotFoundError:
         reason = "it is not in the local cache and the hub cannot be reached"
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = first_line(error)
-    raise ModelError(f"model.path={config.path}: no such folder, and downloading it failed: {reason}")
+    raise ModelError(f"model.path={given}: no such folder, and downloading it failed: {reason}")
 
 
 def is_hub_id(given: str) -> bool:
@@ -103,7 +105,7 @@ def convert_gguf(file: Path, output: Path) -> None:
             file.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **arguments
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
         raise ModelError(f"transformers cannot read {file}: {error}") from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

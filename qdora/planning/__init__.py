@@ -1,6 +1,1 @@
-"""What fits on which machine, before a weight is read."""
-
-from qdora.planning.preflight import Settled, settle
-from qdora.planning.run import plan
-
-__all__ = ["Settled", "plan", "settle"]
+"""What fits on which machine, before a weight is read: `preflight` for a run, `run` for `qdora plan`."""

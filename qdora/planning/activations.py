@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qdora.config import ActivationCheckpointing
+from qdora.config import ActivationCheckpointing, Attention
 from qdora.model.activations import checkpoint_activations
 from qdora.model.build import EmptyModel
 from qdora.model.load import materialise
@@ -77,51 +78,42 @@ class LiveBytes(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)
 
-    def __enter__(self) -> Any:
-        resize = self._resize = torch.UntypedStorage.resize_
-
-        def counted(storage: torch.UntypedStorage, size: int) -> Any:
-            result = resize(storage, size)
-            if storage._cdata in self._sizes:
-                self._add(storage._cdata, size)
-            return result
-
-        torch.UntypedStorage.resize_ = counted  # type: ignore[assignment]  # how FSDP2 frees what it has gathered
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(*error)
+    def counter(self, tensor: Tensor) -> "LiveBytes":
+        """Which counter a new tensor belongs to."""
+        return self
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its own operators on the rank's rows are seen
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = operator(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if not isinstance(tensor, Tensor):
                 continue
-            storage = tensor.untyped_storage()
+            storage, counter = tensor.untyped_storage(), self.counter(tensor)
             key = storage._cdata
-            if key not in self._sizes and key not in given:
-                self._add(key, storage.nbytes())
-                weakref.finalize(storage, self._drop, key)
+            if key not in counter._sizes and key not in given:
+                counter._add(key, storage.nbytes())
+                weakref.finalize(storage, counter._drop, key)
         return result
 
 
 def simulate(
-    empty: EmptyModel, rows: int, length: int, trained: torch.dtype, packed: bool
+    empty: EmptyModel, rows: int, length: int, trained: torch.dtype, attention: Attention, packed: bool
 ) -> dict[ActivationCheckpointing, Activations]:
     """Runs each kind of block of `empty` (on meta; unusable afterwards) on a micro-batch (rows, length).
 
     Args:
         trained: dtype in which the trained parameters compute: the model's under FSDP2, else their own float32.
-        packed: whether samples share a row, which takes a mask.
+        attention: what the run has; `eager` is simulated as it is, the others by sdpa.
+        packed: whether samples share a row, for which sdpa needs a mask.
     """
     model, blocks = empty.model, empty.blocks
     model.train()
+    if attention is not Attention.eager:
+        mask = (rows, 1, length, length) if packed and attention is Attention.sdpa else None
+        _use_mask(model, mask)
     found: list[_ByRecomputation] = []
     known: dict[nn.Module, _ByRecomputation] = {}
+    tuples: set[nn.Module] = set()
     kinds: dict[Any, nn.Module] = {}
     alike = [kinds.setdefault(_kind(block), block) for block in blocks]
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -130,16 +122,24 @@ def simulate(
         for module in [*outer, *kinds.values()]:
             _fake(module, trained)
         for block, like in zip(blocks, alike, strict=True):
-            block.forward = functools.partial(_measured, like, found, known)  # type: ignore[method-assign]
+            block.forward = functools.partial(_measured, like, found, known, tuples)  # type: ignore[method-assign]
         # Not from tokens: an embedding in NF4 would compute on values.
         width = model.config.get_text_config().hidden_size
         embedded = torch.empty(rows, length, width, dtype=empty.dtype)
         with LiveBytes() as live:
-            mask = torch.empty(rows, 1, length, length, dtype=torch.bool) if packed else None
-            out = model.get_decoder()(inputs_embeds=embedded, attention_mask=mask, use_cache=False).last_hidden_state
+            out = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
             outside, hidden = live.now, out.untyped_storage().nbytes()
             del out
     return {kind: Activations([block[kind] for block in found], outside, hidden) for kind in FASTEST_FIRST}
+
+
+def _use_mask(model: Any, shape: tuple[int, ...] | None) -> None:
+    """Makes the model compute by sdpa with a mask of that shape; transformers makes one for all fake tensors."""
+    ALL_ATTENTION_FUNCTIONS.register("planned", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    ALL_MASK_ATTENTION_FUNCTIONS.register(
+        "planned", lambda *_, **__: None if shape is None else torch.empty(shape, dtype=torch.bool)
+    )
+    model.set_attn_implementation("planned")
 
 
 _ByRecomputation = dict[ActivationCheckpointing, BlockBytes]
@@ -152,7 +152,12 @@ def _kind(block: nn.Module) -> Any:
 
 
 def _measured(
-    block: nn.Module, found: list[_ByRecomputation], known: dict[nn.Module, _ByRecomputation], *args: Any, **kwargs: Any
+    block: nn.Module,
+    found: list[_ByRecomputation],
+    known: dict[nn.Module, _ByRecomputation],
+    tuples: set[nn.Module],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """An output of the block's shape; what it takes is counted once for all blocks that are like `block`."""
     hidden, *others = args or (kwargs.pop("hidden_states"),)
@@ -162,9 +167,11 @@ def _measured(
         for kind in FASTEST_FIRST:
             block.forward = forward  # type: ignore[method-assign]
             checkpoint_activations([block], kind)
-            known[block][kind] = _count(block, hidden, others, kwargs)
+            known[block][kind], returns_tuple = _count(block, hidden, others, kwargs)
+            tuples |= {block} if returns_tuple else set()
     found.append(known[block])
-    return torch.empty_like(hidden, requires_grad=True)
+    result = torch.empty_like(hidden, requires_grad=True)
+    return (result, None) if block in tuples else result
 
 
 def _fake(module: nn.Module, trained: torch.dtype) -> None:
@@ -175,13 +182,15 @@ def _fake(module: nn.Module, trained: torch.dtype) -> None:
             parameter.data = parameter.data.to(trained)
 
 
-def _count(block: nn.Module, hidden: Tensor, others: Any, kwargs: Any) -> BlockBytes:
+def _count(block: nn.Module, hidden: Tensor, others: Any, kwargs: Any) -> tuple[BlockBytes, bool]:
+    """And whether it returns a tuple, as older ones do."""
     with torch.enable_grad(), LiveBytes() as live:
         given = hidden.detach().clone().requires_grad_()
         size = live.now
         result = block(given, *others, **kwargs)
         forward = live.peak - size
-        output = result[0] if isinstance(result, tuple) else result
+        is_tuple = isinstance(result, tuple)
+        output = result[0] if is_tuple else result
         of_output = output.untyped_storage().nbytes()
         kept = live.now - of_output
         upstream = torch.empty_like(output)
@@ -192,4 +201,4 @@ def _count(block: nn.Module, hidden: Tensor, others: Any, kwargs: Any) -> BlockB
         backward = live.peak - of_output
         del output, upstream
     block.zero_grad(set_to_none=True)
-    return BlockBytes(kept, forward, backward)
+    return BlockBytes(kept, forward, backward), is_tuple

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from qdora.config import ParallelConfig, Plan
-from qdora.device_memory import free_memory
+from qdora.device_memory import free_host_memory, free_memory
 from qdora.errors import ConfigError
-from qdora.parallel import World, start
+from qdora.parallel import World, start_alone
 from qdora.rates import Rates, measure_rates, shortest
 
 GIB = 2**30
@@ -34,21 +33,21 @@ class Card:
 CARDS = {
     "rtx3090": Card(24, 71e12, 936e9, 16e9, 32e9),
     "rtx4090": Card(24, 165e12, 1008e9, 16e9, 32e9),
-    "l4": Card(24, 121e12, 300e9, 16e9, 32e9),
-    "a10": Card(24, 125e12, 600e9, 16e9, 32e9),
+    "l4": Card(22.5, 121e12, 300e9, 16e9, 32e9),
+    "a10": Card(22.5, 125e12, 600e9, 16e9, 32e9),
     "rtx5090": Card(32, 209e12, 1792e9, 32e9, 64e9),
     "a100-40gb": Card(40, 312e12, 1555e9, 300e9, 32e9),
     "a6000": Card(48, 155e12, 768e9, 16e9, 32e9),
-    "l40s": Card(48, 362e12, 864e9, 16e9, 32e9),
+    "l40s": Card(45, 362e12, 864e9, 16e9, 32e9),
     "a100": Card(80, 312e12, 2039e9, 300e9, 32e9),
     "h100": Card(80, 989e12, 3350e9, 450e9, 64e9),
     "h200": Card(141, 989e12, 4800e9, 450e9, 64e9),
 }
-"""The first with a memory size stands for `24gb` and the like: the slowest of them."""
+"""`24gb` and the like have the rates of the first card with the nearest memory. ECC takes some of a few."""
 NODE_LINK = 12.5e9
 """Bytes a second between nodes where nothing is known: 100 Gbit/s."""
-SHARE_OF_LISTED = {"matrix": 0.6, "memory_rate": 0.8, "link": 0.8}
-"""What is reached of a data sheet's figure; an assumption, nothing here was measured on a GPU."""
+SHARE_OF_LISTED = {"memory": 0.98, "matrix": 0.6, "memory_rate": 0.8, "link": 0.8}
+"""What is there, or reached, of a data sheet's figure; assumptions, nothing here was measured on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +68,8 @@ class Hardware:
     host_link: float
     measured: bool
     device: str
+    host_bytes: int | None = None
+    """Host memory of a node; None where it is not known."""
     is_running: bool = False
     """This process is one of its ranks: what an interpreter and CUDA take is taken already."""
 
@@ -85,9 +86,9 @@ def find_hardware(given: str) -> Hardware:
     """
     if given == "auto":
         return _this_machine()
-    shape = re.fullmatch(r"(?:(\d+)x)?([1-9]\d*)x(\w[\w.-]*)", given.lower().replace(" ", ""))
+    shape = re.fullmatch(r"(?:(\d{1,4})x)?([1-9]\d{0,3})x(\w[\w.-]*)", given.lower().replace(" ", ""))
     last = shape[3] if shape else ""
-    sized = re.fullmatch(r"(\d+(?:\.\d+)?)gi?b", last)
+    sized = re.fullmatch(r"(\d{1,4}(?:\.\d+)?)gi?b", last)
     named = {name: card for name, card in CARDS.items() if name == last}
     if sized:
         memory = float(sized[1])
@@ -105,7 +106,7 @@ def find_hardware(given: str) -> Hardware:
         f"{given}, rates of {name} by its data sheet",
         int(shape[1] or 1),
         int(shape[2]),
-        int(memory * GIB),
+        int(memory * share["memory"] * GIB),
         card.matrix * share["matrix"],
         card.memory_rate * share["memory_rate"],
         card.link * share["link"],
@@ -118,7 +119,7 @@ def find_hardware(given: str) -> Hardware:
 
 def _this_machine() -> Hardware:
     """Measures products and copies on one rank; a lone process cannot measure the link between ranks."""
-    world = start(ParallelConfig(plan=Plan.none))
+    world = start_alone("qdora plan hardware=auto")
     rates = measure_rates(world, torch.bfloat16)
     if world.device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -139,15 +140,18 @@ def _this_machine() -> Hardware:
         host_link=host,
         measured=True,
         device=world.device.type,
+        host_bytes=free_host_memory(),
     )
 
 
-def running(world: World, memory_bytes: int, rates: Rates) -> Hardware:
-    """The ranks of a run that has started.
+def running(world: World, memory_bytes: int, host_bytes: int, rates: Rates, link_in_node: float) -> Hardware:
+    """The ranks of a run that has started. *Collective*.
 
     Args:
         memory_bytes: free, of the rank with the least.
-        rates: measured on all of them.
+        host_bytes: free, of the node with the least.
+        rates: measured on all of them; `link` over the ranks that share the weights.
+        link_in_node: over the ranks of a node.
     """
     return Hardware(
         name=f"{world.size} x {world.device.type}",
@@ -156,17 +160,18 @@ def running(world: World, memory_bytes: int, rates: Rates) -> Hardware:
         memory_bytes=memory_bytes,
         matrix=rates.matrix,
         copy=rates.copy,
-        link=rates.link,
+        link=link_in_node,
         node_link=rates.link * world.local_size,
         host_link=_host_rate(world),
         measured=True,
         device=world.device.type,
+        host_bytes=host_bytes,
         is_running=True,
     )
 
 
 def _host_rate(world: World) -> float:
-    """Bytes a second from (pinned) host memory to the device."""
+    """Bytes a second from (pinned) host memory to the device. *Collective*."""
     pin = world.device.type == "cuda"
     source = torch.empty(2**28 if pin else 2**25, dtype=torch.uint8, pin_memory=pin)
     target = torch.empty_like(source, device=world.device)

@@ -9,14 +9,12 @@ them.
 
 from dataclasses import dataclass
 
+from qdora.adapter.dora import CHUNK_NUMEL as NORM_NUMEL
 from qdora.config import Gather
 from qdora.model.loss import CHUNK_NUMEL
 from qdora.nf4 import PART_NUMEL
 from qdora.planning.activations import Activations
 from qdora.planning.tensors import Tensors
-
-NORM_NUMEL = 2**24
-"""`qdora.adapter.dora` dequantises so many values to float32 at a time for its row norms."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
-"""All ways to divide a run over a machine, each with its memory and time."""
+"""The ways to divide a run over a machine, each with its memory and time."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,8 @@ from qdora.config import (
     QuantMethod,
     TrainConfig,
 )
-from qdora.errors import ConfigError
+from qdora.config.commands import changed
+from qdora.errors import ModelError, QdoraError, first_line
 from qdora.model.build import build_model
 from qdora.planning.activations import FASTEST_FIRST, Activations, simulate
 from qdora.planning.hardware import GIB, Hardware
@@ -33,10 +35,10 @@ from qdora.planning.tensors import Tensors, tensors_of
 CONTEXT_BYTES = {"cuda": int(0.75 * GIB), "cpu": int(0.4 * GIB)}
 """CUDA's context, libraries and NCCL's buffers; of a CPU rank the interpreter and its libraries."""
 LOST_SHARE = {"cuda": 0.02, "cpu": 0.15}
-"""Between the allocator's blocks, of the tensors' bytes (expandable segments on a GPU)."""
-MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
-TIGHT = {"gather": Gather.part, "offload_activations": True}
-"""What a plan costs time to save memory, where nothing else fits."""
+"""Between the allocator's blocks, of the tensors' bytes (on a GPU expandable segments, as launch/ sets them)."""
+MOST_ROWS = 64
+AS_FAST = 0.98
+"""Of the fastest: less of a difference is not worth memory."""
 
 
 class Task(Protocol):
@@ -59,8 +61,9 @@ class Choice:
     """The options that a plan sets."""
 
     parallel: ParallelConfig
-    """Its recomputation is not `auto`."""
+    """Neither its plan nor its recomputation is `auto`."""
     micro_batch_size: int
+    num_accumulation_steps: int
     embeddings: bool = False
     """`quant.embeddings`."""
 
@@ -70,15 +73,11 @@ class Choice:
         return self.parallel.activation_checkpointing
 
     @property
-    def is_tight(self) -> bool:
-        """Whether everything is as small as it can be."""
-        return self.parallel.gather is Gather.part
-
-    @property
     def layout(self) -> str:
-        """Where the weights are, in words."""
+        """Where the weights are, in words; `tight` is less gathered at a time, and hidden states in host memory."""
         name = "one rank" if self.parallel.plan is Plan.none else self.parallel.plan.name
-        return name + " + offload" * self.parallel.cpu_offload + " + tight" * self.is_tight
+        tight = self.parallel.offload_activations and self.parallel.gather is not Gather.ahead
+        return name + " + offload" * self.parallel.cpu_offload + " + tight" * tight
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +103,11 @@ class Planned:
 
 
 def fastest(plans: list[Planned]) -> Planned | None:
-    """The one with the most tokens a second of those that fit; the smaller where two are alike."""
+    """The one with the most tokens a second of those that fit, or a smaller one about as fast; offload if need be."""
     fitting = [planned for planned in plans if planned.fits]
-    return max(fitting, key=lambda planned: (planned.tokens_per_second, -planned.peak_bytes), default=None)
+    most = max((planned.tokens_per_second for planned in fitting), default=0.0)
+    near = [planned for planned in fitting if planned.tokens_per_second >= AS_FAST * most]
+    return min(near, key=lambda planned: (planned.choice.parallel.cpu_offload, planned.peak_bytes), default=None)
 
 
 def smallest(plans: list[Planned]) -> Planned:
@@ -123,95 +124,142 @@ class Planner:
         self._activations: dict[torch.dtype, list[dict[ActivationCheckpointing, Activations]]] = {}
 
     def plans(self) -> list[Planned]:
-        """Every choice; the tight ones only where nothing else of the same layout fits."""
+        """The usual choices for as many rows a step as the task has; tight ones where nothing else of a layout fits."""
         embeddings = self.task.quant.embeddings
-        made = [
-            self.plan(Choice(parallel, size, embeddings))
-            for parallel in layouts(self.hardware, ParallelConfig(plan=Plan.auto))
-            for size in MICRO_BATCHES
-        ]
+        made = self.over_rows(self.layouts(ParallelConfig(plan=Plan.auto)), embeddings)
         fitting = {planned.choice.layout for planned in made if planned.fits}
-        in_nf4 = self.task.quant.method is QuantMethod.nf4
-        for parallel in layouts(self.hardware, ParallelConfig(plan=Plan.auto), tight=True):
-            if Choice(replace(parallel, gather=Gather.ahead), 1).layout not in fitting:
-                made += [self.plan(Choice(parallel, size, in_nf4)) for size in MICRO_BATCHES]
-        return made
+        tight = [
+            parallel
+            for parallel in self.layouts(ParallelConfig(plan=Plan.auto), tight=True)
+            if Choice(replace(parallel, gather=Gather.ahead), 1, 1).layout not in fitting
+        ]
+        return made + self.over_rows(tight, self.task.quant.method is QuantMethod.nf4)
+
+    def over_rows(self, layouts: Iterable[ParallelConfig], embeddings: bool) -> list[Planned]:
+        """Each layout with the rows that a rank has in a step in fewer or more micro-batches."""
+        rows = self.task.train.micro_batch_size * self.task.train.num_accumulation_steps
+        sizes = [size for size in range(1, min(rows, MOST_ROWS) + 1) if rows % size == 0]
+        return [self.plan(Choice(parallel, size, rows // size, embeddings)) for parallel in layouts for size in sizes]
+
+    def layouts(self, given: ParallelConfig, tight: bool = False) -> Iterator[ParallelConfig]:
+        """What the hardware allows of what `given` leaves open by `auto`: plan and offload, and recomputation.
+
+        Args:
+            tight: with less gathered at a time and hidden states in host memory, where that is possible.
+        """
+        hardware = self.hardware
+        ways = [(given.plan, given.cpu_offload)]
+        if given.plan is Plan.auto:
+            several = hardware.num_nodes > 1 and hardware.ranks_per_node > 1
+            alone = hardware.num_ranks == 1
+            ways = [(Plan.none, False)] if alone else [(Plan.ddp, False), (Plan.hsdp, False), (Plan.fsdp, False)]
+            ways = [way for way in ways if way[0] is not Plan.hsdp or several or given.shard_size]
+            if hardware.device != "cpu":  # a CPU's memory is its host's
+                ways.append((Plan.fsdp, True))
+            if given.cpu_offload:
+                ways = [(Plan.hsdp if given.shard_size else Plan.fsdp, True)]
+            elif given.shard_size:
+                ways = [way for way in ways if way[0] is Plan.hsdp]
+        kind = given.activation_checkpointing
+        kinds = FASTEST_FIRST if kind is ActivationCheckpointing.auto else (kind,)
+        for plan, offload in ways:
+            more: dict[str, Any] = {"plan": plan, "cpu_offload": offload}
+            is_sharded = plan in (Plan.fsdp, Plan.hsdp)
+            if not is_sharded:
+                more["gather"] = Gather.ahead  # nothing is gathered
+            if tight:
+                if not is_sharded or not given.reshard_after_forward:
+                    continue
+                more["offload_activations"] = True
+                if given.gather is Gather.ahead:
+                    more["gather"] = Gather.block if self.task.train.compile else Gather.part
+            for kind in kinds:
+                if kind is ActivationCheckpointing.full or not tight:
+                    yield replace(given, activation_checkpointing=kind, **more)
 
     def plan(self, choice: Choice) -> Planned:
         """Memory and time of one choice."""
-        task, hardware = self.task, self.hardware
-        length, num_batches = task.data.max_length, task.train.num_accumulation_steps
+        hardware, length = self.hardware, self.task.data.max_length
         tensors, tokens = self._tensors(choice.embeddings), choice.micro_batch_size * length
-        sharing = self.sharing(choice.parallel)
+        num_batches = choice.num_accumulation_steps
+        sharing = self.sharing(choice)
         activations = self.activations(choice, tensors.dtype if sharing.wrapped else torch.float32)
         parts = peak_bytes(tensors, activations, sharing, tokens)
         _, host = resident_bytes(tensors, sharing)
+        if sharing.on_host:  # gradients are there too
+            host += 4 * sum(group.trained(sharing.num_shards) for group in tensors.groups)
         if sharing.hidden_on_host:
             host += activations.hidden * len(tensors.blocks)
+        parts["offloaded"] = 0
+        if hardware.device == "cpu":
+            parts["offloaded"], host = host, 0
         parts["allocator"] = int(sum(parts.values()) * LOST_SHARE[hardware.device])
         parts["context"] = 0 if hardware.is_running else CONTEXT_BYTES[hardware.device]
         time = step_time(tensors, sharing, hardware, choice.kind, length, tokens, num_batches)
         fits = sum(parts.values()) <= hardware.memory_bytes
+        if hardware.host_bytes is not None:
+            fits = fits and host * hardware.ranks_per_node <= hardware.host_bytes
         return Planned(choice, parts, host, fits, time, tokens * num_batches * hardware.num_ranks)
 
-    def sharing(self, parallel: ParallelConfig) -> Sharing:
+    def sharing(self, choice: Choice) -> Sharing:
         """Who shares what."""
-        hardware = self.hardware
+        hardware, parallel = self.hardware, choice.parallel
         groups = {Plan.fsdp: hardware.num_ranks, Plan.hsdp: parallel.shard_size or hardware.ranks_per_node}
-        shards = groups.get(parallel.plan, 1)
         full = self.task.adapter.method is AdapterMethod.none
         return Sharing(
-            num_shards=shards,
+            num_shards=groups.get(parallel.plan, 1),
             wrapped=full or parallel.cpu_offload or (hardware.num_ranks > 1 and parallel.plan in groups),
             keep_gathered=not parallel.reshard_after_forward,
             gather=parallel.gather,
             on_host=parallel.cpu_offload,
-            accumulates=self.task.train.num_accumulation_steps > 1,
+            accumulates=choice.num_accumulation_steps > 1,
             reduces_each=full,
             device=hardware.device,
             hidden_on_host=parallel.offload_activations,
         )
 
-    def overrides(self, choice: Choice) -> list[str]:
-        """What sets a choice on the command line."""
-        parallel = choice.parallel
-        options = [
-            f"parallel={parallel.plan.name}",
-            f"parallel.activation_checkpointing={parallel.activation_checkpointing.name}",
-            f"train.micro_batch_size={choice.micro_batch_size}",
-        ]
-        options += ["parallel.cpu_offload=true"] * parallel.cpu_offload
-        options += [f"parallel.gather={parallel.gather.name}"] * (parallel.gather is not Gather.ahead)
-        options += ["parallel.offload_activations=true"] * parallel.offload_activations
-        return options + ["quant.embeddings=true"] * choice.embeddings
-
     def command(self, choice: Choice) -> str:
         """What starts the run, on each node."""
-        task, hardware = self.task, self.hardware
-        given = {
-            "model.path": (task.model.path, None),
-            "data.train": (task.data.train or "DATA", None),
-            "data.max_length": (task.data.max_length, None),
-            "quant": (task.quant.method.name, "nf4"),
-            "adapter": (task.adapter.method.name, "dora"),
-            "adapter.rank": (task.adapter.rank, AdapterConfig().rank),
-            "train.num_accumulation_steps": (task.train.num_accumulation_steps, TrainConfig().num_accumulation_steps),
-        }
-        options = [f"{name}={value}" for name, (value, usual) in given.items() if value != usual]
+        task, hardware, parallel = self.task, self.hardware, choice.parallel
+        train = replace(
+            task.train,
+            micro_batch_size=choice.micro_batch_size,
+            num_accumulation_steps=choice.num_accumulation_steps,
+        )
+        quant = replace(task.quant, embeddings=choice.embeddings)
+        data = replace(task.data, train=task.data.train or "DATA")
+        groups = {"model": task.model, "data": data, "quant": quant, "adapter": task.adapter, "train": train}
+        options = []
+        for name, group in groups.items():
+            options += overrides(name, changed(group, type(group)()))
+        options.append(f"parallel={parallel.plan.name}")
+        options += overrides("parallel", changed(parallel, ParallelConfig(plan=parallel.plan)))
         start = f"NPROC={hardware.ranks_per_node} launch/train.sh"
         if hardware.num_nodes > 1:
-            start = f"NNODES={hardware.num_nodes} HEAD=HOST NPROC={hardware.ranks_per_node} launch/multinode.sh"
-        return f"{start} {' '.join(map(shlex.quote, options + self.overrides(choice)))}"
+            nodes = f"NNODES={hardware.num_nodes} HEAD=HOST RUN_ID=NAME"
+            start = f"{nodes} NPROC={hardware.ranks_per_node} launch/multinode.sh"
+        return f"{start} {' '.join(map(shlex.quote, options))}"
 
     def activations(self, choice: Choice, trained: torch.dtype) -> Activations:
-        """Of one micro-batch; trained parameters compute in `trained`."""
+        """Of one micro-batch; trained parameters compute in `trained`.
+
+        Raises:
+            ModelError: the model's code cannot be run on tensors without values.
+        """
         if trained not in self._activations:
-            data = self.task.data
-            self._activations[trained] = [
-                simulate(self._form(embeddings=False), rows, data.max_length, trained, data.packing) for rows in (1, 2)
-            ]
+            try:
+                self._activations[trained] = [self._simulated(rows, trained) for rows in (1, 2)]
+            except QdoraError:
+                raise
+            except Exception as error:  # whatever a model's own code raises
+                told = f"{type(error).__name__}: {first_line(error)}"
+                raise ModelError(f"the memory of {self.task.model.path} cannot be planned ({told})") from error
         one, two = (some[choice.kind] for some in self._activations[trained])
         return one.extended(two, choice.micro_batch_size)
+
+    def _simulated(self, rows: int, trained: torch.dtype) -> dict[ActivationCheckpointing, Activations]:
+        data, attention = self.task.data, self.task.model.attention
+        return simulate(self._form(embeddings=False), rows, data.max_length, trained, attention, data.packing)
 
     def _tensors(self, embeddings: bool) -> Tensors:
         if embeddings not in self._forms:
@@ -219,29 +267,25 @@ class Planner:
         return self._forms[embeddings]
 
     def _form(self, embeddings: bool) -> Any:
-        model = replace(self.task.model, attention=Attention.sdpa)  # the others keep as much, and need a GPU
+        attention = self.task.model.attention
+        model = replace(self.task.model, attention=attention if attention is Attention.eager else Attention.sdpa)
         quant = replace(self.task.quant, embeddings=embeddings)
         return build_model(self.folder, model, quant, self.task.adapter, with_weights=False)
 
 
-def layouts(hardware: Hardware, given: ParallelConfig, tight: bool = False) -> Iterator[ParallelConfig]:
-    """What `hardware` allows of what `given` leaves open: plan and offload with `auto`, recomputation with `auto`.
+def overrides(group: str, values: dict[str, Any]) -> list[str]:
+    """What sets options of a group on the command line."""
+    return [
+        f"{group}={value.name}" if name == "method" else f"{group}.{name}={_word(value)}"
+        for name, value in values.items()
+    ]
 
-    Args:
-        tight: with everything as small as it can be, where that is possible.
-    """
-    ways = [(given.plan, given.cpu_offload)]
-    if given.plan is Plan.auto and hardware.num_ranks == 1:
-        ways = [(Plan.none, False), (Plan.fsdp, True)]
-    elif given.plan is Plan.auto:
-        several = hardware.num_nodes > 1 and hardware.ranks_per_node > 1
-        ways = [(Plan.ddp, False), *[(Plan.hsdp, False)] * several, (Plan.fsdp, False), (Plan.fsdp, True)]
-    kind = given.activation_checkpointing
-    kinds = FASTEST_FIRST if kind is ActivationCheckpointing.auto else (kind,)
-    more: dict[str, Any] = TIGHT if tight else {}
-    for plan, offload in ways:
-        for kind in kinds if offload or not given.cpu_offload else ():
-            try:
-                yield replace(given, plan=plan, cpu_offload=offload, activation_checkpointing=kind, **more)
-            except ConfigError:  # what is set contradicts that plan
-                continue
+
+def _word(value: Any) -> str:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, list):
+        return f"[{','.join(map(repr, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

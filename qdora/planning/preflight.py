@@ -3,14 +3,17 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from qdora import parallel
 from qdora.config import ActivationCheckpointing, OnExceed, ParallelConfig, Plan, QuantMethod, RunConfig
-from qdora.device_memory import free_memory
-from qdora.errors import ConfigError
+from qdora.config.commands import changed
+from qdora.device_memory import free_host_memory, free_memory
+from qdora.errors import ConfigError, ModelError
 from qdora.parallel import World
 from qdora.planning.hardware import GIB, running
-from qdora.planning.plans import MICRO_BATCHES, Choice, Planned, Planner, fastest, layouts, smallest
-from qdora.rates import Rates
+from qdora.planning.plans import Choice, Planned, Planner, fastest, overrides, smallest
+from qdora.rates import Rates, measure_rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +23,7 @@ class Settled:
     parallel: ParallelConfig
     """Its plan is not `auto`."""
     told: str
-    exceeds: bool
+    exceeds: bool = False
     """It needs more memory than there is, which `told` says."""
 
 
@@ -29,43 +32,62 @@ def settle(config: RunConfig, base: Path, world: World, rates: Rates) -> Settled
 
     Raises:
         ConfigError: it needs more, and `plan.on_exceed` is `refuse`.
+        ModelError: `auto`, and the model cannot be planned.
     """
-    hardware = running(world, min(parallel.gather(world, free_memory(world))), rates)
+    link = rates.link
+    if config.parallel.plan is Plan.auto and world.local_size < world.size and world.size % world.local_size == 0:
+        by_node = parallel.start(replace(config.parallel, plan=Plan.hsdp, shard_size=None))
+        link = measure_rates(by_node, getattr(torch, config.model.dtype.name)).link
+    free = parallel.gather(world, (free_memory(world), free_host_memory()))
+    memory, host = (min(some) for some in zip(*free, strict=True))
+    hardware = running(world, memory, host, rates, link)
     settled: Settled | None = None
-    with parallel.failing_together(world):
+    with parallel.failing_together(world, world.patient_group):
         if world.is_main:
             settled = settle_by_plan(config, Planner(config, base, hardware))
-    settled = parallel.broadcast(world, settled)
+    settled = parallel.broadcast(world, settled, world.patient_group)
     assert settled is not None
     return settled
 
 
 def settle_by_plan(config: RunConfig, planner: Planner) -> Settled:
+    """The same, by a planner that knows the ranks."""
     given, free = config.parallel, planner.hardware.memory_bytes
-    considered = _plan_all(config, planner, given)
+    try:
+        considered = _plan_all(config, planner)
+        if fastest(considered) is None and given.plan is Plan.auto:
+            considered += _plan_all(config, planner, tight=True)
+    except ModelError as error:
+        if given.plan is Plan.auto:
+            raise ModelError(f"{error}: choose a plan yourself, such as parallel=fsdp") from None
+        return Settled(given, f"not compared with the memory that is there: {error}")
+    if not considered:
+        raise ConfigError("parallel=auto finds no plan for the other options of parallel: leave them out, or name one")
     chosen = fastest(considered)
-    if chosen is None and given.plan is Plan.auto:
-        considered += _plan_all(config, planner, given, tight=True)
-        chosen = fastest(considered)
     best = chosen or smallest(considered)
-    told = f"{best.peak_bytes / GIB:.2f} GiB a rank by plan, {free / GIB:.2f} are free"
-    if given.plan is Plan.auto:
-        needs = [f"{layout} {size / GIB:.2f}" for layout, size in _least_of_each_layout(considered).items()]
-        told = f"the fastest that fits of {', '.join(needs)} GiB a rank; {free / GIB:.2f} are free"
+    settled = best.choice.parallel
+    if given.activation_checkpointing is ActivationCheckpointing.auto and not settled.offload_activations:
+        settled = replace(settled, activation_checkpointing=ActivationCheckpointing.auto)  # measured, once it is loaded
     if chosen is None:
         told = _exceeds(config, planner, best)
         if config.plan.on_exceed is OnExceed.refuse:
             raise ConfigError(f"{told}; or start all the same with plan.on_exceed=warn")
-    settled = best.choice.parallel
-    if given.activation_checkpointing is ActivationCheckpointing.auto and not settled.offload_activations:
-        settled = replace(settled, activation_checkpointing=ActivationCheckpointing.auto)  # measured, once it is loaded
-    return Settled(settled, f"parallel={settled.plan.name}: {told}", chosen is None)
+        return Settled(settled, told, exceeds=True)
+    told = f"{best.peak_bytes / GIB:.2f} GiB a rank by plan, {free / GIB:.2f} are free"
+    if given.plan is Plan.auto:
+        needs = [f"{layout} {size / GIB:.2f}" for layout, size in _least_of_each_layout(considered).items()]
+        told = f"the fastest that fits of {', '.join(needs)} GiB a rank; {free / GIB:.2f} are free"
+    more = {name: value for name, value in changed(settled, given).items() if name != "plan"}
+    took = [f"parallel={settled.plan.name}", *overrides("parallel", more)]
+    return Settled(settled, f"{' '.join(took)}: {told}")
 
 
-def _plan_all(config: RunConfig, planner: Planner, given: ParallelConfig, tight: bool = False) -> list[Planned]:
-    rows, embeddings = config.train.micro_batch_size, config.quant.embeddings
-    ways = layouts(planner.hardware, given, tight)
-    return [planner.plan(Choice(parallel, rows, embeddings)) for parallel in ways]
+def _plan_all(config: RunConfig, planner: Planner, tight: bool = False) -> list[Planned]:
+    train = config.train
+    return [
+        planner.plan(Choice(parallel, train.micro_batch_size, train.num_accumulation_steps, config.quant.embeddings))
+        for parallel in planner.layouts(config.parallel, tight)
+    ]
 
 
 def _least_of_each_layout(considered: list[Planned]) -> dict[str, int]:
@@ -78,32 +100,44 @@ def _least_of_each_layout(considered: list[Planned]) -> dict[str, int]:
 
 def _exceeds(config: RunConfig, planner: Planner, best: Planned) -> str:
     """What is too large, and what would fit."""
+    hardware, host = planner.hardware, best.host_bytes
     largest = sorted(best.parts.items(), key=lambda part: -part[1])[:4]
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest)
+    needs = f"about {best.peak_bytes / GIB:.2f} GiB a rank at its peak ({best.choice.layout}, recomputation "
+    needs += f"{best.choice.kind.name}) and {hardware.memory_bytes / GIB:.2f} are free (largest: {parts})"
+    if host and hardware.host_bytes is not None:
+        node = host * hardware.ranks_per_node / GIB
+        needs += f"; of a node's host memory {node:.1f}, of which {hardware.host_bytes / GIB:.1f} are free"
     fitting = fastest(_alternatives(config, planner))
-    way = "nothing that qdora can do fits: more or larger cards, a lower data.max_length, or a smaller model"
-    if fitting is not None:
-        accumulation = config.train.num_accumulation_steps * config.train.micro_batch_size
-        options = planner.overrides(fitting.choice)
-        if fitting.choice.micro_batch_size != config.train.micro_batch_size:
-            options.append(f"train.num_accumulation_steps={accumulation // fitting.choice.micro_batch_size}")
-        way = f"what fits: {' '.join(options)} ({fitting.peak_bytes / GIB:.2f} GiB)"
-    return (
-        f"this run needs about {best.peak_bytes / GIB:.2f} GiB a rank at its peak ({best.choice.layout}, recomputation "
-        f"{best.choice.kind.name}) and {planner.hardware.memory_bytes / GIB:.2f} are free (largest: {parts}); {way}"
+    if fitting is None:
+        way = "nothing that qdora can do fits: more or larger cards, a lower data.max_length, or a smaller model"
+    else:
+        way = f"what fits: {' '.join(_changes(config, fitting.choice))} ({fitting.peak_bytes / GIB:.2f} GiB)"
+    return f"this run needs {needs}; {way}"
+
+
+def _changes(config: RunConfig, choice: Choice) -> list[str]:
+    """The options that make `choice` of the run, whatever it has set."""
+    train = replace(
+        config.train,
+        micro_batch_size=choice.micro_batch_size,
+        num_accumulation_steps=choice.num_accumulation_steps,
     )
+    quant = replace(config.quant, embeddings=choice.embeddings)
+    return [
+        *overrides("parallel", changed(choice.parallel, config.parallel)),
+        *overrides("train", changed(train, config.train)),
+        *overrides("quant", changed(quant, config.quant)),
+    ]
 
 
 def _alternatives(config: RunConfig, planner: Planner) -> list[Planned]:
     """Every way to run the same steps, by fewer rows at a time too; the tight ones if nothing else fits."""
-    rows = config.train.micro_batch_size
-    sizes = [size for size in MICRO_BATCHES if rows % size == 0]
-    made: list[Planned] = []
-    for tight, embeddings in ((False, config.quant.embeddings), (True, config.quant.embeddings), (True, True)):
-        if embeddings and config.quant.method is not QuantMethod.nf4:
-            continue
-        ways = layouts(planner.hardware, ParallelConfig(plan=Plan.auto), tight)
-        made += [planner.plan(Choice(parallel, size, embeddings)) for parallel in ways for size in sizes]
-        if fastest(made):
-            break
+    open_to_all = ParallelConfig(plan=Plan.auto, timeout_s=config.parallel.timeout_s)
+    embeddings = config.quant.embeddings
+    made = planner.over_rows(planner.layouts(open_to_all), embeddings)
+    if not fastest(made):
+        made += planner.over_rows(planner.layouts(open_to_all, tight=True), embeddings)
+    if not fastest(made) and config.quant.method is QuantMethod.nf4:
+        made += planner.over_rows(planner.layouts(open_to_all, tight=True), embeddings=True)
     return made

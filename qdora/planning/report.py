@@ -16,17 +16,19 @@ from qdora.planning.plans import Planned, Planner, fastest, smallest
 
 COLOURS = (
     *("#0072B2", "#56B4E9", "#999999", "#009E73", "#66C2A5", "#F0E442"),
-    *("#E69F00", "#D55E00", "#CC79A7", "#8F5A99", "#CCCCCC", "#444444"),
+    *("#E69F00", "#D55E00", "#CC79A7", "#8F5A99", "#A6761D", "#CCCCCC", "#444444"),
 )
 """One a part."""
 
 
 def best_of(plans: list[Planned]) -> list[Planned]:
-    """Of each layout and recomputation the fastest that fits, or else the smallest."""
+    """Of each layout and recomputation the fastest that fits, or else the smallest; the fastest of all is one."""
+    chosen = fastest(plans)
     groups: dict[tuple[str, str], list[Planned]] = {}
     for planned in plans:
         groups.setdefault((planned.choice.layout, planned.choice.kind.name), []).append(planned)
-    return [fastest(group) or smallest(group) for group in groups.values()]
+    best = ((fastest(group) or smallest(group), group) for group in groups.values())
+    return [chosen if chosen and chosen in group else planned for planned, group in best]
 
 
 def as_json(planner: Planner, plans: list[Planned], more: dict[str, Any]) -> str:
@@ -56,6 +58,7 @@ def _values(planner: Planner, planned: Planned) -> dict[str, Any]:
         "cpu_offload": parallel.cpu_offload,
         "activation_checkpointing": choice.kind.name,
         "micro_batch_size": choice.micro_batch_size,
+        "num_accumulation_steps": choice.num_accumulation_steps,
         "gather": parallel.gather.name,
         "offload_activations": parallel.offload_activations,
         "nf4_embeddings": choice.embeddings,
@@ -126,4 +129,8 @@ def draw(plans: list[Planned], hardware: Hardware, title: str, output: Path) -> 
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     canvas.print_png(str(partial))
-    partial.replace(output)
+    try:
+        partial.replace(output)
+    except OSError:
+        partial.unlink()
+        raise

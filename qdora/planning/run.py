@@ -1,6 +1,7 @@
 """`qdora plan`: what fits on given cards, how fast it is about, and the command that runs it."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,50 +9,72 @@ from rich.console import Console
 
 from qdora.config import PlanConfig, Report
 from qdora.data import prepare
-from qdora.model import load_tokenizer, model_folder
+from qdora.errors import ConfigError
+from qdora.files import output_may_close
+from qdora.model import load_tokenizer
 from qdora.model.folder import config_folder
 from qdora.planning.hardware import find_hardware
 from qdora.planning.plans import Planned, Planner, fastest
 from qdora.planning.report import as_json, draw, show
 
+LEAST_WIDTH = 96
+"""Columns of the table; a narrower terminal wraps its lines."""
+
 
 def plan(config: PlanConfig) -> int:
-    """Prints every plan and the fastest that fits; 0 if one does, 1 if none.
+    """Prints the plans and the fastest that fits; 0 if one does, 1 if none.
 
     Raises:
-        QdoraError: the model's config, the hardware or the data cannot be read.
+        QdoraError: the model's config, the hardware or the data cannot be read, or the figure not be written.
     """
     hardware = find_hardware(config.hardware)
     planner = Planner(config, config_folder(config.model), hardware)
     plans = planner.plans()
     chosen = fastest(plans)
     more = _whole_run(config, chosen) if chosen else {}
+    with output_may_close():
+        if config.report is Report.json:
+            print(as_json(planner, plans, more))
+        else:
+            _tell(config, planner, plans, more)
+        sys.stdout.flush()
     if config.figure is not None:
         title = f"{config.model.path}, rows of {config.data.max_length} tokens, on {config.hardware}"
-        draw(plans, hardware, title, Path(config.figure))
-    if config.report is Report.json:
-        print(as_json(planner, plans, more))
-        return 0 if chosen else 1
-    show(planner, plans, Console(soft_wrap=True, highlight=False))
+        try:
+            draw(plans, hardware, title, Path(config.figure))
+        except OSError as error:
+            raise ConfigError(f"figure={config.figure} cannot be written: {error.strerror}") from None
+    return 0 if chosen else 1
+
+
+def _tell(config: PlanConfig, planner: Planner, plans: list[Planned], more: dict[str, Any]) -> None:
+    """For people."""
+    hardware, chosen = planner.hardware, fastest(plans)
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, LEAST_WIDTH)
+    show(planner, plans, console)
     rates = "measured here" if hardware.measured else "of data sheets, nothing was run on such a card"
-    print(f"Memory is counted and held to measured steps; times are rough, from rates {rates}.")
+    link = f", {8 * hardware.node_link / 1e9:.0f} Gbit/s between nodes" if hardware.num_nodes > 1 else ""
+    print(f"Memory is counted and held to measured steps; times are rough, from rates {rates}{link}.")
     if more:
+        hours = more["hours"]
+        time = f"{3600 * hours:.0f} s" if hours < 0.1 else f"{hours:.1f} h"
         price = f", {more['price']:.2f} at {config.price_per_hour} an hour" if "price" in more else ""
-        print(f"The data, {more['num_tokens']:,} tokens: {more['hours']:.2g} h{price}")
+        print(f"The data, {more['num_tokens']:,} tokens in {more['num_steps']:,} steps: about {time}{price}")
     if chosen:
         print(f"\n{planner.command(chosen.choice)}")
     else:
         print("Nothing fits: lower data.max_length or adapter.rank, or take quant=nf4, a smaller model, or more cards")
-    return 0 if chosen else 1
 
 
 def _whole_run(config: PlanConfig, chosen: Planned) -> dict[str, Any]:
     """What the user's data takes over all epochs; nothing where none is given."""
     if config.data.train is None:
         return {}
-    tokenizer = load_tokenizer(model_folder(config.model), config.model)
+    tokenizer = load_tokenizer(config_folder(config.model), config.model)
     dataset = prepare(config.data, config.data.train, tokenizer)
     num_tokens = math.ceil(dataset.report.num_tokens * (config.train.num_epochs or 1.0))
-    hours = num_tokens / chosen.tokens_per_second / 3600
+    num_steps = config.train.num_steps or math.ceil(num_tokens / chosen.tokens_per_step)
+    hours = num_steps * chosen.time.seconds / 3600
     price = {} if config.price_per_hour is None else {"price": hours * config.price_per_hour}
-    return {"num_tokens": num_tokens, "hours": hours, **price}
+    return {"num_tokens": num_tokens, "num_steps": num_steps, "hours": hours, **price}

@@ -14,6 +14,12 @@ NORM_BYTES = 0.56 + 4 + 4
 REACHED = 0.5
 """Share of its bound that a step reaches; an assumption for machines where no step was measured."""
 
+SELECTIVE = 1.05
+"""A step with selective recomputation over one without: norms, activations and the adapters' small products again."""
+UPDATE_BYTES = 28
+"""Read and written by AdamW a parameter: gradient, parameter, two moments."""
+HOST_RATE = 20e9
+"""Bytes a second of a host's memory, for updates there; an assumption."""
 NOT_HIDDEN = 0.1
 """Share of what is moved during which nothing is computed: a first block, the gradients; an assumption too."""
 
@@ -44,7 +50,7 @@ def step_time(
 ) -> StepTime:
     """Of `num_batches` micro-batches of `tokens` tokens in rows of `length`."""
     trained = sum(group.trained() for group in tensors.groups)
-    full_training = trained > tensors.linear_numel
+    full_training = sharing.reduces_each
     passes = 3 if kind is ActivationCheckpointing.full else 2
     # Every token meets all keys of its row in the kernel, half of them masked; the backward is 2.5 times the forward.
     attention = 4 * length / 2 * tensors.hidden_size * len(tensors.blocks) * (3.5 + passes - 2)
@@ -54,6 +60,8 @@ def step_time(
     compute = num_batches * tokens * flops / hardware.matrix
     compute += num_batches * DEQUANTISED_BYTES * tensors.quantised_numel * passes / hardware.copy
     compute += NORM_BYTES * tensors.quantised_numel / sharing.num_shards / hardware.copy
+    if kind is ActivationCheckpointing.selective:
+        compute *= SELECTIVE
     shards, nodes = sharing.num_shards, hardware.num_nodes
     across = nodes > 1 and shards > hardware.ranks_per_node
     link = hardware.node_link / hardware.ranks_per_node if across else hardware.link
@@ -64,7 +72,9 @@ def step_time(
         whole = sum(group.gathered_bytes(shards) for group in ends)
         whole += sum(block.gathered_bytes(shards) for block in tensors.blocks) * (1 if sharing.keep_gathered else 2)
         gathered = whole * (shards - 1) / shards * times
-        from_host = whole / shards * times if sharing.on_host else 0.0
+        if sharing.on_host:
+            from_host = whole / shards * times + 4 * trained / shards
+            compute += REACHED * UPDATE_BYTES * trained / shards / HOST_RATE
     others = hardware.num_ranks // shards
     # Gradients: reduced over the shards, then over the replicas (there and back).
     over_shards = 4 * trained * (shards - 1) / shards * (num_batches if full_training else 1)

@@ -18,10 +18,8 @@ from qdora.config import ActivationCheckpointing, AdapterMethod, Gather, Paralle
 from qdora.model import LoadedModel
 from qdora.nf4 import NF4Linear
 from qdora.parallel import World, parts_of
+from qdora.planning.speed import DEQUANTISED_BYTES
 from qdora.rates import Rates
-
-DEQUANTISED_BYTES = 0.56 + 2
-"""A weight and pass: NF4 code and scale in, bfloat16 out."""
 
 
 @dataclass(frozen=True, slots=True)

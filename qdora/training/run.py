@@ -14,7 +14,15 @@ import torch
 
 from qdora import checkpoint, parallel
 from qdora.checkpoint import Manifest
-from qdora.config import ActivationCheckpointing, AdapterMethod, Plan, RunConfig
+from qdora.config import (
+    ActivationCheckpointing,
+    AdapterMethod,
+    OnExceed,
+    ParallelConfig,
+    Plan,
+    PreflightConfig,
+    RunConfig,
+)
 from qdora.data import BatchLoader, TokenDataset, prepare
 from qdora.device_memory import free_memory
 from qdora.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, TrainingError
@@ -25,9 +33,9 @@ from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.loss import check_token_loss
 from qdora.optim import state_tensors
 from qdora.parallel import World
-from qdora.planning import Settled, settle
+from qdora.planning.preflight import Settled, settle
 from qdora.rates import Rates, measure_rates
-from qdora.run_folder import RunFolder, config_values
+from qdora.run_folder import RunFolder, config_from_values, config_values
 from qdora.tracking import make_tracker
 from qdora.training.memory import (
     StepBytes,
@@ -98,8 +106,10 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     if eval_data:
         eval_loader = partial(_loader, config, world, eval_data[0], tokenizer.pad_token_id, shuffle=False)
 
-    world, settled, rates = _settle(config, base, world)
-    config = replace(config, parallel=settled.parallel)
+    world, settled, rates = _settle(config, base, world, found[1] if found else None)
+    config, given = (replace(some, parallel=settled.parallel) for some in (config, given))
+    if settled.exceeds and world.is_main:
+        print(f"warning: {settled.told}", flush=True)
     with explaining_shortage(lambda: _does_not_load(config, world)):
         loaded = load_model(base, config.model, config.quant, config.adapter, config.parallel, world, seed=config.seed)
         check_token_loss(loaded.model, world.device, config.data.packing)
@@ -131,7 +141,8 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
         trainer.tracker.log(record, record["step"])
     if world.is_main:
         _announce(config, world, loaded, [train_data, *eval_data], trainer)
-        print(settled.told)
+        if not settled.exceeds:
+            print(settled.told)
         print(recomputation.told)
     status = _to_the_end(trainer, recomputation, partial(_manifest, given, fingerprints), base)
     if world.is_main:
@@ -139,14 +150,23 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     return EXIT_PREEMPTED if status == "preempted" else 0
 
 
-def _settle(config: RunConfig, base: Path, world: World) -> tuple[World, Settled, Rates]:
-    """The plan of the run, the ranks divided by it, and what they do a second. *Collective*."""
+def _settle(config: RunConfig, base: Path, world: World, found: Manifest | None) -> tuple[World, Settled, Rates]:
+    """The plan of the run, the ranks divided by it, and what they do a second. *Collective*.
+
+    Args:
+        found: of the checkpoint that the run goes on from: it keeps its plan on as many ranks, and is not refused.
+    """
     dtype = getattr(torch, config.model.dtype.name)
+    is_auto = config.parallel.plan is Plan.auto
+    if found is not None:
+        config = replace(config, plan=PreflightConfig(on_exceed=OnExceed.warn))
+        if is_auto and found.world_size == world.size:
+            then = config_from_values(ParallelConfig, found.config["parallel"])
+            chosen = {name: getattr(then, name) for name in ("plan", "cpu_offload", "gather", "offload_activations")}
+            config = replace(config, parallel=replace(config.parallel, **chosen))
     rates = measure_rates(world, dtype)
     settled = settle(config, base, world, rates)
-    if settled.exceeds and world.is_main:
-        print(f"warning: {settled.told}", flush=True)
-    if config.parallel.plan is Plan.auto:
+    if is_auto:
         world = parallel.start(settled.parallel, trains_base=config.adapter.method is AdapterMethod.none)
         rates = measure_rates(world, dtype)
     return world, settled, rates

@@ -49,11 +49,11 @@ def planned(folder: Path, nproc: int, case: Case) -> int:
     """Bytes of tensors by plan: without the interpreter, and what an allocator loses."""
     rows, accumulation, overrides = case
     given = [f"model.path={folder}", "data.train=none", f"data.max_length={LENGTH}", *overrides]
-    values = compose("train", [*given, f"train.num_accumulation_steps={accumulation}"])
+    values = compose("train", given)
     assert values is not None
     config: RunConfig = typed(values, RunConfig)
     parallel = config.parallel if nproc > 1 else replace(config.parallel, plan=Plan.none)
-    choice = Choice(parallel, rows, config.quant.embeddings)
+    choice = Choice(parallel, rows, accumulation, config.quant.embeddings)
     parts = Planner(config, folder, HARDWARE[nproc]).plan(choice).parts
     return sum(size for name, size in parts.items() if name not in ("allocator", "context"))
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.support import qdora, run
 
-HUGE = ["data.max_length=500000", "train.micro_batch_size=4"]
+HUGE = ["data.max_length=50000000", "train.micro_batch_size=4"]
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_loads(options: list[str], tmp_path: Path) -> None:
@@ -40,25 +40,25 @@ def test_it_may_start_all_the_same(options: list[str], tmp_path: Path) -> None:
     assert "and 0.00 are free" in refused.stderr
     done = run([sys.executable, "-c", LITTLE_MEMORY, *given, "plan.on_exceed=warn"])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "warning: parallel=fsdp: this run needs about" in done.stdout
+    assert "warning: this run needs about" in done.stdout
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_auto_trains_what_its_plan_trains(nproc: int, options: list[str], tmp_path: Path) -> None:
     """Says what it took and why, takes it, and goes on from its own checkpoint."""
-    told = {}
-    for name, more in (("auto", ["parallel=auto", "train.num_steps=3"]), ("auto", ["parallel=auto"])):
-        done = qdora("train", *options, *more, f"output_dir={tmp_path}/{name}", nproc=nproc)
+    told = []
+    for more in (["train.num_steps=3"], []):
+        done = qdora("train", *options, "parallel=auto", *more, f"output_dir={tmp_path}/auto", nproc=nproc)
         assert done.returncode == 0, done.stderr[-3000:]
-        (told[name],) = [line for line in done.stdout.splitlines() if line.startswith("parallel=")]
-    plan, _, why = told["auto"].partition(":")
-    layouts = ("ddp ", "fsdp ", "fsdp + offload ") if nproc == 2 else ("one rank ", "fsdp + offload ")
+        told += [line for line in done.stdout.splitlines() if line.startswith("parallel=")]
+    plan, _, why = told[0].partition(":")
+    assert told[1].startswith(f"{plan}: "), "a run keeps its plan"
+    layouts = ("ddp ", "fsdp ") if nproc == 2 else ("one rank ",)
     assert all(layout in why for layout in layouts)
     assert "are free" in why
-    offload = [f"parallel.cpu_offload={str(plan == 'parallel=fsdp' and nproc == 1).lower()}"]
-    done = qdora("train", *options, plan, *offload, "train.num_steps=3", f"output_dir={tmp_path}/named", nproc=nproc)
-    done = qdora("train", *options, plan, *offload, f"output_dir={tmp_path}/named", nproc=nproc)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for more in (["train.num_steps=3"], []):
+        done = qdora("train", *options, plan, *more, f"output_dir={tmp_path}/named", nproc=nproc)
+        assert done.returncode == 0, done.stderr[-3000:]
     auto, named = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("auto", "named"))
     assert auto.keys() == named.keys()
     assert all(torch.equal(tensor, named[name]) for name, tensor in auto.items())

@@ -48,7 +48,8 @@ def test_peak_is_within_a_tenth_of_what_a_run_took(overrides: list[str], model: 
     assert values is not None
     config: RunConfig = typed(values, RunConfig)
     plan = config.parallel if config.parallel.cpu_offload else replace(config.parallel, plan=Plan.none)
-    choice = Choice(plan, config.train.micro_batch_size, config.quant.embeddings)
+    train = config.train
+    choice = Choice(plan, train.micro_batch_size, train.num_accumulation_steps, config.quant.embeddings)
     parts = Planner(config, model, find_hardware("1x24gb")).plan(choice).parts
     planned = sum(size for name, size in parts.items() if name not in ("allocator", "context")) / 2**30
     assert planned == pytest.approx(taken, rel=TOLERANCE)

@@ -1,17 +1,24 @@
 """`qdora plan`: hardware as people write it, what is chosen for it, and the three ways to tell it."""
 
 import json
+import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from qdora.commands import compose, run, typed
 from qdora.config import (
     ActivationCheckpointing,
+    AdapterConfig,
+    AdapterMethod,
+    Attention,
     DataConfig,
+    Dtype,
     Gather,
     ModelConfig,
     OnExceed,
@@ -19,12 +26,13 @@ from qdora.config import (
     Plan,
     PlanConfig,
     PreflightConfig,
+    QuantConfig,
     RunConfig,
     TrainConfig,
 )
-from qdora.errors import ConfigError
-from qdora.planning.hardware import GIB, Hardware, find_hardware
-from qdora.planning.plans import Planned, Planner, fastest
+from qdora.errors import ConfigError, ModelError
+from qdora.planning.hardware import GIB, SHARE_OF_LISTED, Hardware, find_hardware
+from qdora.planning.plans import Choice, Planned, Planner, fastest
 from qdora.planning.preflight import settle_by_plan
 from tests.support import ROOT, make_model
 
@@ -44,11 +52,17 @@ SHAPES = ROOT / "benchmarks/shapes"
 )
 def test_hardware_is_read(given: str, nodes: int, ranks: int, gib: float) -> None:
     found = find_hardware(given)
-    assert (found.num_nodes, found.ranks_per_node, found.memory_bytes) == (nodes, ranks, int(gib * GIB))
+    assert (found.num_nodes, found.ranks_per_node, found.memory_bytes) == (
+        nodes,
+        ranks,
+        int(gib * SHARE_OF_LISTED["memory"] * GIB),
+    )
     assert not found.measured
 
 
-@pytest.mark.parametrize("given", ["24gb", "2x", "0x24gb", "0x2x24gb", "2x0gb", "2xvoodoo2", "2x24", "two", "-1x24gb"])
+@pytest.mark.parametrize(
+    "given", ["24gb", "2x", "0x24gb", "0x2x24gb", "2x0gb", "2xvoodoo2", "2x24", "two", "-1x24gb", "99999x24gb"]
+)
 def test_other_hardware_is_refused_with_what_there_is(given: str) -> None:
     with pytest.raises(ConfigError, match=r"write cards x memory \(2x24gb\), cards x name .*h100"):
         find_hardware(given)
@@ -128,24 +142,51 @@ def test_report_as_json_and_figure(capsys: pytest.CaptureFixture[str], tmp_path:
     for planned in told["plans"]:
         assert sum(planned["parts"].values()) == pytest.approx(planned["peak_memory_gib"])
         assert planned["fits"] == (planned["peak_memory_gib"] <= told["hardware"]["memory_gib"])
-        assert f"train.micro_batch_size={planned['micro_batch_size']}" in planned["command"]
+        assert planned["micro_batch_size"] * planned["num_accumulation_steps"] == 8
     speeds = [planned["tokens_per_second"] for planned in told["plans"] if planned["fits"]]
-    assert told["fastest"]["tokens_per_second"] == max(speeds)
+    assert told["fastest"]["tokens_per_second"] >= 0.98 * max(speeds)
     with Image.open(figure) as image:
         assert image.size[0] > 1000
 
 
-def test_every_command_that_is_printed_is_one(capsys: pytest.CaptureFixture[str]) -> None:
-    """`qdora train` accepts its options, whichever plan they are of."""
-    for shape, hardware in (("llama3_3_70b", "2x24gb"), ("llama3_1_8b", "2x8xh100"), ("llama3_2_1b", "1x24gb")):
-        planner, plans = plans_for(shape, hardware, num_accumulation_steps=4)
-        for command in {planner.command(planned.choice) for planned in plans if planned.choice.micro_batch_size == 2}:
-            options = command.partition(".sh ")[2].split()
-            values = compose("train", options)
+def test_printed_command_is_the_run_that_was_planned() -> None:
+    """All that was set, and what the plan adds; `launch/multinode.sh` gets the variables that it insists on."""
+    tasks = [
+        (
+            "llama3_3_70b",
+            "2x24gb",
+            PlanConfig(model=ModelConfig(path="m"), train=TrainConfig(num_accumulation_steps=4)),
+        ),
+        (
+            "llama3_1_8b",
+            "2x8xh100",
+            PlanConfig(
+                model=ModelConfig(path="m", dtype=Dtype.float32, revision="main"),
+                quant=QuantConfig(double_quant=False),
+                adapter=AdapterConfig(method=AdapterMethod.lora, target_modules=["q_proj", "up_proj"], dropout=0.1),
+                data=DataConfig(packing=False, train="my data.jsonl"),
+                train=TrainConfig(micro_batch_size=4, num_epochs=2.5),
+            ),
+        ),
+    ]
+    for shape, hardware, task in tasks:
+        task = replace(task, model=replace(task.model, path=str(SHAPES / shape)))
+        planner = Planner(task, SHAPES / shape, find_hardware(hardware))
+        for planned in planner.plans():
+            choice = planned.choice
+            if choice.micro_batch_size != 2:
+                continue
+            before, _, options = planner.command(choice).partition(".sh ")
+            assert all(f" {name}=" in f" {before}" for name in ("HEAD", "RUN_ID")) == ("multinode" in before)
+            values = compose("train", shlex.split(options))
             assert values is not None
             config: RunConfig = typed(values, RunConfig)
-            assert config.train.num_accumulation_steps == 4
-    capsys.readouterr()
+            assert config.parallel == choice.parallel
+            assert (config.model, config.adapter) == (task.model, task.adapter)
+            assert config.quant == replace(task.quant, embeddings=choice.embeddings)
+            assert config.data == replace(task.data, train=task.data.train or "DATA")
+            rows = task.train.micro_batch_size * task.train.num_accumulation_steps
+            assert config.train == replace(task.train, micro_batch_size=2, num_accumulation_steps=rows // 2)
 
 
 def test_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +210,8 @@ def test_time_and_price_of_the_users_data(tmp_path: Path, capsys: pytest.Capture
     assert run(["plan", *given, "train.num_epochs=2"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["num_tokens"] == 2 * 50 * (len("some words to learn") + 1)
-    assert told["hours"] == pytest.approx(told["num_tokens"] / told["fastest"]["tokens_per_second"] / 3600)
+    assert told["num_steps"] == math.ceil(told["num_tokens"] / told["fastest"]["tokens_per_step"])
+    assert told["hours"] == pytest.approx(told["num_steps"] * told["fastest"]["seconds_per_step"] / 3600)
     assert told["price"] == pytest.approx(3.5 * told["hours"])
 
 
@@ -179,8 +221,11 @@ def test_time_and_price_of_the_users_data(tmp_path: Path, capsys: pytest.Capture
         (["hardware=2x24gb"], "model.path is not set"),
         (["model.path=nowhere/x/y", "hardware=2x24gb"], "nowhere/x/y"),
         (["model.path=MODEL", "hardware=24"], "write cards x memory"),
-        (["model.path=MODEL", "train.micro_batch_size=4"], "micro-batches are planned"),
+        (["model.path=MODEL", "adapter=none"], "adapter=none is full fine-tuning and 4-bit weights cannot be trained"),
         (["model.path=MODEL", "price_per_hour=-1"], "price_per_hour is -1"),
+        (["model.path=MODEL", "price_per_hour=1"], "price_per_hour needs data.train"),
+        (["model.path=MODEL", "hardware=1x24gb", "figure=/proc/x/y.png"], "figure=/proc/x/y.png cannot be written"),
+        (["model.path=MODEL", "hardware=1x24gb", "figure=/tmp"], "figure=/tmp cannot be written"),
     ],
 )
 def test_mistake_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +247,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path
         train=TrainConfig(micro_batch_size=2),
         parallel=ParallelConfig(plan=Plan.auto),
     )
-    return config, folder, replace(find_hardware("2x24gb"), device="cpu", is_running=True)
+    return config, folder, replace(find_hardware("2x24gb"), is_running=True, host_bytes=2**33)
 
 
 def test_auto_takes_what_fits_as_memory_shrinks(two_ranks: tuple[RunConfig, Path, Hardware]) -> None:
@@ -211,8 +256,8 @@ def test_auto_takes_what_fits_as_memory_shrinks(two_ranks: tuple[RunConfig, Path
     planner = Planner(config, folder, hardware)
     taken: list[ParallelConfig] = []
     refused: list[str] = []
-    for step in range(100):
-        planner.hardware = replace(hardware, memory_bytes=int(2**30 * 0.95**step))
+    for step in range(200):
+        planner.hardware = replace(hardware, memory_bytes=int(2**32 * 0.95**step))
         try:
             settled = settle_by_plan(config, planner)
         except ConfigError as error:
@@ -227,6 +272,87 @@ def test_auto_takes_what_fits_as_memory_shrinks(two_ranks: tuple[RunConfig, Path
     assert taken[-1].offload_activations
     assert "train.micro_batch_size=1 train.num_accumulation_steps=16" in refused[0]
     assert "nothing that qdora can do fits" in refused[-1]
+
+
+def test_advice_undoes_what_does_not_fit(two_ranks: tuple[RunConfig, Path, Hardware]) -> None:
+    """Options of their own that stand in the way are set back."""
+    config, folder, hardware = two_ranks
+    given = replace(
+        config,
+        parallel=ParallelConfig(activation_checkpointing=ActivationCheckpointing.full, reshard_after_forward=False),
+    )
+    planner = Planner(given, folder, hardware)
+    needs = planner.plan(Choice(given.parallel, 2, 8)).peak_bytes
+    planner.hardware = replace(hardware, memory_bytes=needs - 1)
+    with pytest.raises(ConfigError, match=r"what fits: .*parallel.reshard_after_forward=true"):
+        settle_by_plan(given, planner)
+
+
+def test_host_memory_counts(two_ranks: tuple[RunConfig, Path, Hardware]) -> None:
+    """What goes to the host has to fit there; on a CPU it is the same memory, and no plan moves anything."""
+    config, folder, hardware = two_ranks
+    planner = Planner(config, folder, hardware)
+    offloaded = replace(config, parallel=ParallelConfig(cpu_offload=True))
+    assert not settle_by_plan(offloaded, Planner(offloaded, folder, hardware)).exceeds
+    with pytest.raises(ConfigError, match="of a node's host memory"):
+        settle_by_plan(offloaded, Planner(offloaded, folder, replace(hardware, host_bytes=2**20)))
+    planner.hardware = replace(hardware, device="cpu")
+    assert not any(parallel.cpu_offload for parallel in planner.layouts(ParallelConfig(plan=Plan.auto)))
+    here, there = (
+        planner.plan(
+            Choice(ParallelConfig(cpu_offload=some, activation_checkpointing=ActivationCheckpointing.full), 1, 1)
+        )
+        for some in (False, True)
+    )
+    assert there.parts["offloaded"] > 0
+    assert there.peak_bytes > 0.8 * here.peak_bytes
+
+
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_auto_with_a_shard_size_is_hsdp(shard_size: int, two_ranks: tuple[RunConfig, Path, Hardware]) -> None:
+    config, folder, hardware = two_ranks
+    given = replace(config, parallel=ParallelConfig(plan=Plan.auto, shard_size=shard_size))
+    assert settle_by_plan(given, Planner(given, folder, hardware)).parallel.plan is Plan.hsdp
+
+
+def test_compiled_blocks_are_gathered_whole(two_ranks: tuple[RunConfig, Path, Hardware]) -> None:
+    config, folder, hardware = two_ranks
+    given = replace(config, train=replace(config.train, compile=True))
+    planner = Planner(given, folder, hardware)
+    gathers = {parallel.gather for parallel in planner.layouts(ParallelConfig(plan=Plan.auto), tight=True)}
+    assert gathers == {Gather.block}
+
+
+@pytest.mark.parametrize("family", ["gemma3", "phi3", "qwen3"])
+@pytest.mark.parametrize("attention", [Attention.eager, Attention.flash_attention_2])
+def test_other_families_and_attentions_are_planned(family: str, attention: Attention, tmp_path: Path) -> None:
+    """Long rows take the scores of all pairs with `eager`, and no mask with flash."""
+    folder = make_model(tmp_path, family)
+    kept = {}
+    for some in (attention, Attention.sdpa):
+        task = PlanConfig(model=ModelConfig(path=str(folder), attention=some), data=DataConfig(max_length=2048))
+        planner = Planner(task, folder, find_hardware("1x24gb"))
+        choice = Choice(ParallelConfig(plan=Plan.none, activation_checkpointing=ActivationCheckpointing.none), 1, 1)
+        kept[some] = sum(block.kept for block in planner.activations(choice, torch.bfloat16).blocks)
+    assert (kept[attention] > kept[Attention.sdpa]) == (attention is Attention.eager)
+
+
+def test_what_cannot_be_planned_starts_uncompared(
+    two_ranks: tuple[RunConfig, Path, Hardware], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a plan of its own; `auto` asks for one."""
+    config, folder, hardware = two_ranks
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("a model's own code wants values")
+
+    monkeypatch.setattr("qdora.planning.plans.simulate", fails)
+    with pytest.raises(ModelError, match=r"wants values.*: choose a plan yourself"):
+        settle_by_plan(config, Planner(config, folder, hardware))
+    named = replace(config, parallel=ParallelConfig())
+    settled = settle_by_plan(named, Planner(named, folder, hardware))
+    assert settled.parallel == named.parallel
+    assert "not compared" in settled.told
 
 
 def test_what_the_user_set_stays(two_ranks: tuple[RunConfig, Path, Hardware]) -> None:
@@ -244,10 +370,12 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(two_ranks: tuple[Run
         train=TrainConfig(micro_batch_size=8, num_accumulation_steps=2),
     )
     small = replace(hardware, memory_bytes=150 * 2**20)
-    with pytest.raises(ConfigError, match=r"needs about .* what fits: parallel=.*plan.on_exceed=warn") as refused:
+    with pytest.raises(ConfigError, match=r"needs about .* what fits: .*plan.on_exceed=warn") as refused:
         settle_by_plan(given, Planner(given, folder, small))
     options = str(refused.value).partition("what fits: ")[2].partition(" (")[0].split()
-    values = compose("train", [f"model.path={folder}", "data.train=none", "data.max_length=256", *options])
+    own = ["parallel=ddp", "parallel.activation_checkpointing=none", "train.micro_batch_size=8"]
+    own += [f"model.path={folder}", "data.train=none", "data.max_length=256", "train.num_accumulation_steps=2"]
+    values = compose("train", [*own, *options])
     assert values is not None
     mended: RunConfig = typed(values, RunConfig)
     assert mended.train.micro_batch_size * mended.train.num_accumulation_steps == 16
