@@ -30,8 +30,8 @@ in NF4, gathered by parts, hidden states in host memory; planned only where noth
 the cards" is the fastest plan without offload where the fastest has it.
 
 Memory is counted, and held to measured steps (docs/design/0010). Times are rough: from data sheets (24 GiB: RTX 3090,
-80 GiB: A100, 2 % less) and assumed shares of them; nothing was run on a GPU. Made by `python benchmarks/plans.py` with torch
-{version("torch").partition("+")[0]} and transformers {version("transformers")}.
+80 GiB: A100, 2 % less) and assumed shares of them; nothing was run on a GPU. Made by `python benchmarks/plans.py` with
+torch {version("torch").partition("+")[0]} and transformers {version("transformers")}.
 
 """
 
