@@ -299,9 +299,9 @@ def _check_identity(config: RunConfig, stored: dict[str, Any], where: str) -> No
         return
     wanted = config_values(config)
     ours = flatten({key: wanted[key] for key in _IDENTITY})
-    usual = flatten({key: config_values(RunConfig(model=config.model, data=config.data))[key] for key in _IDENTITY})
+    usual = config_values(RunConfig(model=config.model, data=config.data))
     # An option that a run did not know yet was as it is by default.
-    theirs = usual | flatten({key: stored.get(key) for key in _IDENTITY})
+    theirs = flatten({key: usual[key] for key in _IDENTITY}) | flatten({key: stored.get(key) for key in _IDENTITY})
     different = [name for name in ours if name not in _HARMLESS and ours[name] != theirs.get(name)]
     if different:
         pairs = ", ".join(f"{name}={theirs.get(name)} (now {ours[name]})" for name in different)

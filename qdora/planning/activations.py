@@ -7,7 +7,7 @@ adds what qdora's own operators take there.
 
 import functools
 import weakref
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,8 +32,6 @@ class BlockBytes:
 
     kept: int
     """From its forward to its backward, its input included and its output not."""
-    forward: int
-    """At most during its forward, above the input."""
     backward: int
     """At most during its backward, what is kept included."""
 
@@ -51,7 +49,7 @@ class Activations:
     def extended(self, two: "Activations", rows: int) -> "Activations":
         """Of `rows` rows, from those of one (self) and of two: what a weight takes does not grow with them."""
         blocks = [
-            BlockBytes(*(_line(getattr(a, f.name), getattr(b, f.name), rows) for f in fields(BlockBytes)))
+            BlockBytes(_line(a.kept, b.kept, rows), _line(a.backward, b.backward, rows))
             for a, b in zip(self.blocks, two.blocks, strict=True)
         ]
         outside, hidden = _line(self.outside, two.outside, rows), _line(self.hidden, two.hidden, rows)
@@ -63,7 +61,7 @@ def _line(one: int, two: int, rows: int) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages from the operator that makes them to their end, or until they are resized."""
+    """Counts the bytes of storages from the operator that makes them to their end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,9 +184,7 @@ def _count(block: nn.Module, hidden: Tensor, others: Any, kwargs: Any) -> tuple[
     """And whether it returns a tuple, as older ones do."""
     with torch.enable_grad(), LiveBytes() as live:
         given = hidden.detach().clone().requires_grad_()
-        size = live.now
         result = block(given, *others, **kwargs)
-        forward = live.peak - size
         is_tuple = isinstance(result, tuple)
         output = result[0] if is_tuple else result
         of_output = output.untyped_storage().nbytes()
@@ -201,4 +197,4 @@ def _count(block: nn.Module, hidden: Tensor, others: Any, kwargs: Any) -> tuple[
         backward = live.peak - of_output
         del output, upstream
     block.zero_grad(set_to_none=True)
-    return BlockBytes(kept, forward, backward), is_tuple
+    return BlockBytes(kept, backward), is_tuple

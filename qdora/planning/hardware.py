@@ -89,18 +89,14 @@ def find_hardware(given: str) -> Hardware:
     shape = re.fullmatch(r"(?:(\d{1,4})x)?([1-9]\d{0,3})x(\w[\w.-]*)", given.lower().replace(" ", ""))
     last = shape[3] if shape else ""
     sized = re.fullmatch(r"(\d{1,4}(?:\.\d+)?)gi?b", last)
-    named = {name: card for name, card in CARDS.items() if name == last}
-    if sized:
-        memory = float(sized[1])
-        nearest = min(CARDS, key=lambda name: abs(CARDS[name].memory_gib - memory))
-        named = {nearest: CARDS[nearest]}
-    if shape is None or not named or shape[1] == "0" or (sized and not float(sized[1])):
+    memory = float(sized[1]) if sized else CARDS[last].memory_gib if last in CARDS else 0.0
+    if shape is None or not memory or shape[1] == "0":
         raise ConfigError(
             f"hardware={given}: write cards x memory (2x24gb), cards x name (4xrtx4090; there are {', '.join(CARDS)}), "
             "nodes x cards x either (2x8xh100), or auto"
         )
-    name, card = next(iter(named.items()))
-    memory = float(sized[1]) if sized else card.memory_gib
+    name = min(CARDS, key=lambda name: abs(CARDS[name].memory_gib - memory)) if sized else last
+    card = CARDS[name]
     share = SHARE_OF_LISTED
     return Hardware(
         f"{given}, rates of {name} by its data sheet",

@@ -36,24 +36,28 @@ class Sharing:
     hidden_on_host: bool = False
 
 
-def peak_bytes(tensors: Tensors, activations: Activations, sharing: Sharing, tokens: int) -> dict[str, int]:
-    """Bytes of each part on the fullest rank, at the moment of a step when they are most together.
+def peak_bytes(tensors: Tensors, activations: Activations, sharing: Sharing, tokens: int) -> tuple[dict[str, int], int]:
+    """Bytes of each part on the fullest rank, at the moment of a step when they are most together; and in host memory.
 
     Args:
         activations: of one micro-batch.
         tokens: of a micro-batch.
     """
-    parts, _ = resident_bytes(tensors, sharing)
+    parts, host = _resident(tensors, sharing)
+    if sharing.on_host:  # gradients are there too
+        host += _own_gradients(tensors, sharing)
+    if sharing.hidden_on_host:
+        host += activations.hidden * len(tensors.blocks)
     moments = [
         _around_head(tensors, activations, sharing, arriving=True),
         _loss(tensors, activations, sharing, tokens),
         *_backwards(tensors, activations, sharing, tokens),
         _update(tensors, sharing),
     ]
-    return parts | max(moments, key=lambda moment: sum(moment.values()))
+    return parts | max(moments, key=lambda moment: sum(moment.values())), host
 
 
-def resident_bytes(tensors: Tensors, sharing: Sharing) -> tuple[dict[str, int], int]:
+def _resident(tensors: Tensors, sharing: Sharing) -> tuple[dict[str, int], int]:
     """What is there between two steps, by part, on the device; and bytes in host memory."""
     shards = sharing.num_shards
     parts = {"nf4 weights": 0, "quantisation state": 0, "unquantised weights": 0, "adapters": 0}
@@ -79,13 +83,15 @@ def _blocks_gathered(tensors: Tensors, sharing: Sharing, index: int) -> int:
     """While block `index` is in its backward: itself and the one before on its way, or with `gather` less."""
     if not sharing.wrapped:
         return 0
-    sizes = [block.gathered_bytes(sharing.num_shards) for block in tensors.blocks]
+    blocks, shards = tensors.blocks, sharing.num_shards
     if sharing.keep_gathered:
-        return sum(sizes)
-    if sharing.gather is Gather.part:
-        return max([part.gathered_bytes(sharing.num_shards) for part in tensors.blocks[index].parts] or [sizes[index]])
-    ahead = sharing.gather is Gather.ahead and index > 0 and sharing.num_shards > 1
-    return sizes[index] + (sizes[index - 1] if ahead else 0)
+        at_a_time = blocks
+    elif sharing.gather is Gather.part:
+        return max(part.gathered_bytes(shards) for part in blocks[index].parts or [blocks[index]])
+    else:
+        ahead = sharing.gather is Gather.ahead and shards > 1
+        at_a_time = blocks[max(0, index - ahead) : index + 1]
+    return sum(block.gathered_bytes(shards) for block in at_a_time)
 
 
 def _gradients(tensors: Tensors, sharing: Sharing, done: int) -> int:
@@ -164,9 +170,14 @@ def _backwards(tensors: Tensors, activations: Activations, sharing: Sharing, tok
     return moments
 
 
+def _own_gradients(tensors: Tensors, sharing: Sharing) -> int:
+    """In float32, of the rank's rows."""
+    return 4 * sum(group.trained(sharing.num_shards) for group in tensors.groups)
+
+
 def _update(tensors: Tensors, sharing: Sharing) -> dict[str, int]:
     """While AdamW steps all parameters at once: their gradients, and the roots of their second moments."""
-    own = 0 if sharing.on_host else 4 * sum(group.trained(sharing.num_shards) for group in tensors.groups)
+    own = 0 if sharing.on_host else _own_gradients(tensors, sharing)
     embedding = tensors.embedding  # its backward comes last, and FSDP2 reduces its gradient in float32
     reduced = embedding.trained() * (tensors.dtype.itemsize + 4) if sharing.wrapped else 0
     return {"gathered": 0, "gradients": own + max(own, reduced), "activations": 0, "loss": 0}

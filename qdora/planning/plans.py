@@ -28,7 +28,7 @@ from qdora.errors import ModelError, QdoraError, first_line
 from qdora.model.build import build_model
 from qdora.planning.activations import FASTEST_FIRST, Activations, simulate
 from qdora.planning.hardware import GIB, Hardware
-from qdora.planning.memory import Sharing, peak_bytes, resident_bytes
+from qdora.planning.memory import Sharing, peak_bytes
 from qdora.planning.speed import StepTime, step_time
 from qdora.planning.tensors import Tensors, tensors_of
 
@@ -72,6 +72,14 @@ class Choice:
         """Of recomputation."""
         return self.parallel.activation_checkpointing
 
+    def options(self, task: Task) -> dict[str, Any]:
+        """The task's groups of options that it changes, beside `parallel`."""
+        rows, batches = self.micro_batch_size, self.num_accumulation_steps
+        return {
+            "quant": replace(task.quant, embeddings=self.embeddings),
+            "train": replace(task.train, micro_batch_size=rows, num_accumulation_steps=batches),
+        }
+
     @property
     def layout(self) -> str:
         """Where the weights are, in words; `tight` is less gathered at a time, and hidden states in host memory."""
@@ -96,6 +104,11 @@ class Planned:
     @property
     def peak_bytes(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of the peak what is counted, without what is assumed of the allocator and the context."""
+        return self.peak_bytes - self.parts["allocator"] - self.parts["context"]
 
     @property
     def tokens_per_second(self) -> float:
@@ -184,12 +197,7 @@ class Planner:
         num_batches = choice.num_accumulation_steps
         sharing = self.sharing(choice)
         activations = self.activations(choice, tensors.dtype if sharing.wrapped else torch.float32)
-        parts = peak_bytes(tensors, activations, sharing, tokens)
-        _, host = resident_bytes(tensors, sharing)
-        if sharing.on_host:  # gradients are there too
-            host += 4 * sum(group.trained(sharing.num_shards) for group in tensors.groups)
-        if sharing.hidden_on_host:
-            host += activations.hidden * len(tensors.blocks)
+        parts, host = peak_bytes(tensors, activations, sharing, tokens)
         parts["offloaded"] = 0
         if hardware.device == "cpu":
             parts["offloaded"], host = host, 0
@@ -221,14 +229,8 @@ class Planner:
     def command(self, choice: Choice) -> str:
         """What starts the run, on each node."""
         task, hardware, parallel = self.task, self.hardware, choice.parallel
-        train = replace(
-            task.train,
-            micro_batch_size=choice.micro_batch_size,
-            num_accumulation_steps=choice.num_accumulation_steps,
-        )
-        quant = replace(task.quant, embeddings=choice.embeddings)
         data = replace(task.data, train=task.data.train or "DATA")
-        groups = {"model": task.model, "data": data, "quant": quant, "adapter": task.adapter, "train": train}
+        groups = {"model": task.model, "data": data, "adapter": task.adapter, **choice.options(task)}
         options = []
         for name, group in groups.items():
             options += overrides(name, changed(group, type(group)()))

@@ -118,16 +118,9 @@ def _exceeds(config: RunConfig, planner: Planner, best: Planned) -> str:
 
 def _changes(config: RunConfig, choice: Choice) -> list[str]:
     """The options that make `choice` of the run, whatever it has set."""
-    train = replace(
-        config.train,
-        micro_batch_size=choice.micro_batch_size,
-        num_accumulation_steps=choice.num_accumulation_steps,
-    )
-    quant = replace(config.quant, embeddings=choice.embeddings)
+    wanted = {"parallel": choice.parallel, **choice.options(config)}
     return [
-        *overrides("parallel", changed(choice.parallel, config.parallel)),
-        *overrides("train", changed(train, config.train)),
-        *overrides("quant", changed(quant, config.quant)),
+        option for name, group in wanted.items() for option in overrides(name, changed(group, getattr(config, name)))
     ]
 
 

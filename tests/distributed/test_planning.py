@@ -54,8 +54,7 @@ def planned(folder: Path, nproc: int, case: Case) -> int:
     config: RunConfig = typed(values, RunConfig)
     parallel = config.parallel if nproc > 1 else replace(config.parallel, plan=Plan.none)
     choice = Choice(parallel, rows, accumulation, config.quant.embeddings)
-    parts = Planner(config, folder, HARDWARE[nproc]).plan(choice).parts
-    return sum(size for name, size in parts.items() if name not in ("allocator", "context"))
+    return Planner(config, folder, HARDWARE[nproc]).plan(choice).tensor_bytes
 
 
 TIED: list[Case] = [(2, 1, [FULL]), (2, 1, [FULL, "quant.embeddings=true"])]
