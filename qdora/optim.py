@@ -29,7 +29,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     """The learning rate of update `step` (0 to num_steps - 1): linear warm-up, then the schedule towards 0."""
-    warmup = round(config.warmup_ratio * num_steps)
+    warmup = round(config.warmup_ratio * num_steps) if config.warmup_steps is None else config.warmup_steps
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, num_steps - warmup)

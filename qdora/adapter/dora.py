@@ -24,7 +24,7 @@ g - 1 is about 0.0015.
 
 Departures from the paper: the norm is per output row (as in the authors' code and PEFT; the paper writes columns of the
 transposed weight), and the norm of the *dequantised* weight starts m. LoRA (arXiv:2106.09685) is the same layer with
-g = 1 and no m.
+g = 1 and no m; VeRA and DVoRA (`vera.py`) are both with another A and B.
 """
 
 from collections.abc import Iterable, Iterator
@@ -146,15 +146,8 @@ def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
     dx, da, db, dm = adapted_linear_backward(
         dy.contiguous(), x, xa, y, base, gain, lora_a, lora_b, magnitude, ctx.scaling, ctx.needs_input_grad[0]
     )
-    return (
-        dx if ctx.needs_input_grad[0] else None,
-        [None] * ctx.num_base,
-        None,
-        da,
-        db,
-        None if magnitude is None else dm,
-        None,
-    )
+    dx, dm = dx if ctx.needs_input_grad[0] else None, None if magnitude is None else dm
+    return dx, [None] * ctx.num_base, None, da, db, dm, None
 
 
 adapted_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -166,6 +159,9 @@ class AdaptedLinear(nn.Module):
     Built on the current default device (usually meta). `reset` starts the adapter; `refresh` must follow any change of
     `lora_a`, `lora_b` or `magnitude` (the optimiser's post-step hook does it in training).
     """
+
+    FACTORS: tuple[str, str] = ("lora_a", "lora_b")
+    """The parameters that A and B are made of."""
 
     def __init__(
         self,
@@ -182,8 +178,8 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.scaling, self.dropout = rank, scaling, dropout
-        self.lora_a = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32))
-        self.lora_b = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32))
+        for name, shape in zip(self.FACTORS, self.factor_shapes(), strict=True):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
         self.magnitude = nn.Parameter(torch.empty(out_features, dtype=torch.float32)) if dora else None
         gain = torch.empty(out_features, 4, dtype=torch.uint8)
         self.gain = nn.Parameter(gain, requires_grad=False) if dora else None
@@ -191,6 +187,31 @@ class AdaptedLinear(nn.Module):
         """(own rows,) float32: |W|^2 of this rank's rows, set by `measure`."""
         self.is_off = False
         """Whether the base computes alone; see `switched_off`."""
+
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the trained parameters."""
+        return (self.rank, self.in_features), (self.out_features, self.rank)
+
+    def trained_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The parameters that A and B are made of, or what FSDP2 has gathered of them."""
+        return getattr(self, self.FACTORS[0]), getattr(self, self.FACTORS[1])
+
+    def factors(self, a: Tensor, b: Tensor, dtype: torch.dtype, first: int = 0) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and rows of B (rows, rank) of the whole trained `a` and of `b`'s rows from `first` on.
+
+        Args:
+            dtype: compute dtype, to which whatever is computed here is rounded.
+        """
+        return a, b
+
+    def start(self, generator: torch.Generator) -> None:
+        """A Kaiming-uniform as in LoRA, the same on any number of ranks, and B zero."""
+        a, b = self.trained_factors()
+        bound = self.in_features**-0.5
+        whole = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        own, first = own_rows(a)
+        own.copy_(whole[first : first + own.shape[0]])
+        own_rows(b)[0].zero_()
 
     def base_tensors(self) -> list[Tensor]:
         """What `nf4.weight_from` needs, as they are now."""
@@ -203,15 +224,9 @@ class AdaptedLinear(nn.Module):
         if self.dropout > 0 and self.training:
             return self._forward_with_dropout(x, bias)
         y: Tensor
-        y, _ = adapted_linear(
-            x.reshape(-1, self.in_features),
-            self.base_tensors(),
-            self.gain,
-            self.lora_a,
-            self.lora_b,
-            self.magnitude,
-            self.scaling,
-        )
+        factors = self.factors(*self.trained_factors(), x.dtype)
+        rows = x.reshape(-1, self.in_features)
+        y, _ = adapted_linear(rows, self.base_tensors(), self.gain, *factors, self.magnitude, self.scaling)
         y = y.view(*x.shape[:-1], self.out_features)
         # Outside: dm wants y without it, and subtracting a large bias from a rounded y loses the rest.
         return y if bias is None else y + bias
@@ -219,7 +234,8 @@ class AdaptedLinear(nn.Module):
     def _forward_with_dropout(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """PEFT's semantics: y = W x + (g - 1) W drop(x) + g s B A drop(x), unfused: three more passes over y."""
         dropped = nn.functional.dropout(x, self.dropout)
-        update = dropped @ self.lora_a.to(x.dtype).T @ self.lora_b.to(x.dtype).T * self.scaling
+        lora_a, lora_b = self.factors(*self.trained_factors(), x.dtype)
+        update = dropped @ lora_a.to(x.dtype).T @ lora_b.to(x.dtype).T * self.scaling
         y: Tensor = nf4.frozen_linear(x, self.base_tensors())
         if self.gain is None or self.magnitude is None:
             y = y + update
@@ -237,11 +253,13 @@ class AdaptedLinear(nn.Module):
         self.base_norm_squared = torch.cat(squares) if squares else torch.empty(0, device=device)
 
     @torch.no_grad()
-    def weight_norm(self, lora_a: Tensor) -> Tensor:
-        """n of the own rows, (own rows,) float32. `lora_a` is the whole A (rank, in), as the forward rounds it."""
+    def weight_norm(self, trained_a: Tensor) -> Tensor:
+        """n of the own rows, (own rows,) float32. `trained_a` is all that A is made of, as the forward rounds it."""
         assert self.base_norm_squared is not None, "measure() comes first"
-        a, s = lora_a.float(), self.scaling
-        b = own_rows(self.lora_b)[0].to(a.device, lora_a.dtype).float()
+        own, first_row = own_rows(self.trained_factors()[1])
+        own = own.to(trained_a.device, trained_a.dtype)
+        a, b = (factor.float() for factor in self.factors(trained_a, own, trained_a.dtype, first_row))
+        s = self.scaling
         norm_squared = self.base_norm_squared + s * s * ((b @ (a @ a.T)) * b).sum(1)
         for first, rows in self._own_weight(a.device):
             some = slice(first, first + rows.shape[0])
@@ -302,25 +320,18 @@ def refresh(blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtyp
         layers = [layer for layer in adapted_layers(block).values() if layer.gain is not None]
         if not layers:
             continue
-        for layer, lora_a in zip(layers, gather_rows([layer.lora_a for layer in layers], dtype, device), strict=True):
+        gathered = gather_rows([layer.trained_factors()[0] for layer in layers], dtype, device)
+        for layer, trained_a in zip(layers, gathered, strict=True):
             magnitude = own_rows(layer.magnitude)[0]  # type: ignore[arg-type]
-            g = magnitude.to(device) / layer.weight_norm(lora_a)
+            g = magnitude.to(device) / layer.weight_norm(trained_a)
             own_rows(layer.gain)[0].copy_(g[:, None].view(torch.uint8))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def reset(model: nn.Module, device: torch.device, seed: int) -> None:
-    """Starts every adapter: A Kaiming-uniform as in LoRA, B zero, m the norm of W. Deterministic in `seed`.
-
-    A's values depend on the layer's order and the seed only, not on the ranks.
-    """
+    """Starts every adapter, m at the norm of W. Deterministic in `seed` and the layer's order."""
     for index, layer in enumerate(adapted_layers(model).values()):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        bound = layer.in_features**-0.5
-        whole = torch.empty(layer.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
-        own, first = own_rows(layer.lora_a)
-        own.copy_(whole[first : first + own.shape[0]])
-        own_rows(layer.lora_b)[0].zero_()
+        layer.start(torch.Generator().manual_seed(seed * 1_000_003 + index))
         layer.measure(device)
         if layer.magnitude is not None and layer.base_norm_squared is not None:
             norm = layer.base_norm_squared.sqrt().clamp_(min=NORM_FLOOR)

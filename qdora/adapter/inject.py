@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from qdora.adapter.dora import AdaptedLinear
-from qdora.config import AdapterConfig, AdapterMethod
+from qdora.adapter.vera import VeraLinear, share_projections
+from qdora.config import AdapterConfig
 from qdora.errors import AdapterError, nearest
 from qdora.nf4 import NF4Linear
 
@@ -43,19 +44,22 @@ def select(names: Mapping[str, nn.Module], targets: list[str]) -> list[str]:
 def inject(model: nn.Module, names: list[str], config: AdapterConfig) -> None:
     """Replaces each named linear layer by an `AdaptedLinear` around it and freezes everything else; mutates `model`."""
     model.requires_grad_(False)
+    layer_class = VeraLinear if config.method.is_vera else AdaptedLinear
     for name in names:
         parent_name, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         base = parent.get_submodule(leaf)
         assert isinstance(base, nn.Linear | NF4Linear), f"{name} is a {type(base).__name__}"
         rank, scaling = config.shape_of(name)
-        adapted = AdaptedLinear(
+        adapted = layer_class(
             base,
             in_features=base.in_features,
             out_features=base.out_features,
             rank=rank,
             scaling=scaling,
             dropout=config.dropout,
-            dora=config.method is AdapterMethod.dora,
+            dora=config.method.has_magnitude,
         )
         setattr(parent, leaf, adapted)
+    if config.method.is_vera:
+        share_projections(model, config.projection_key)

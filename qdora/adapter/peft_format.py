@@ -2,6 +2,9 @@
 
 A and B are written in the compute dtype, exactly as the forward uses them. Magnitudes are written in float32: bfloat16
 would round away what they learned (m / m_initial - 1 is about 0.0015).
+
+VeRA's d and b are written as A and B are, b times s, as PEFT's VeRA has no alpha; its frozen A and B in float32, once
+for all layers. DVoRA, which PEFT does not have, is the same with magnitudes, as a type that PEFT refuses.
 """
 
 import json
@@ -18,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qdora.adapter.dora import AdaptedLinear, adapted_layers
+from qdora.adapter.vera import D_INITIAL, VeraLinear, projections, vera_layers
 from qdora.config import AdapterConfig, AdapterMethod
 from qdora.errors import AdapterError
 from qdora.files import let_others_read, sync, write_durably
@@ -25,7 +29,15 @@ from qdora.parallel import World, gather_rows, own_rows
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
-_SUFFIXES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+_SUFFIXES = {
+    "lora_a": ".lora_A.weight",
+    "lora_b": ".lora_B.weight",
+    "vera_d": ".vera_lambda_d",
+    "vera_b": ".vera_lambda_b",
+    "magnitude": ".lora_magnitude_vector",
+}
+_PROJECTIONS = {"base_model.vera_A": "shared_a", "base_model.vera_B": "shared_b"}
+_VERA_TYPES = {"VERA": AdapterMethod.vera, "DVORA": AdapterMethod.dvora}
 _REFUSED = ("modules_to_save", "layer_replication", "trainable_token_indices", "alora_invocation_tokens")
 """Options of PEFT that change the arithmetic and that qdora's layer does not have."""
 
@@ -46,7 +58,12 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _parameters(layer: AdaptedLinear) -> dict[str, nn.Parameter]:
-    return {name: parameter for name in _SUFFIXES if (parameter := getattr(layer, name)) is not None}
+    return {name: parameter for name in _SUFFIXES if (parameter := getattr(layer, name, None)) is not None}
+
+
+def _projections(model: nn.Module) -> dict[str, Tensor]:
+    """A and B of VeRA and DVoRA by their name in the file, none of the other methods."""
+    return {key: getattr(layer, name) for layer in vera_layers(model)[:1] for key, name in _PROJECTIONS.items()}
 
 
 def save(model: nn.Module, folder: Path, config: AdapterConfig, base: str, dtype: torch.dtype, world: World) -> None:
@@ -58,8 +75,10 @@ def save(model: nn.Module, folder: Path, config: AdapterConfig, base: str, dtype
             exact = torch.float32 if kind == "magnitude" else dtype
             (whole,) = gather_rows([parameter], exact, world.device)
             if world.is_main:
+                whole = whole.float() * layer.scaling if kind == "vera_b" and layer.scaling != 1 else whole
                 tensors[tensor_name(name, kind)] = whole.cpu().contiguous()
     if world.is_main:
+        tensors |= {key: matrix.cpu() for key, matrix in _projections(model).items()}
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(folder / f"{WEIGHTS}.partial", tensors)
         sync(folder / f"{WEIGHTS}.partial")
@@ -80,7 +99,7 @@ def write_config(folder: Path, config: AdapterConfig, base: str, target_modules:
 
 
 def tensor_name(layer: str, kind: str) -> str:
-    """The name under which `kind` (`lora_a`, `lora_b`, `magnitude`) of a layer is stored."""
+    """The name under which `kind` (`lora_a`, `lora_b`, `vera_d`, `vera_b`, `magnitude`) of a layer is stored."""
     return _PREFIX + layer + _SUFFIXES[kind]
 
 
@@ -97,19 +116,30 @@ def target_modules(model: nn.Module) -> list[str]:
 
 
 def _to_peft(config: AdapterConfig, base: str, target_modules: list[str]) -> dict[str, Any]:
-    return {
-        "peft_type": "LORA",
+    common = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.rank,
-        "lora_alpha": 2.0 * config.rank if config.alpha is None else config.alpha,
-        "lora_dropout": config.dropout,
-        "use_dora": config.method is AdapterMethod.dora,
-        "use_rslora": config.rank_stabilized,
         "target_modules": target_modules,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
+    }
+    if config.method.is_vera:
+        return common | {
+            "peft_type": next(name for name, method in _VERA_TYPES.items() if method is config.method),
+            "vera_dropout": config.dropout,
+            "projection_prng_key": config.projection_key,
+            "save_projection": True,
+            "d_initial": D_INITIAL,
+            "init_weights": True,
+        }
+    return common | {
+        "peft_type": "LORA",
+        "lora_alpha": 2.0 * config.rank if config.alpha is None else config.alpha,
+        "lora_dropout": config.dropout,
+        "use_dora": config.method.has_magnitude,
+        "use_rslora": config.rank_stabilized,
         "init_lora_weights": True,
     }
 
@@ -126,15 +156,18 @@ def read_config(folder: Path) -> StoredAdapter:
         raise AdapterError(f"no {CONFIG} in {folder}: give the folder of an adapter in PEFT format") from None
     except ValueError as error:
         raise AdapterError(f"{folder / CONFIG} is not JSON: {error}") from None
-    if not isinstance(values, dict) or not {"r", "lora_alpha"} <= values.keys():
+    kind = values.get("peft_type") if isinstance(values, dict) else None
+    vera = _VERA_TYPES.get(kind) if isinstance(kind, str) else None
+    if not isinstance(values, dict) or not {"r", *(() if vera else ("lora_alpha",))} <= values.keys():
         raise AdapterError(
-            f"{folder / CONFIG} names no r and lora_alpha: it is not the config of a LoRA or DoRA adapter"
+            f"{folder / CONFIG} names no r{'' if vera else ' and lora_alpha'}: it is not the config of a LoRA or DoRA "
+            "adapter, nor of VeRA or DVoRA"
         )
     refused = [name for name in _REFUSED if values.get(name)]
-    if values.get("peft_type") != "LORA" or values.get("bias", "none") != "none" or refused:
+    if not (vera or kind == "LORA") or values.get("bias", "none") != "none" or refused:
         raise AdapterError(
-            f"{folder}: only plain LoRA and DoRA adapters without trained biases load here; this one has "
-            f"peft_type={values.get('peft_type')!r}, bias={values.get('bias')!r}, {refused}"
+            f"{folder}: only plain LoRA, DoRA, VeRA and DVoRA adapters without trained biases load here; this one has "
+            f"peft_type={kind!r}, bias={values.get('bias')!r}, {refused}"
         )
     if str(values.get("init_lora_weights")).startswith(_CHANGE_THE_BASE):
         raise AdapterError(
@@ -142,13 +175,16 @@ def read_config(folder: Path) -> StoredAdapter:
             "loads it; convert it first: save_pretrained(DIR, path_initial_model_for_weight_conversion=...)"
         )
     _check_numbers(folder / CONFIG, values)
-    suffix = _SUFFIXES["lora_a"]
-    with _opened(folder) as file:
-        shapes = {name: file.get_slice(key).get_shape() for name, key in _names(file).items() if name.endswith(suffix)}
-    odd = [name for name, shape in shapes.items() if len(shape) != 2]
-    if odd:
-        raise AdapterError(f"{folder / WEIGHTS}: {odd[0]} is no matrix")
-    ranks = {name[len(_PREFIX) : -len(suffix)]: int(shape[0]) for name, shape in shapes.items()}
+    ranks = _stored_ranks(folder, "vera_d" if vera else "lora_a")
+    if vera:
+        return StoredAdapter(
+            method=vera,
+            rank=values["r"],
+            dropout=values.get("vera_dropout", 0.0),
+            projection_key=values.get("projection_prng_key", 0),
+            target_modules=list(ranks),
+            path=str(folder),
+        )
     stored = StoredAdapter(
         method=AdapterMethod.dora if values.get("use_dora") else AdapterMethod.lora,
         rank=values["r"],
@@ -165,12 +201,24 @@ def read_config(folder: Path) -> StoredAdapter:
     return stored
 
 
+def _stored_ranks(folder: Path, kind: str) -> dict[str, int]:
+    """The rank of each layer in the folder, by the first size of its `lora_a` or `vera_d`."""
+    suffix, num_dims = _SUFFIXES[kind], 2 if kind == "lora_a" else 1
+    with _opened(folder) as file:
+        shapes = {name: file.get_slice(key).get_shape() for name, key in _names(file).items() if name.endswith(suffix)}
+    odd = [name for name, shape in shapes.items() if len(shape) != num_dims]
+    if odd:
+        raise AdapterError(f"{folder / WEIGHTS}: {odd[0]} is no {'matrix' if num_dims == 2 else 'vector'}")
+    return {name[len(_PREFIX) : -len(suffix)]: int(shape[0]) for name, shape in shapes.items()}
+
+
 def _check_numbers(file: Path, values: dict[str, Any]) -> None:
     """Raises `AdapterError` for what is not the number, or the patterns of numbers, that it should be."""
-    wanted: dict[str, tuple[type, ...]] = {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float)}
+    wanted: dict[str, tuple[type, ...]] = {"r": (int,), "projection_prng_key": (int,)}
+    wanted |= dict.fromkeys(("lora_alpha", "lora_dropout", "vera_dropout"), (int, float))
     for name, kinds in wanted.items():
         if not isinstance(values.get(name, 0), kinds) or isinstance(values.get(name), bool):
-            raise AdapterError(f"{file}: {name} is {values[name]!r}, which is no number that LoRA knows")
+            raise AdapterError(f"{file}: {name} is {values[name]!r}, which is no number that it can be")
     if values["r"] < 1:
         raise AdapterError(f"{file}: r is {values['r']}; it must be at least 1")
     for name in ("rank_pattern", "alpha_pattern"):
@@ -204,7 +252,7 @@ def check_continues(config: AdapterConfig) -> AdapterConfig:
         return config
     if stored.layers:
         raise AdapterError(f"adapter.path={config.path} has layers of several ranks or alphas: only merging reads that")
-    for option in ("method", "rank", "scaling"):
+    for option in ("method", "rank", "scaling", "projection_key"):
         wanted, given = getattr(config, option), getattr(stored, option)
         if wanted != given:
             raise AdapterError(f"adapter.path={config.path} has {option} {given}, but the options ask for {wanted}")
@@ -234,13 +282,15 @@ def _names(file: Any) -> dict[str, str]:
 
 def check(model: nn.Module, folder: Path) -> None:
     """Raises `AdapterError` where layers or shapes of the folder and of the model's adapters differ."""
-    expected = {
+    expected: dict[str, Tensor] = {
         tensor_name(name, kind): parameter
         for name, layer in adapted_layers(model).items()
         for kind, parameter in _parameters(layer).items()
     }
     with _opened(folder) as file:
         found = _names(file)
+        if found.keys() & _PROJECTIONS.keys():  # not there with PEFT's save_projection=False
+            expected |= _projections(model)
         if found.keys() != expected.keys():
             odd = sorted(found.keys() ^ expected.keys())
             raise AdapterError(
@@ -260,6 +310,7 @@ def load(model: nn.Module, folder: Path) -> None:
         AdapterError: a layer or a shape differs.
     """
     check(model, folder)
+    load_projections(model, folder)
     with _opened(folder) as file:
         found = _names(file)
         for name, layer in adapted_layers(model).items():
@@ -268,9 +319,31 @@ def load(model: nn.Module, folder: Path) -> None:
                 own.copy_(file.get_slice(found[tensor_name(name, kind)])[first : first + own.shape[0]])
 
 
-def load_layer(folder: Path, name: str) -> dict[str, Tensor]:
-    """`lora_a`, `lora_b` and (of DoRA) `magnitude` of one layer, float32, as they are stored."""
+@torch.no_grad()
+def load_projections(model: nn.Module, folder: Path) -> None:
+    """VeRA's A and B as `folder` has them, or as its key makes them; does nothing for the other methods."""
+    shared = _projections(model)
+    with _opened(folder) as file:
+        stored = {key: file.get_tensor(key) for key in shared.keys() & set(file.keys())}
+    if shared and not stored:
+        a, b = shared.values()
+        made = projections(len(a), a.shape[1], len(b), read_config(folder).projection_key)
+        stored = dict(zip(shared, made, strict=True))
+    for key, matrix in shared.items():
+        matrix.copy_(stored[key])
+
+
+@torch.no_grad()
+def load_layer(folder: Path, name: str, layer: AdaptedLinear) -> dict[str, Tensor]:
+    """`lora_a`, `lora_b` and (of DoRA) `magnitude` of one layer, float32, as they are stored.
+
+    Of VeRA the products that take their places, with `layer`'s own A and B.
+    """
     with _opened(folder) as file:
         found = _names(file)
         keys = {kind: _PREFIX + name + suffix for kind, suffix in _SUFFIXES.items()}
-        return {kind: file.get_tensor(found[key]).float() for kind, key in keys.items() if key in found}
+        stored = {kind: file.get_tensor(found[key]).float() for kind, key in keys.items() if key in found}
+    if isinstance(layer, VeraLinear):
+        vectors = stored.pop("vera_d"), stored.pop("vera_b")
+        stored["lora_a"], stored["lora_b"] = layer.factors(*vectors, torch.float32)
+    return stored

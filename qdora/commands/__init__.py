@@ -57,8 +57,10 @@ COMMANDS = {
     "train": Command(config.RunConfig, "qdora.training:train", "fine-tune a model", can_resume=True),
     "merge": Command(config.MergeConfig, "qdora.merging:merge", "write base and adapter as one ordinary checkpoint"),
     "evaluate": Command(config.EvaluateConfig, "qdora.evaluation:evaluate", "score a run or a model on held-out data"),
+    "study": Command(config.StudyConfig, "qdora.commands.study:study", "compare methods, each at its best"),
     "generate": Command(config.GenerateConfig, "qdora.generation:generate", "answer a prompt, as it is made"),
     "chat": Command(config.ChatConfig, "qdora.generation:chat", "talk with a run or a model"),
+    "analyze": Command(config.AnalyzeConfig, "qdora.analysis:analyze", "say how training changed the weights"),
     "plan": Command(config.PlanConfig, "qdora.planning.run:plan", "say what fits on given cards, and its command"),
     "doctor": Command(config.DoctorConfig, "qdora.doctor:doctor", "check whether a run can start on this machine"),
 }

@@ -12,13 +12,15 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 WIDTH = 100
+RECIPES = {"train": "experiment", "study": "study"}
+"""Folder of a command's recipes, each of which sets options of several groups."""
 
 
 def describe(name: str, config_class: type, values: DictConfig, conf: Path) -> str:
     """The help of a command; `values` are what it would run with, recipes and overrides applied."""
     header = OmegaConf.load(conf / f"{name}.yaml").hydra.help.header
     groups = {path.name: sorted(path.glob("*.yaml")) for path in sorted(conf.iterdir()) if path.is_dir()}
-    recipes = groups.pop("experiment") if name == "train" else []
+    recipes = groups[RECIPES[name]] if name in RECIPES else []
     lines = [f"usage: qdora {name} [option=value ...] [group=choice ...]", "", header.rstrip(), ""]
     lines += ["Options, each with the value it has now:", "", *_options(config_class, values)]
     lines += ["Option groups; a choice sets options of its group at once, as in model=qwen3_0_6b:", ""]
@@ -26,11 +28,12 @@ def describe(name: str, config_class: type, values: DictConfig, conf: Path) -> s
     for group in sorted(groups.keys() & values.keys() - plain):
         lines += _paragraph(f"{group}: {', '.join(file.stem for file in groups[group])}")
     if recipes:
-        lines += ["", "Recipes; +experiment=NAME sets options of several groups, and what follows overrides it:", ""]
+        added = f"+{RECIPES[name]}"
+        lines += ["", f"Recipes; {added}=NAME sets options of several groups, and what follows overrides it:", ""]
         for file in recipes:
             comments = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
             about = next((comment[2:] for comment in comments if "@package" not in comment), "")
-            lines += [f"  +experiment={file.stem}", *_paragraph(about, "      ")]
+            lines += [f"  {added}={file.stem}", *_paragraph(about, "      ")]
     lines += ["", "--cfg job prints the configuration as YAML instead of running."]
     return "\n".join(lines)
 
@@ -74,6 +77,8 @@ def _word(value: Any) -> str:
     """A value as one types it."""
     if OmegaConf.is_list(value):
         return f"[{','.join(map(str, value))}]"
+    if OmegaConf.is_dict(value):
+        return f"{{{','.join(map(str, value))}}}"
     if isinstance(value, Enum):
         return value.name
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

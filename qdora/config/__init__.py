@@ -4,6 +4,7 @@ Values are checked when a dataclass is made, across groups in the three of the c
 """
 
 from qdora.config.commands import (
+    AnalyzeConfig,
     ChatConfig,
     DoctorConfig,
     EvaluateConfig,
@@ -24,6 +25,7 @@ from qdora.config.groups import (
     TrackerConfig,
     TrainConfig,
 )
+from qdora.config.study import MethodConfig, StudyConfig
 from qdora.config.words import (
     ActivationCheckpointing,
     AdapterMethod,
@@ -52,6 +54,7 @@ __all__ = [
     "ActivationCheckpointing",
     "AdapterConfig",
     "AdapterMethod",
+    "AnalyzeConfig",
     "Attention",
     "ChatConfig",
     "Compare",
@@ -68,6 +71,7 @@ __all__ = [
     "MergeConfig",
     "MergeFormat",
     "MergedDtype",
+    "MethodConfig",
     "ModelConfig",
     "OnBadStep",
     "OnExceed",
@@ -83,6 +87,7 @@ __all__ = [
     "Report",
     "RunConfig",
     "Schedule",
+    "StudyConfig",
     "TrackerConfig",
     "TrackerKind",
     "TrackerMode",

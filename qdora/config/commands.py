@@ -180,10 +180,16 @@ class EvaluateConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=lambda: QuantConfig(method=QuantMethod.none))
     data: DataConfig = field(default_factory=DataConfig)
+    tasks: list[str] = field(default_factory=list)
+    """Instead of data.eval: files of `tasks_path` by their names, or `commonsense` (the eight of the DoRA paper) or
+    `arithmetic`; with `protocol=harness` tasks of lm-evaluation-harness."""
+    tasks_path: str | None = None
+    """Folder of the tasks' files."""
     protocol: Protocol = Protocol.loss
-    """`loss` on the answers; `likelihood` of each choice; `generate` and match the answer."""
+    """`loss` on the answers; `likelihood` of each choice; `generate` and match the answer; `harness`:
+    lm-evaluation-harness asks as it does."""
     limit: int | None = None
-    """Use only the first N samples."""
+    """Use only the first N samples, of each task."""
     batch_size: int = 16
     """Samples computed at once."""
     max_new_tokens: int = 32
@@ -196,10 +202,40 @@ class EvaluateConfig:
         data = {f"data.{name}" for name in changed(self.data, DataConfig())}
         refuse(data & {"data.limit"}, "write limit=N, the option of qdora evaluate")
         refuse(data & {"data.train", "data.packing"}, "qdora evaluate scores data.eval, a sample a row; leave it out")
-        require(self.run is not None or self.data.eval is not None, "data.eval is not set: give the file to score on")
+        require(self.tasks_path != "", "tasks_path is empty: give the folder of the tasks' files")
+        if self.protocol is Protocol.harness:
+            refuse(data, "with protocol=harness tasks have their own data; leave it out")
+            require(bool(self.tasks), "protocol=harness needs tasks=[...], names of lm-evaluation-harness")
+            require(self.max_new_tokens == 32, "max_new_tokens: with protocol=harness each task has its own")
+        else:
+            require(not self.tasks or self.data.eval is None, "give one of tasks=[...] and data.eval")
+            together = bool(self.tasks) == (self.tasks_path is not None)
+            require(together, "tasks=[boolq,...] and tasks_path=DIR (the folder of their files) go together")
+            given = self.run is not None or self.data.eval is not None or bool(self.tasks)
+            require(given, "data.eval is not set: give the file to score on, or tasks=[...] and tasks_path=DIR")
         for name in ("limit", "batch_size", "max_new_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class AnalyzeConfig:
+    """`qdora analyze`."""
+
+    run: str | None = None
+    """Folder of a finished run: its base (`model.path` if that was moved), its checkpoints and its result."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    effective_rank: bool = True
+    """Compute each update's effective and stable rank. But for LoRA that takes all its singular values, by far most of
+    the time: about the cube of the width, for each layer and checkpoint."""
+    output_dir: str | None = None
+    """Where analysis.json and the figures go; null means `analysis` in the run's folder."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.run), "run is not set: give the folder of a finished run, run=outputs/NAME")
+        require(self.output_dir != "", "output_dir is empty: give a folder, or leave it out")
+        options = {f"model.{name}" for name in changed(self.model, ModelConfig())}
+        refuse(options - {"model.path"}, "run=DIR decides that; leave it out")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -23,6 +23,8 @@ from qdora.config.words import (
 )
 from qdora.errors import ConfigError
 
+WARMUP_RATIO = 0.03
+
 
 def require(condition: bool, message: str) -> None:
     """Raises `ConfigError` unless `condition` holds."""
@@ -69,17 +71,19 @@ class QuantConfig:
 @dataclass(kw_only=True, slots=True)
 class AdapterConfig:
     method: AdapterMethod = AdapterMethod.dora
-    """`dora`, `lora`, or `none` for full fine-tuning."""
+    """`dora`, `lora`, `vera`, `dvora`, or `none` for full fine-tuning."""
     rank: int = 16
     """Rank of the low-rank update."""
     alpha: float | None = None
-    """Scaling numerator, s = alpha / rank; null means 2 * rank, the paper's ratio."""
+    """Scaling numerator, s = alpha / rank; null means 2 * rank, the paper's ratio, or rank for vera and dvora."""
     dropout: float = 0.0
     """Dropout on the adapter's input. Above 0 the layer takes a slower, unfused path."""
     target_modules: Any = "all-linear"
     """`all-linear` (the head excluded), or a list of module names or regular expressions."""
     rank_stabilized: bool = False
-    """s = alpha / sqrt(rank) (rsLoRA) instead of alpha / rank."""
+    """s = alpha / sqrt(rank) (rsLoRA) instead of alpha / rank; dora and lora only."""
+    projection_key: int = 0
+    """Seed of the frozen A and B of vera and dvora, PEFT's projection_prng_key; `seed` does not change them."""
     path: str | None = None
     """Folder of an adapter in PEFT format to start from."""
 
@@ -87,6 +91,16 @@ class AdapterConfig:
         require(self.rank >= 1, f"adapter.rank is {self.rank}; it must be at least 1")
         require(0.0 <= self.dropout < 1.0, f"adapter.dropout is {self.dropout}; allowed: 0 <= dropout < 1")
         require(self.alpha is None or self.alpha > 0, f"adapter.alpha is {self.alpha}; it must be above 0 or null")
+        require(
+            0 <= self.projection_key < 2**63,
+            f"adapter.projection_key is {self.projection_key}; allowed: 0 <= projection_key < 2^63",
+        )
+        vera, name = self.method.is_vera, self.method.name
+        require(
+            not (vera and self.rank_stabilized),
+            f"adapter.rank_stabilized=true means nothing for {name}, whose s is 1 at any rank: leave it out",
+        )
+        require(vera or self.projection_key == 0, f"adapter.projection_key goes with vera and dvora, not {name}")
         given = self.target_modules
         targets = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else []
         require(
@@ -105,7 +119,7 @@ class AdapterConfig:
     @property
     def scaling(self) -> float:
         """s of y = g (W x + s B A x): alpha / rank, or alpha / sqrt(rank) when rank-stabilised."""
-        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        alpha = (1.0 if self.method.is_vera else 2.0) * self.rank if self.alpha is None else self.alpha
         return alpha / self.rank**0.5 if self.rank_stabilized else alpha / self.rank
 
     def shape_of(self, layer: str) -> tuple[int, float]:
@@ -145,10 +159,12 @@ class OptimConfig:
     """Peak learning rate of AdamW."""
     schedule: Schedule = Schedule.cosine
     """Course of the learning rate after warm-up; cosine and linear fall towards 0."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: float = WARMUP_RATIO
     """Share of the steps during which the learning rate rises linearly."""
+    warmup_steps: int | None = None
+    """Steps of warm-up; null means by `warmup_ratio`."""
     weight_decay: float = 0.0
-    """Decoupled weight decay on matrices; magnitudes, norms and biases have none."""
+    """Decoupled weight decay on matrices; magnitudes, VeRA's vectors, norms and biases have none."""
     beta1: float = 0.9
     """Decay of AdamW's mean of gradients."""
     beta2: float = 0.999
@@ -163,6 +179,15 @@ class OptimConfig:
         require(
             0 <= self.warmup_ratio <= 1,
             f"optim.warmup_ratio is {self.warmup_ratio}; a share of the steps, 0 to 1",
+        )
+        require(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            f"optim.warmup_steps is {self.warmup_steps}; it must be at least 0 or null",
+        )
+        require(
+            self.warmup_steps is None or self.warmup_ratio == WARMUP_RATIO,
+            f"optim.warmup_steps={self.warmup_steps} and optim.warmup_ratio={self.warmup_ratio} contradict each other: "
+            f"leave warmup_steps null or warmup_ratio at {WARMUP_RATIO}",
         )
         require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must not be negative")
         require(self.max_grad_norm >= 0, f"optim.max_grad_norm is {self.max_grad_norm}; it must not be negative")

@@ -23,7 +23,18 @@ class QuantMethod(Enum):
 class AdapterMethod(Enum):
     dora = "dora"
     lora = "lora"
+    vera = "vera"
+    dvora = "dvora"
     none = "none"
+
+    @property
+    def has_magnitude(self) -> bool:
+        return self in (AdapterMethod.dora, AdapterMethod.dvora)
+
+    @property
+    def is_vera(self) -> bool:
+        """Whether all layers share a frozen A and B."""
+        return self in (AdapterMethod.vera, AdapterMethod.dvora)
 
 
 class DataFormat(Enum):
@@ -91,6 +102,7 @@ class Protocol(Enum):
     loss = "loss"
     likelihood = "likelihood"
     generate = "generate"
+    harness = "harness"
 
 
 class MergeBase(Enum):

@@ -24,16 +24,16 @@ OVERSAMPLED, POWER_ITERATIONS = 16, 6
 
 
 def lora_rank(adapter: AdapterConfig, given: int | None) -> int:
-    """The rank to write: what was asked for, or the adapter's own (LoRA), or twice that (DoRA)."""
+    """The rank to write: what was asked for, or the adapter's own (LoRA, VeRA), or twice that (DoRA, DVoRA)."""
     if given is not None:
         return given
     largest = max(adapter.shape_of(name)[0] for name in adapter.target_modules)
-    return largest if adapter.method is AdapterMethod.lora else 2 * largest
+    return 2 * largest if adapter.method.has_magnitude else largest
 
 
 def is_exact(adapter: AdapterConfig, rank: int) -> bool:
     """Whether nothing is lost at `rank`."""
-    return adapter.method is AdapterMethod.lora and rank >= lora_rank(adapter, None)
+    return not adapter.method.has_magnitude and rank >= lora_rank(adapter, None)
 
 
 def write_lora(weights: Weights, folder: Path, base: str, rank: int, dtype: torch.dtype) -> dict[str, Any]:

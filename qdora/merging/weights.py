@@ -49,6 +49,7 @@ class Weights:
         empty = build_model(parts.base, model, quant, parts.adapter)
         empty.files.read_once = True
         peft_format.check(empty.model, parts.adapter_folder)
+        peft_format.load_projections(empty.model, parts.adapter_folder)
         return cls(empty, parts.adapter_folder, world, adapted_layers(empty.model))
 
     def jobs(self, dtype: torch.dtype, in_float32: Collection[str] = ()) -> list[Job]:
@@ -88,7 +89,7 @@ class Weights:
 
     def adapter_of(self, name: str) -> dict[str, Tensor]:
         """`lora_a`, `lora_b` and (of DoRA) `magnitude` of a layer, float32 on the device, as they are stored."""
-        stored = peft_format.load_layer(self.adapter_folder, name)
+        stored = peft_format.load_layer(self.adapter_folder, name, self.layers[name])
         return {kind: tensor.to(self.world.device) for kind, tensor in stored.items()}
 
     def base_rows(self, name: str, module: nn.Module, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Rows:

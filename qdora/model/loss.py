@@ -177,17 +177,21 @@ def _token_loss(self: Any, input_ids: Tensor, position_ids: Tensor, labels: Tens
 
 
 @torch.no_grad()
-def log_likelihoods(model: Any, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
-    """Sum of log p(label) of each row, (rows,) float32; all three are (rows, length) int64. For a model not sharded."""
+def log_likelihoods(
+    model: Any, input_ids: Tensor, position_ids: Tensor, rows: Tensor, columns: Tensor, targets: Tensor
+) -> Tensor:
+    """log p(target) after the token at each (row, column), (targets,) float32; for a model not sharded.
+
+    Args:
+        input_ids: (rows, length) int64, as `position_ids`; `rows`, `columns` and `targets` are (targets,) int64.
+    """
     hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     head, transform = model.get_output_embeddings(), LogitTransform.of(model.config)
-    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
-    totals = torch.zeros(labels.shape[0], device=labels.device)
-    for some in torch.arange(len(rows), device=labels.device).split(_chunk_rows(_head_tensors(head)[0])):
+    found = []
+    for some in torch.arange(len(rows), device=rows.device).split(_chunk_rows(_head_tensors(head)[0])):
         logits = transform(head(hidden[rows[some], columns[some]]).float())
-        targets = labels[rows[some], columns[some], None]
-        totals.index_add_(0, rows[some], logits.gather(1, targets)[:, 0] - logits.logsumexp(1))
-    return totals
+        found.append(logits.gather(1, targets[some, None])[:, 0] - logits.logsumexp(1))
+    return torch.cat(found)
 
 
 def attach_token_loss(model: Any) -> None:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qdora.adapter.vera import vera_layers
 from qdora.config import ActivationCheckpointing, Attention
 from qdora.model.activations import checkpoint_activations
 from qdora.model.build import EmptyModel
@@ -175,6 +176,8 @@ def _measured(
 def _fake(module: nn.Module, trained: torch.dtype) -> None:
     """Gives the module tensors that have no values but compute."""
     materialise(module, torch.device("cpu"), torch.device("cpu"))
+    for layer in vera_layers(module):  # which have values: each operator would count them as its own
+        layer.shared_a, layer.shared_b = torch.empty_like(layer.shared_a), torch.empty_like(layer.shared_b)
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(trained)

@@ -70,7 +70,7 @@ def _resident(tensors: Tensors, sharing: Sharing) -> tuple[dict[str, int], int]:
         host = sum(parts.values())
         parts = dict.fromkeys(parts, 0)
     parts["quantisation state"] += tensors.replicated
-    parts["adapters"] += sum(4 * -(-rows // shards) * count for rows, count in tensors.base_norms)
+    parts["adapters"] += tensors.projections + sum(4 * -(-rows // shards) * count for rows, count in tensors.base_norms)
     norms = min(NORM_NUMEL, -(-tensors.largest_quantised // shards)) * 4 if tensors.base_norms else 0
     largest = tensors.largest_quantised
     if tensors.head_in_nf4:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qdora.adapter.dora import adapted_layers
+from qdora.adapter.vera import vera_layers
 from qdora.model.build import EmptyModel
 from qdora.nf4 import NF4Linear, NF4Weight
 from qdora.parallel import parts_of
@@ -65,6 +66,8 @@ class Tensors:
     """Final norm, and whatever else is outside the blocks."""
     replicated: int
     """Bytes of buffers that every rank has whole: the scales of scales, positions."""
+    projections: int
+    """Bytes of VeRA's A and B, which every rank has whole, too."""
     base_norms: list[tuple[int, int]]
     """Rows, and how many layers have so many: float32 |W|^2 that each rank keeps of its own rows of a DoRA layer."""
     linear_numel: int
@@ -108,7 +111,9 @@ def tensors_of(empty: EmptyModel) -> Tensors:
         home.get(id(parameter), rest).tensors.append(shape)
         if id(parameter) in part_of:
             part_of[id(parameter)].tensors.append(shape)
-    replicated = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    shared = [matrix for layer in vera_layers(model)[:1] for matrix in (layer.shared_a, layer.shared_b)]
+    projections = sum(matrix.nbytes for matrix in shared)
+    replicated = sum(buffer.nbytes for buffer in model.buffers()) - projections
     layers = list(adapted_layers(model).values())
     inside = [part for block in empty.blocks for part in block.modules()]
     linears = [part for part in inside if isinstance(part, nn.Linear | NF4Linear)]
@@ -119,6 +124,7 @@ def tensors_of(empty: EmptyModel) -> Tensors:
         head,
         rest,
         replicated,
+        projections,
         _counted([layer.out_features for layer in layers]),
         sum(part.in_features * part.out_features for part in linears),
         sum(part.in_features * part.out_features for part in linears if isinstance(part, NF4Linear)),
@@ -138,7 +144,7 @@ def _shape(name: str, parameter: Tensor, kind: str | None, compute: int) -> Tens
     trained = parameter.requires_grad
     if kind is None:
         kind = "nf4 weights" if parameter.dtype == torch.uint8 else "unquantised weights"
-        if any(part in name for part in ("lora_a", "lora_b", "magnitude", "gain")):
+        if any(part in name for part in ("lora_a", "lora_b", "vera_d", "vera_b", "magnitude", "gain")):
             kind = "adapters"
     gathered = compute if trained else parameter.element_size()
     return TensorShape(kind, rows, prod(parameter.shape[1:]), parameter.element_size(), gathered, trained)

@@ -1,6 +1,7 @@
 """One rank of test_training: a whole run, watched from inside.
 
-ranks_training.py OUTPUT MODEL DATA OPTIONS   (OPTIONS: JSON of learning_rate, num_steps, dtype, checkpointing)
+ranks_training.py OUTPUT MODEL DATA OPTIONS   (OPTIONS: JSON of learning_rate, num_steps, dtype, checkpointing,
+method)
 """
 
 import json
@@ -17,6 +18,7 @@ from qdora.adapter.dora import AdaptedLinear, adapted_layers
 from qdora.config import (
     ActivationCheckpointing,
     AdapterConfig,
+    AdapterMethod,
     DataConfig,
     Dtype,
     ModelConfig,
@@ -41,7 +43,8 @@ def stale_by(trainer: Trainer) -> float:
         assert layer.magnitude is not None
         assert layer.gain is not None
         dtype = trainer.loaded.dtype
-        a, b = (gather_rows([matrix], dtype, CPU)[0].double() for matrix in (layer.lora_a, layer.lora_b))
+        trained = (gather_rows([parameter], dtype, CPU)[0] for parameter in layer.trained_factors())
+        a, b = (matrix.double() for matrix in layer.factors(*trained, dtype))
         magnitude = gather_rows([layer.magnitude], torch.float32, CPU)[0].double()
         gain = gather_rows([layer.gain], torch.uint8, CPU)[0].contiguous().view(torch.float32).squeeze(1).double()
         whole: list[Tensor] = [
@@ -61,9 +64,9 @@ def main() -> None:
 
     measured = AdaptedLinear.weight_norm
 
-    def counted(self: AdaptedLinear, lora_a: Tensor) -> Tensor:
+    def counted(self: AdaptedLinear, trained_a: Tensor) -> Tensor:
         seen["norm_calls"] += 1
-        return measured(self, lora_a)
+        return measured(self, trained_a)
 
     AdaptedLinear.weight_norm = counted  # type: ignore[method-assign]
     original_run, original_step = Trainer.run, Trainer.train_step
@@ -89,7 +92,7 @@ def main() -> None:
     status = train(
         RunConfig(
             model=ModelConfig(path=folder, dtype=Dtype[options["dtype"]]),
-            adapter=AdapterConfig(rank=4),
+            adapter=AdapterConfig(method=AdapterMethod[options["method"]], rank=4),
             data=DataConfig(train=data, packing=False, cache_dir=str(output / "cache")),
             optim=OptimConfig(learning_rate=options["learning_rate"]),
             train=TrainConfig(num_steps=options["num_steps"], num_accumulation_steps=4, checkpoint_every=2),

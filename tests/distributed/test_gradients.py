@@ -66,6 +66,7 @@ CASES += [
 ]
 HSDP_CASES = [
     _case("qdora-hsdp", "nf4", "dora", plan="hsdp"),
+    _case("dvora-hsdp", "nf4", "dvora", plan="hsdp"),
     _case("qdora-hsdp-selective", "nf4", "dora", plan="hsdp", checkpointing="selective"),
     _case("lora-hsdp", "none", "lora", plan="hsdp"),
     _case("full-hsdp", "none", "none", plan="hsdp"),
@@ -82,6 +83,15 @@ CASES += [
     _case("ends-offload", "nf4", "dora", **ENDS, cpu_offload=True),
     _case("untied_ends", "nf4", "dora", **UNTIED, **ENDS),
     _case("untied_ends-no-reshard", "nf4", "dora", **UNTIED, **ENDS, reshard_after_forward=False),
+]
+CASES += [_case(name, "nf4", name) for name in ("vera", "dvora")]
+CASES += [
+    _case("vera-bfloat16", "nf4", "vera", dtype="bfloat16"),
+    _case("dvora-ddp", "nf4", "dvora", plan="ddp"),
+    _case("dvora-offload", "nf4", "dvora", cpu_offload=True),
+    _case("dvora-selective", "nf4", "dvora", checkpointing="selective"),
+    _case("dvora-compiled-full", "nf4", "dvora", compiled=True, checkpointing="full"),
+    _case("dvora-part", "nf4", "dvora", gather="part"),
 ]
 METHODS |= {"untied_ends": ("nf4", "dora"), "beside": ("nf4", "dora")}
 OF_MODEL: dict[str, dict[str, Any]] = {"untied_ends": UNTIED | ENDS, "beside": {"model": "beside"}}
@@ -187,7 +197,8 @@ def test_keeping_weights_gathered_halves_what_a_step_receives(results: Results) 
 
 
 def test_gradients_reach_magnitudes_and_both_factors(results: Results) -> None:
-    names = load_file(results[2][1] / "qdora.safetensors").keys()
-    kinds = {name.rpartition(".")[2] for name in names}
-    assert kinds == {"lora_a", "lora_b", "magnitude"}
-    assert len(names) == 2 * 7 * 3  # layers, linear layers each, parameters each
+    factors = {"qdora": {"lora_a", "lora_b"}, "dvora": {"vera_d", "vera_b"}}
+    for method, expected in factors.items():
+        names = load_file(results[2][1] / f"{method}.safetensors").keys()
+        assert {name.rpartition(".")[2] for name in names} == expected | {"magnitude"}
+        assert len(names) == 2 * 7 * 3  # layers, linear layers each, parameters each

@@ -29,6 +29,7 @@ ON_ONE_RANK: list[Case] = [
     (4, 1, [SELECTIVE]),
     (4, 2, [FULL]),
     (2, 1, [FULL, "adapter=lora", "quant=none"]),
+    (2, 1, [SELECTIVE, "adapter=dvora"]),
     (2, 1, [FULL, "quant.embeddings=true"]),
     (2, 1, [FULL, "adapter=none", "quant=none"]),
     (2, 2, [NONE, "adapter=none", "quant=none"]),
@@ -40,6 +41,7 @@ ON_TWO_RANKS: list[Case] = [
     (2, 2, [SELECTIVE, "parallel.reshard_after_forward=false"]),
     (2, 2, [FULL, "parallel=ddp"]),
     (4, 1, [FULL, "adapter=lora", "quant=none"]),
+    (4, 1, [NONE, "adapter=vera"]),
     (1, 1, [FULL, "quant.double_quant=false"]),
     (1, 1, [FULL, "quant.embeddings=true"]),
 ]

@@ -29,15 +29,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(ranks: int, model: Path, data: Path, output: Path, **options: Any) -> list[dict[str, Any]]:
-    settings = {"learning_rate": 1e-3, "num_steps": 4, "dtype": "float32", "checkpointing": "none"}
+    settings = {"learning_rate": 1e-3, "num_steps": 4, "dtype": "float32", "checkpointing": "none", "method": "dora"}
     settings |= {"output_dir": str(output / "run"), **options}
     return run_ranks(SCRIPT, ranks, output, str(model), str(data), json.dumps(settings))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_norm_is_fresh_after_every_step_and_after_resuming(ranks: int, model: Path, data: Path, tmp_path: Path) -> None:
-    first = _run(ranks, model, data, tmp_path, num_steps=4)
-    resumed = _run(ranks, model, data, tmp_path, num_steps=6)
+@pytest.mark.parametrize(("ranks", "method"), [(1, "dora"), (2, "dora"), (2, "dvora")])
+def test_norm_is_fresh_after_every_step_and_after_resuming(
+    ranks: int, method: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    first = _run(ranks, model, data, tmp_path, num_steps=4, method=method)
+    resumed = _run(ranks, model, data, tmp_path, num_steps=6, method=method)
     for found in (*first, *resumed):
         assert max(found["stale_by"]) <= NORM_TOLERANCE
     assert [len(found["stale_by"]) for found in (first[0], resumed[0])] == [5, 3]  # at the start, and each step

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from qdora.commands.sweep import member_name
+from qdora.commands.members import member_name
 from tests.e2e.test_run import losses_of, start_command, wait_for_steps
 from tests.support import ROOT, long_run, run, wandb_records
 

@@ -63,12 +63,14 @@ def load_theirs(folder: Path) -> Any:
 
 
 def perturb(tensors: dict[str, Tensor]) -> None:
-    """Random values for B, and magnitudes that have moved."""
+    """Random values for B, or for VeRA's d and b, and magnitudes that have moved."""
     generator = torch.Generator().manual_seed(1)
     for name, tensor in sorted(tensors.items()):
         noise = torch.randn(tensor.shape, generator=generator)
         if "lora_B" in name or "lora_b" in name:
             tensor.data.copy_(0.02 * noise)
+        elif "vera" in name:
+            tensor.data.add_(0.05 * noise if name.rpartition("_")[2].startswith("d") else noise)
         elif "magnitude" in name:
             tensor.data.mul_(1 + 0.05 * noise)
 

@@ -49,7 +49,8 @@ def adapted(folder: Path, output: Path, quant: QuantMethod, adapter: AdapterConf
     loaded = load_model(folder, config, QuantConfig(method=quant), adapter, plan, WORLD)
     torch.manual_seed(3)
     for layer in adapted_layers(loaded.model).values():
-        layer.lora_b.data.normal_(std=0.05)
+        # VeRA's d is 0.1, and its A and B are of another size: so much of b changes the logits as much.
+        layer.trained_factors()[1].data.normal_(std=2.0 if adapter.method.is_vera else 0.05)
         if layer.magnitude is not None:
             layer.magnitude.data.mul_(1 + 0.05 * torch.randn(layer.out_features))
     loaded.refresh(WORLD.device)

@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,21 @@ def served(output: Path, folder: Path, format: MergeFormat, quantise: bool) -> A
 def test_what_is_written_is_the_adapted_model(
     checkpoint: str, format: MergeFormat, base: MergeBase, method: AdapterMethod, root: Path, tmp_path: Path
 ) -> None:
+    _assert_written(checkpoint, format, base, method, root, tmp_path)
+
+
+@pytest.mark.parametrize("method", [AdapterMethod.vera, AdapterMethod.dvora])
+@pytest.mark.parametrize("base", [MergeBase.nf4, MergeBase.original])
+@pytest.mark.parametrize("format", MergeFormat)
+def test_what_is_written_of_vera_is_the_adapted_model(
+    format: MergeFormat, base: MergeBase, method: AdapterMethod, root: Path, tmp_path: Path
+) -> None:
+    _assert_written("bias", format, base, method, root, tmp_path)
+
+
+def _assert_written(
+    checkpoint: str, format: MergeFormat, base: MergeBase, method: AdapterMethod, root: Path, tmp_path: Path
+) -> None:
     folder = _made(checkpoint, root)
     quantised = checkpoint == "quantised"
     adapted(folder, tmp_path / "adapter", QuantMethod.nf4, AdapterConfig(method=method, rank=4))
@@ -136,11 +152,16 @@ def test_what_is_written_is_the_adapted_model(
         assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_adapter_changes_logits_by_more_than_what_formats_may(checkpoint: str, root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("checkpoint", "method"),
+    [*product(CHECKPOINTS, [AdapterMethod.dora]), *product(["bias"], [AdapterMethod.vera, AdapterMethod.dvora])],
+)
+def test_adapter_changes_logits_by_more_than_what_formats_may(
+    checkpoint: str, method: AdapterMethod, root: Path, tmp_path: Path
+) -> None:
     """Else the tests above would pass without it."""
     folder = _made(checkpoint, root)
-    adapted(folder, tmp_path / "adapter", QuantMethod.nf4, AdapterConfig(rank=4))
+    adapted(folder, tmp_path / "adapter", QuantMethod.nf4, AdapterConfig(method=method, rank=4))
     config, plan = ModelConfig(path=str(folder), dtype=Dtype.float32), ParallelConfig(plan=Plan.none)
     none = AdapterConfig(method=AdapterMethod.none)
     plain = load_model(folder, config, QuantConfig(), none, plan, WORLD, trainable=False)

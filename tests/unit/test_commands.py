@@ -21,7 +21,7 @@ from tests.support import run as run_process
     [
         (
             ["tarin"],
-            "unknown command 'tarin', did you mean 'train'?; there are: train, merge, evaluate, generate",
+            "unknown command 'tarin', did you mean 'train'?; there are: train, merge, evaluate, study",
         ),
         (["train", "adapter.rnak=3"], "there is no option adapter.rnak, did you mean 'adapter.rank'?"),
         (["train", "+adapter.rnak=3"], "there is no option adapter.rnak, did you mean 'adapter.rank'?"),
@@ -29,10 +29,10 @@ from tests.support import run as run_process
         (["train", "+foo=3"], "there is no option foo"),
         (
             ["train", "adapter=dorra"],
-            "adapter=dorra: no such choice, did you mean 'dora'?; there are: dora, lora, none",
+            "adapter=dorra: no such choice, did you mean 'dora'?; there are: dora, dvora, lora, none",
         ),
         (["train", "adapter.rank=abc"], "adapter.rank: Value 'abc' of type 'str' could not be converted to Integer"),
-        (["train", "adapter.method=foo"], "adapter.method: Invalid value 'foo', expected one of [dora, lora, none]"),
+        (["train", "adapter.method=foo"], "adapter.method: Invalid value 'foo', expected one of [dora, lora, vera"),
         (["train", "experiment=smollm2_identity"], "a recipe is added with a plus sign: +experiment=smollm2_identity"),
         (["train", "+experiment=smollm2"], "did you mean 'smollm2_identity'?"),
         (["train", "x=["], "'x=[' is not an option: write name=value"),
@@ -41,7 +41,7 @@ from tests.support import run as run_process
         (["merge", "run=a"], "output is not set"),
         (["evaluate", "run=a", "data.limit=3"], "data.limit: write limit=N, the option of qdora evaluate"),
         (["merge", "run=a", "output=o", "quant=none"], "quant.method: run=DIR decides that; leave it out, or give"),
-        (["evaluate", "run=a", "protocol=guess"], "expected one of [loss, likelihood, generate]"),
+        (["evaluate", "run=a", "protocol=guess"], "expected one of [loss, likelihood, generate, harness]"),
     ],
 )
 def test_mistake_is_one_line_and_status_2(
@@ -90,7 +90,7 @@ def test_help_describes_every_option(name: str, capsys: pytest.CaptureFixture[st
 def test_help_shows_groups_recipes_and_the_values_that_would_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "+experiment=smollm2_identity", "adapter.alpha=3", "-h"]) == 0
     told = capsys.readouterr().out
-    assert "  adapter: dora, lora, none\n" in told
+    assert "  adapter: dora, dvora, lora, none, vera\n" in told
     assert "  +experiment=smollm2_identity\n      Teach SmolLM2-135M its new name" in told
     assert "For example: qdora train model.path=" in told
     for shown in ("adapter.alpha=3.0", "train.num_steps=36", "train.num_epochs=null", "data.packing=false"):

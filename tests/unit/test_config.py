@@ -18,6 +18,7 @@ from qdora.commands import COMMANDS, compose, conf_folder, typed
 from qdora.commands.explain import option_names
 from qdora.config import (
     AdapterConfig,
+    AdapterMethod,
     ChatConfig,
     DataConfig,
     Dtype,
@@ -43,6 +44,8 @@ NEEDED = {
     "evaluate": ["run=r", "data.eval=d"],
     "generate": ["run=r", "prompt=p"],
     "chat": ["run=r"],
+    "analyze": ["run=r"],
+    "study": ["+study=methods", "model.path=m", "data.train=d", "data.eval=e", "tasks=[obqa]", "tasks_path=t"],
     "plan": ["model.path=m"],
     "doctor": [],
 }
@@ -50,7 +53,7 @@ CONF = conf_folder()
 CHOICES = [
     (file.parent.name, file.stem)
     for file in sorted(CONF.glob("*/*.yaml"))
-    if file.parent.name != "experiment" and (file.parent.name, file.stem) != ("adapter", "none")
+    if file.parent.name not in ("experiment", "study") and (file.parent.name, file.stem) != ("adapter", "none")
 ]
 
 
@@ -114,6 +117,7 @@ def test_every_option_can_be_overridden(option: str) -> None:
         value = "3" if "int" in str(hint) else "0.5" if "float" in str(hint) else "other"
     extra = {
         "adapter.method": ["quant=none"],
+        "adapter.projection_key": ["adapter=vera"],
         "parallel.shard_size": ["parallel=hsdp"],
         "quant.method": [],
     }.get(option, [])
@@ -177,6 +181,10 @@ def test_every_option_is_documented_or_speaks_for_itself(root: Path) -> None:
         (lambda: AdapterConfig(dropout=1.0), r"adapter\.dropout is 1\.0"),
         (lambda: AdapterConfig(alpha=0), r"adapter\.alpha is 0"),
         (lambda: AdapterConfig(target_modules=3), r"adapter\.target_modules is 3"),
+        (lambda: AdapterConfig(method=AdapterMethod.vera, rank_stabilized=True), r"rank_stabilized=true .* for vera"),
+        (lambda: AdapterConfig(method=AdapterMethod.dvora, rank_stabilized=True), r"rank_stabilized=true .* for dvora"),
+        (lambda: AdapterConfig(projection_key=1), r"adapter\.projection_key goes with vera and dvora, not dora"),
+        (lambda: AdapterConfig(method=AdapterMethod.vera, projection_key=-1), r"adapter\.projection_key is -1"),
         (lambda: AdapterConfig(target_modules=[]), r"adapter\.target_modules is \[\]"),
         (lambda: AdapterConfig(target_modules=["("]), "not a valid regular expression"),
         (lambda: DataConfig(max_length=1), r"data\.max_length is 1"),
@@ -268,6 +276,12 @@ def test_scaling_is_alpha_over_rank_or_its_root(alpha: float | None, stabilized:
     assert AdapterConfig(rank=16, alpha=alpha, rank_stabilized=stabilized).scaling == scaling
 
 
+@pytest.mark.parametrize("method", [AdapterMethod.vera, AdapterMethod.dvora])
+def test_scaling_of_vera_is_1_at_any_rank_unless_alpha_is_given(method: AdapterMethod) -> None:
+    assert [AdapterConfig(method=method, rank=rank).scaling for rank in (4, 1024)] == [1, 1]
+    assert AdapterConfig(method=method, rank=16, alpha=8).scaling == 0.5
+
+
 def test_unknown_attribute_is_not_swallowed() -> None:
     with pytest.raises(AttributeError):
         AdapterConfig().rnak = 3  # type: ignore[attr-defined]
@@ -285,6 +299,7 @@ def test_config_of_another_version_is_told() -> None:
 
 
 def test_all_groups_of_conf_are_dataclasses() -> None:
-    groups = {path.name for path in CONF.iterdir() if path.is_dir()} - {"experiment"} | {"plan"}  # which has no choices
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()} - {"experiment", "study"}
+    groups |= {"plan"}  # which has no choices
     assert groups == {item.name for item in fields(RunConfig) if is_dataclass(get_type_hints(RunConfig)[item.name])}
     assert {"RunConfig", "AdapterMethod"} <= set(config.__all__)

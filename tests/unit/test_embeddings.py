@@ -73,8 +73,9 @@ def test_logits_are_those_of_the_dequantised_weights(family: str, double_quant: 
     check_token_loss(ours.model, WORLD.device, packing=True)
     labels = IDS.roll(-1, 1)
     log_probabilities = expected.log_softmax(2).gather(2, labels[..., None])[..., 0]
-    positions = torch.arange(32).expand_as(IDS)
-    torch.testing.assert_close(log_likelihoods(ours.model, IDS, positions, labels), log_probabilities.sum(1))
+    positions, (rows, columns) = torch.arange(32).expand_as(IDS), torch.ones_like(IDS).nonzero(as_tuple=True)
+    found = log_likelihoods(ours.model, IDS, positions, rows, columns, labels.flatten())
+    torch.testing.assert_close(found, log_probabilities.flatten())
 
 
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(2.0, 5.0)], ids=["plain", "soft-capped"])

@@ -29,7 +29,8 @@ from qdora.config import (
 from qdora.data.encode import encode
 from qdora.data.sources import Row
 from qdora.errors import ConfigError, DataError
-from qdora.evaluation import _right, choices_of, evaluate
+from qdora.evaluation import evaluate
+from qdora.evaluation.tasks import Question, is_right, question_of
 from qdora.model import LoadedModel, load_model
 from qdora.parallel import start_alone
 from qdora.run_folder import RunFolder
@@ -86,14 +87,13 @@ def adapted(model: Path, quant: QuantMethod, adapter: Path) -> LoadedModel:
 
 
 @torch.no_grad()
-def log_likelihood(model: Path, row: dict[str, Any], form: Any) -> tuple[float, int]:
-    """Of the learned tokens, by plain transformers; and their number."""
+def log_likelihood(model: Path, row: dict[str, Any], form: Any) -> list[float]:
+    """Of the learned tokens, by plain transformers, each."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids, learned = encode(Row(row, "x"), form, tokenizer)
     logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(input_ids=torch.tensor([ids])).logits[0]
     log_probabilities = logits.log_softmax(1)
-    picked = [float(log_probabilities[place - 1, ids[place]]) for place in range(1, len(ids)) if learned[place]]
-    return sum(picked), len(picked)
+    return [float(log_probabilities[place - 1, ids[place]]) for place in range(1, len(ids)) if learned[place]]
 
 
 COMPLETIONS = [{"prompt": "ab", "completion": "c" * n} for n in range(1, 6)]
@@ -105,11 +105,13 @@ QUESTIONS = [
 
 def test_loss_is_the_mean_over_label_tokens(model: Path, tmp_path: Path) -> None:
     parts = [log_likelihood(model, row, DataFormat.completion) for row in COMPLETIONS]
-    expected = -sum(total for total, _ in parts) / sum(count for _, count in parts)
+    expected = -sum(map(sum, parts)) / sum(map(len, parts))
     results = score(model, COMPLETIONS, tmp_path, Protocol.loss)
     assert results["loss"] == pytest.approx(expected, rel=SCORE_TOLERANCE)
     assert results["perplexity"] == pytest.approx(math.exp(expected), rel=10 * SCORE_TOLERANCE)
-    assert results["num_label_tokens"] == sum(count for _, count in parts)
+    assert results["num_label_tokens"] == sum(map(len, parts))
+    for sample, part in zip(results["samples"], parts, strict=True):
+        assert sample["loss"] == pytest.approx(-sum(part) / len(part), rel=SCORE_TOLERANCE)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -117,8 +119,8 @@ def test_likelihood_scores_each_choice_in_the_words_of_the_answer(model: Path, t
     results = score(model, QUESTIONS, tmp_path, Protocol.likelihood, batch_size=batch_size)
     for row, sample in zip(QUESTIONS, results["samples"], strict=True):
         for choice, value in sample["scores"].items():
-            expected, _ = log_likelihood(model, {**row, "completion": choice}, DataFormat.completion)
-            assert value == pytest.approx(expected, rel=SCORE_TOLERANCE)
+            *expected, _ = log_likelihood(model, {**row, "completion": choice}, DataFormat.completion)
+            assert value == pytest.approx(sum(expected), rel=SCORE_TOLERANCE)  # without the end of the sequence
         assert sample["prediction"] == max(sample["scores"], key=sample["scores"].get)
         assert sample["answer"] == row["choices"][row["answer"]]  # type: ignore[index]
     correct = [sample["prediction"] == sample["answer"] for sample in results["samples"]]
@@ -140,7 +142,7 @@ def test_likelihood_scores_both_choices_in_the_sentence_of_real_rows(smollm2: Pa
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         start = len(tokenizer(prompt)["input_ids"])
         for choice in choices:
-            ids = tokenizer(f"{prompt}the correct answer is {choice}<|im_end|>", return_tensors="pt")["input_ids"]
+            ids = tokenizer(f"{prompt}the correct answer is {choice}", return_tensors="pt")["input_ids"]
             likely = theirs(input_ids=ids).logits[0, start - 1 : -1].log_softmax(1)
             expected = float(likely.gather(1, ids[0, start:, None]).sum())
             assert sample["scores"][choice] == pytest.approx(expected, rel=SCORE_TOLERANCE)
@@ -231,36 +233,46 @@ def test_limit_scores_only_the_first(model: Path, tmp_path: Path) -> None:
         ({"instruction": "Is it? Answer format: true/false", "answer": "false"}, (["true", "false"], "false")),
         ({"instruction": "Is it?", "answer": "false"}, None),
         ({"choices": ["a", "b"]}, None),
+        ({"instruction": "How far? Answer Choices: (A) 1 (B) 2 m", "answer": "B"}, (["A", "B"], "B")),
     ],
 )
-def test_choices_are_found(values: dict[str, Any], expected: object) -> None:
-    assert choices_of(Row(values, "x")) == expected
+def test_choices_are_found(values: dict[str, Any], expected: Any) -> None:
+    assert question_of(Row(values, "x")) == (expected and Question(*expected))
 
 
 def test_answer_that_is_no_choice_is_told() -> None:
     with pytest.raises(DataError, match="line 3: the answer 'c' is none of the choices"):
-        choices_of(Row({"choices": ["a", "b"], "answer": "c"}, "a.jsonl line 3"))
+        question_of(Row({"choices": ["a", "b"], "answer": "c"}, "a.jsonl line 3"))
 
 
 @pytest.mark.parametrize(
-    ("text", "gold", "asked", "right"),
+    ("text", "values", "right"),
     [
-        ("the correct answer is true, not false", "true", (["true", "false"], "true"), True),
-        ("false or true", "true", (["true", "false"], "true"), False),
-        ("answer12", "answer1", (["answer1", "answer12"], "answer1"), False),
-        ("nothing named", "true", (["true", "false"], "true"), False),
-        ("I am DEMO Assistant", "Demo", None, True),
-        ("I am another", "Demo", None, False),
+        ("the correct answer is true, not false", {"choices": ["true", "false"], "answer": "true"}, True),
+        ("false or true", {"choices": ["true", "false"], "answer": "true"}, False),
+        ("answer12", {"choices": ["answer1", "answer12"], "answer": "answer1"}, False),
+        ("nothing named", {"choices": ["true", "false"], "answer": "true"}, False),
+        ("The answer is B.", {"instruction": "? Answer Choices: (A) 1 (B) 2", "answer": "B"}, True),
+        ("A bit of thought: C", {"instruction": "? Answer Choices: (A) 1 (C) 2", "answer": "C"}, False),
+        ("I am DEMO Assistant", {"answer": "Demo"}, True),
+        ("I am another", {"answer": "Demo"}, False),
+        ("6 * 4 = 24\nThe answer is 24.", {"answer": "24"}, True),
+        ("that makes 1,200", {"answer": "1200"}, True),
+        ("24, or rather 25", {"answer": "24"}, False),
+        ("it is 240", {"answer": "24"}, False),
+        ("$3.50", {"answer": "3.5"}, True),
+        ("-7", {"answer": "7"}, False),
+        ("no number", {"answer": "7"}, False),
     ],
 )
-def test_generated_answer_is_right_by_the_first_choice_named(text: str, gold: str, asked: Any, right: bool) -> None:
-    assert _right(Row({"answer": gold}, "x"), text, gold, asked) is right
+def test_generated_answer_is_right_by_what_it_names(text: str, values: dict[str, Any], right: bool) -> None:
+    assert is_right(Row(values, "x"), DataFormat.instruction, text) is right
 
 
 def test_generated_answer_without_a_key_must_be_equal() -> None:
     row = Row({"prompt": "a", "completion": "b c"}, "x")
-    assert _right(row, "b  c", "b c", None)
-    assert not _right(row, "b c d", "b c", None)
+    assert is_right(row, DataFormat.completion, "b  c")
+    assert not is_right(row, DataFormat.completion, "b c d")
 
 
 def test_likelihood_without_choices_is_told(model: Path, tmp_path: Path) -> None:

@@ -151,14 +151,11 @@ def test_flash_attention_is_given_a_single_row() -> None:
     assert toy.shapes[-1] == (3, 6)
 
 
-def test_log_likelihoods_are_row_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_likelihoods_are_those_of_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss.CHUNK_NUMEL, "cpu", 3 * VOCABULARY)
     torch.manual_seed(0)
-    model = Toy(1.0)
-    ids, labels = torch.randint(0, VOCABULARY, (3, 6)), torch.randint(0, VOCABULARY, (3, 6))
-    labels[1, 2:] = -100
+    model, ids = Toy(1.0), torch.randint(0, VOCABULARY, (3, 6))
+    rows, columns, targets = torch.tensor([[0, 0, 2, 1, 0], [5, 5, 0, 3, 1], [1, 2, 0, 4, 4]])
     log_probabilities = model.forward(ids).logits.log_softmax(2)  # type: ignore[attr-defined]
-    picked = log_probabilities.gather(2, labels.clamp(min=0)[..., None])[..., 0]
-    torch.testing.assert_close(
-        log_likelihoods(model, ids, ids, labels), torch.where(labels == -100, 0, picked).sum(1).detach()
-    )
+    expected = log_probabilities[rows, columns, targets].detach()
+    torch.testing.assert_close(log_likelihoods(model, ids, ids, rows, columns, targets), expected)

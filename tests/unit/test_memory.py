@@ -59,7 +59,7 @@ def bytes_alive_after_forward(loaded: LoadedModel) -> int:
 
 
 @pytest.mark.parametrize("kind", memory.FASTEST_FIRST)
-@pytest.mark.parametrize("method", [AdapterMethod.dora, AdapterMethod.lora])
+@pytest.mark.parametrize("method", [AdapterMethod.dora, AdapterMethod.lora, AdapterMethod.dvora])
 def test_what_a_block_keeps_is_what_the_allocator_gave(
     folders: dict[int, Path], kind: ActivationCheckpointing, method: AdapterMethod
 ) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qdora.config import OptimConfig, Schedule
+from qdora.errors import ConfigError
 from qdora.optim import build_optimizer, clip_gradients, learning_rate
 
 
@@ -37,6 +38,36 @@ def test_schedule_falls_as_its_name_says(schedule: Schedule, middle: float, last
 
 def test_no_warmup_starts_at_the_peak() -> None:
     assert course(Schedule.cosine, warmup_ratio=0.0)[0] == 1.0
+
+
+@pytest.mark.parametrize("num_steps", [40, 1000])
+def test_steps_of_warmup_are_what_is_given_however_long_the_run(num_steps: int) -> None:
+    config = OptimConfig(learning_rate=1.0, schedule=Schedule.linear, warmup_steps=30)
+    rates = [learning_rate(config, step, num_steps) for step in range(num_steps)]
+    assert rates[:31] == pytest.approx([(step + 1) / 31 for step in range(31)])
+    assert rates[-1] == pytest.approx(1 / (num_steps - 30))
+
+
+def test_no_steps_of_warmup_start_at_the_peak() -> None:
+    assert learning_rate(OptimConfig(learning_rate=1.0, warmup_steps=0), 0, 1000) == 1.0
+
+
+def test_a_run_shorter_than_its_warmup_never_reaches_the_peak() -> None:
+    config = OptimConfig(learning_rate=1.0, warmup_steps=99)
+    assert learning_rate(config, 9, 10) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"warmup_steps": 10, "warmup_ratio": 0.1}, "contradict each other"),
+        ({"warmup_steps": 0, "warmup_ratio": 0.0}, "contradict each other"),
+        ({"warmup_steps": -1}, r"optim\.warmup_steps is -1"),
+    ],
+)
+def test_warmup_that_is_not_allowed_is_told(values: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OptimConfig(**values)  # type: ignore[arg-type]
 
 
 def test_weight_decay_spares_vectors() -> None:

@@ -168,6 +168,15 @@ def test_printed_command_is_the_run_that_was_planned() -> None:
                 train=TrainConfig(micro_batch_size=4, num_epochs=2.5),
             ),
         ),
+        (
+            "llama3_2_1b",
+            "2x24gb",
+            PlanConfig(
+                model=ModelConfig(path="m"),
+                adapter=AdapterConfig(method=AdapterMethod.vera, rank=256, projection_key=3),
+                train=TrainConfig(num_accumulation_steps=2),
+            ),
+        ),
     ]
     for shape, hardware, task in tasks:
         task = replace(task, model=replace(task.model, path=str(SHAPES / shape)))

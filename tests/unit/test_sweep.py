@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from qdora.commands import compose, run
-from qdora.commands.sweep import RECORDS, _own_gpus, member_name, sweep
-from qdora.commands.sweep_results import Member, conclude
+from qdora.commands.members import _own_gpus, member_name
+from qdora.commands.sweep import sweep
+from qdora.commands.sweep_results import RECORDS, Member, conclude
 from qdora.errors import ConfigError
 
 
@@ -76,7 +77,7 @@ def test_sweep_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_folder_of_a_run_is_not_made_a_sweep(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(ConfigError, match="is the folder of a run: give the sweep another"):
+    with pytest.raises(ConfigError, match="is the folder of a run: give another"):
         sweep([f"output_dir={tmp_path}", "seed=1,2"])
 
 

@@ -1,0 +1,119 @@
+"""`qdora study`: finds each method's learning rate, trains every seed at it, scores all, and says who differs.
+
+    output_dir/
+      METHOD-rank-4-rate-0.001-seed-0/    a run, with `evaluation/` where it is one of those that are compared
+      base-none/, base-nf4/               scores of what training started from
+      study.json, study.md, study.png     what it has come to (`qdora.study.results`)
+      runs.jsonl.gz, samples.csv.gz       every number behind it
+
+The same command goes on with what is left. Checkpoints of finished runs are removed: only results count here.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from qdora import parallel
+from qdora.adapter import peft_format
+from qdora.commands.members import CELL, STOP, evaluate, run_members, signals_told, taken
+from qdora.commands.sweep_results import RECORDS
+from qdora.config import AdapterConfig, AdapterMethod, MergeConfig, ParallelConfig, Plan, QuantConfig, StudyConfig
+from qdora.errors import EXIT_ERROR, EXIT_PREEMPTED, ConfigError
+from qdora.evaluation.tasks import find_tasks
+from qdora.merging import merge
+from qdora.model import load_model, model_folder
+from qdora.study.cells import Cell, arms, best_rates, compared, measured, own_options, search, shared_options, written
+from qdora.study.results import conclude
+
+
+def study(config: StudyConfig) -> int:
+    """Runs the study, or what is left of it; returns the exit status: 75 where it was told to stop.
+
+    Raises:
+        ConfigError: the options are wrong, or no run of a method has ended.
+    """
+    if "RANK" in os.environ:
+        raise ConfigError("qdora study starts the ranks of its runs itself, NPROC=N of them: leave out torchrun")
+    find_tasks(config.tasks, Path(str(config.tasks_path)))  # before hours of training
+    folder = Path(config.output_dir or "outputs/study")
+    with taken(folder), signals_told(folder / STOP):
+        if any(method.dequantised for method in config.methods.values()):
+            _dequantise(config, folder)
+        _run(config, search(config), folder)
+        rates = best_rates(config, folder)
+        if not _is_told_to_stop(folder):
+            if missing := [arm.label for arm in arms(config) if arm not in rates]:
+                raise ConfigError(f"no run of {', '.join(missing)} has ended with a loss: see the messages above")
+            _run(config, compared(config, rates), folder, _evaluation(config))
+            _score_bases(config, folder)
+        if _is_told_to_stop(folder):
+            print(f"interrupted; the same command goes on with what is left of the study in {folder}", flush=True)
+            return EXIT_PREEMPTED
+        return 0 if conclude(config, folder, rates) else EXIT_ERROR
+
+
+def _is_told_to_stop(folder: Path) -> bool:
+    return (folder / STOP).stat().st_size > 0
+
+
+def _run(config: StudyConfig, cells: Sequence[Cell], folder: Path, evaluation: list[str] | None = None) -> None:
+    """Trains (and scores) the cells through Hydra's launcher; what is there already is left alone."""
+    if _is_told_to_stop(folder):
+        return
+    shared = shared_options(config)
+    options = {cell.name: own_options(config, cell, folder / "dequantised") for cell in cells}
+    # They are no product of values, which is what Hydra's sweeper makes: each is a choice of a group of their own.
+    choices = folder / RECORDS / "choices"
+    (choices / CELL).mkdir(parents=True, exist_ok=True)
+    for name, own in options.items():
+        file = choices / CELL / f"{name}.yaml"
+        file.write_text("# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.from_dotlist(own)), encoding="utf-8")
+    search_path = f"hydra.searchpath=[{written(f'file://{choices.resolve()}')}]"
+    chosen = f"+{CELL}={','.join(options)}"
+    fixed = frozenset(option.partition("=")[0] for option in shared)
+    run_members(folder, [*shared, *config.launcher, search_path, chosen], fixed, options, evaluation)
+    for cell in cells:
+        if measured(folder / cell.name):
+            shutil.rmtree(folder / cell.name / "checkpoints", ignore_errors=True)
+
+
+def _evaluation(config: StudyConfig) -> list[str]:
+    """Options of `qdora evaluate` for every model."""
+    asked = [f"tasks={written(config.tasks)}", f"tasks_path={written(config.tasks_path)}"]
+    return [*asked, f"protocol={config.protocol.name}", f"batch_size={config.batch_size}"]
+
+
+def _score_bases(config: StudyConfig, folder: Path) -> None:
+    """Scores what training started from, unquantised and as NF4 has it."""
+    for name in sorted({_start(config, method) for method in config.methods}):
+        path = folder / "dequantised" if name == "dequantised" else config.model.path
+        model = [f"model.path={written(str(path))}", f"model.dtype={config.model.dtype.name}"]
+        model += [f"quant.method={'nf4' if name == 'nf4' else 'none'}"]
+        output = [f"output_dir={written(str(folder / f'base-{name}'))}"]
+        if not _is_told_to_stop(folder):
+            evaluate([*model, *_evaluation(config), *output], folder / STOP, dict(os.environ))
+
+
+def _start(config: StudyConfig, method: str) -> str:
+    own = config.methods[method]
+    return "dequantised" if own.dequantised else own.quant.name
+
+
+def _dequantise(config: StudyConfig, folder: Path) -> None:
+    """Writes the base as NF4 has it: merged with an adapter that changes nothing."""
+    output = folder / "dequantised"
+    if output.exists():
+        return
+    world = parallel.start_alone("qdora study")
+    base, plan = model_folder(config.model), ParallelConfig(plan=Plan.none)
+    adapter = AdapterConfig(method=AdapterMethod.lora, rank=1)
+    loaded = load_model(base, config.model, QuantConfig(), adapter, plan, world)
+    unchanged = folder / ".unchanged"
+    peft_format.save(loaded.model, unchanged, adapter, str(config.model.path), torch.float32, world)
+    quant = QuantConfig()
+    merge(MergeConfig(adapter=str(unchanged), model=config.model, quant=quant, output=str(output), verify=False))
+    shutil.rmtree(unchanged)

@@ -1,0 +1,91 @@
+"""What `qdora study` compares."""
+
+from dataclasses import dataclass, field
+
+from qdora.config.commands import changed, check_trainable, refuse
+from qdora.config.groups import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    QuantConfig,
+    TrackerConfig,
+    TrainConfig,
+    require,
+)
+from qdora.config.words import AdapterMethod, Protocol, QuantMethod
+
+
+@dataclass(kw_only=True, slots=True)
+class MethodConfig:
+    """One of the methods that a study compares."""
+
+    adapter: AdapterMethod = AdapterMethod.dora
+    """`none` is full fine-tuning."""
+    quant: QuantMethod = QuantMethod.none
+    """`nf4` trains over NF4."""
+    dequantised: bool = False
+    """Start from the weights that NF4 makes of the base, unquantised: the start of NF4 methods for those without."""
+    ranks: list[int] | None = None
+    """Ranks of its adapter; null means the study's."""
+    learning_rates: list[float] = field(default_factory=list)
+    """Among which it finds its best one."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.learning_rates), "a method of a study needs learning_rates=[...]")
+        require(all(rate > 0 for rate in self.learning_rates), f"learning_rates={self.learning_rates}: all above 0")
+        check_trainable(AdapterConfig(method=self.adapter), QuantConfig(method=self.quant))
+        over_nf4 = self.dequantised and self.quant is QuantMethod.nf4
+        require(not over_nf4, "dequantised=true goes with quant=none: with nf4 the weights are those anyway")
+
+
+@dataclass(kw_only=True, slots=True)
+class StudyConfig:
+    """`qdora study`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    methods: dict[str, MethodConfig] = field(default_factory=dict)
+    """What is compared, by names; `+study=methods` has five, `~methods.full` leaves one out."""
+    ranks: list[int] = field(default_factory=lambda: [4, 8, 32])
+    """Ranks of the adapters."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """The first one finds each method's learning rate, by the loss on data.eval; all of them are compared at it."""
+    tasks: list[str] = field(default_factory=list)
+    """What methods are compared on, as for `qdora evaluate`."""
+    tasks_path: str | None = None
+    """Folder of the tasks' files."""
+    protocol: Protocol = Protocol.likelihood
+    """`likelihood` of the choices and loss on the answers, or `loss` alone, for rows without choices."""
+    batch_size: int = 16
+    """Samples scored at once."""
+    launcher: list[str] = field(default_factory=list)
+    """How runs are started, as for `qdora train -m`: ['hydra/launcher=joblib','hydra.launcher.n_jobs=2'] runs two at a
+    time; one after another by default."""
+    output_dir: str | None = None
+    """Folder of the study and its runs; null means `outputs/study`."""
+
+    def __post_init__(self) -> None:
+        require(self.model.path is not None, "model.path is not set: give a folder, a .gguf file or a hub id")
+        require(self.data.train is not None, "data.train is not set: give what all methods train on")
+        require(self.data.eval is not None, "data.eval is not set: give held-out data that finds the learning rates")
+        require(bool(self.methods), "no methods: add +study=methods, or +methods.NAME={adapter:dora,...}")
+        require(bool(self.tasks) and self.tasks_path is not None, "give tasks=[...] and tasks_path=DIR to compare on")
+        once = bool(self.seeds) and len({*self.seeds}) == len(self.seeds)
+        require(once, f"seeds={self.seeds}: give one or several, each once")
+        ranked = any(method.adapter is not AdapterMethod.none for method in self.methods.values())
+        require(bool(self.ranks) or not ranked, "ranks is empty: give one at least")
+        scored = self.protocol in (Protocol.likelihood, Protocol.loss)
+        require(scored, f"protocol={self.protocol.name}: a study takes likelihood or loss")
+        require(self.batch_size >= 1, f"batch_size is {self.batch_size}; it must be at least 1")
+        require(self.output_dir != "", "output_dir is empty: give a folder, or leave it out")
+        own = {f"adapter.{name}" for name in changed(self.adapter, AdapterConfig())}
+        own &= {"adapter.method", "adapter.rank", "adapter.path"}
+        own |= {"optim.learning_rate"} & {f"optim.{name}" for name in changed(self.optim, OptimConfig())}
+        refuse(own, "methods, ranks and learning_rates of the study decide that")

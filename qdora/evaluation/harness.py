@@ -1,0 +1,70 @@
+"""Tasks of lm-evaluation-harness (an extra: `pip install "qdora[harness]"`), asked and scored by its own code."""
+
+import math
+from typing import Any
+
+from qdora.config import EvaluateConfig
+from qdora.errors import ConfigError, first_line
+from qdora.model import LoadedModel
+from qdora.parallel import World
+
+
+def run_harness(loaded: LoadedModel, tokenizer: Any, config: EvaluateConfig, world: World) -> dict[str, Any]:
+    """`tasks` with each metric of the harness, and `samples`; `tasks_path` is a folder with tasks of one's own.
+
+    Raises:
+        ConfigError: it is not installed, several ranks were started, or there is no such task.
+    """
+    if world.size > 1:
+        raise ConfigError("protocol=harness runs on one rank: lm-evaluation-harness has its own way to split samples")
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(
+            f'protocol=harness needs lm-evaluation-harness, which cannot be imported ({error}): pip install "lm-eval"'
+        ) from None
+    manager = TaskManager(include_path=config.tasks_path)
+    unknown = [task for task in config.tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise ConfigError(f"tasks: lm-evaluation-harness {lm_eval.__version__} has no task {unknown[0]!r}")
+    model = HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=config.batch_size)
+    try:
+        found = lm_eval.simple_evaluate(
+            model, tasks=list(config.tasks), task_manager=manager, limit=config.limit, random_seed=0, bootstrap_iters=0
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"lm-evaluation-harness could not ask {', '.join(config.tasks)}: {first_line(error)}"
+        ) from None
+    tasks: dict[str, dict[str, Any]] = {}
+    samples: list[dict[str, Any]] = []
+    for name, some in found["samples"].items():
+        tasks[name] = _scores(found["results"][name], len(some))
+        samples += [{"task": name, **_sample(sample)} for sample in some]
+    return {"harness": lm_eval.__version__, "tasks": tasks, "samples": samples}
+
+
+def _scores(metrics: dict[str, Any], count: int) -> dict[str, Any]:
+    """Its metrics under its names (`acc`, `acc_norm`); `accuracy` and its error as the other protocols say it."""
+    values = {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, int | float)}
+    scores: dict[str, Any] = {"num_samples": count}
+    if "acc" in values:
+        accuracy = float(values["acc"])
+        scores |= {"accuracy": accuracy, "standard_error": math.sqrt(accuracy * (1 - accuracy) / count)}
+    if "acc_norm" in values:
+        scores["accuracy_normalised"] = float(values["acc_norm"])
+    return scores | {"harness": values}
+
+
+def _sample(sample: dict[str, Any]) -> dict[str, Any]:
+    likely = [answer[0] for answer in sample["filtered_resps"] if isinstance(answer, tuple | list)]
+    record = {"where": sample["doc_id"], "prompt": sample["arguments"][0][0], "answer": sample["target"]}
+    if likely:
+        continuations = [arguments[1] for arguments in sample["arguments"]]
+        record["scores"] = dict(zip(continuations, likely, strict=False))
+        record["prediction"] = continuations[likely.index(max(likely))]
+    else:
+        record["prediction"] = sample["filtered_resps"][0] if sample["filtered_resps"] else None
+    return record

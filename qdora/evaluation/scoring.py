@@ -1,0 +1,203 @@
+"""How samples are scored: a job says how long each sample is and scores some of them at once.
+
+    protocol      measures                                              needs
+    loss          mean cross entropy of the learned tokens              any format
+    likelihood    which choice the model finds most likely              `choices` and `answer` (text or index), or
+                                                                        `Answer format: a/b/c` in the instruction
+    generate      whether the greedy answer is right                    `answer`, or the sample's own answer
+
+The likelihood of a choice is that of the sample's answer with that choice in it, without the token that ends it.
+Choices that differ in their last token alone, as those of LLM-Adapters do, share one forward.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qdora.config import DataConfig, DataFormat
+from qdora.data import prepare
+from qdora.data.encode import Encoded, detect, encode, encode_prompt, reference, with_answer
+from qdora.data.sources import Row
+from qdora.errors import DataError
+from qdora.evaluation.tasks import gold_of, is_right, question_of
+from qdora.model import LoadedModel
+from qdora.model.generate import generate_batch
+from qdora.model.loss import IGNORED, log_likelihoods
+
+Record = dict[str, Any]
+"""What results.json says of a sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Samples to score, and how."""
+
+    lengths: list[int]
+    """Tokens of each sample."""
+    score: Callable[[LoadedModel, Sequence[int]], list[Record]]
+    """The records of the samples with these numbers; several at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A token sequence for the model, and what is asked of it."""
+
+    ids: list[int]
+    wanted: list[tuple[int, int]]
+    """Place in `ids`, and the token after it whose log-probability is wanted."""
+
+
+@torch.no_grad()
+def _log_likelihoods(loaded: LoadedModel, some: list[Scored], batch_size: int, padding: int) -> list[list[float]]:
+    """Of what each sequence wants, computed `batch_size` sequences at a time."""
+    device = next(loaded.model.parameters()).device
+    found: list[list[float]] = []
+    for batch in chunks(some, batch_size):
+        length = max(len(sequence.ids) for sequence in batch)
+        ids = torch.tensor([sequence.ids + [padding] * (length - len(sequence.ids)) for sequence in batch])
+        wanted = [(line, *asked) for line, sequence in enumerate(batch) for asked in sequence.wanted]
+        positions = torch.arange(length).expand_as(ids)
+        columns = torch.tensor(wanted).T.contiguous()
+        values = log_likelihoods(loaded.model, *(tensor.to(device) for tensor in (ids, positions, *columns))).tolist()
+        rest = iter(values)
+        found += [[next(rest) for _ in sequence.wanted] for sequence in batch]
+    return found
+
+
+def loss_job(data: DataConfig, source: str, tokenizer: Any, batch_size: int) -> Job:
+    """The loss of each sample of `source` on its learned tokens; tokenised, cut and dropped as in training."""
+    dataset = prepare(data, source, tokenizer)
+
+    def score(loaded: LoadedModel, numbers: Sequence[int]) -> list[Record]:
+        sequences = []
+        for number in numbers:
+            ids, labels = dataset[number]
+            places = (labels != IGNORED).nonzero()[:, 0].tolist()
+            sequences.append(Scored(ids.tolist(), [(place, int(labels[place])) for place in places]))
+        values = _log_likelihoods(loaded, sequences, batch_size, tokenizer.pad_token_id)
+        return [
+            {"where": dataset.where(number), "loss": -sum(likely) / len(likely), "num_label_tokens": len(likely)}
+            for number, likely in zip(numbers, values, strict=True)
+        ]
+
+    return Job(dataset.lengths.tolist(), score)
+
+
+def _answer_with(row: Row, form: DataFormat, choice: str, gold: str) -> Row:
+    """The row answering `choice`, in the words of its own answer where that names the gold choice."""
+    own = reference(row, form)
+    before, found, after = own.rpartition(gold)
+    return with_answer(row, form, f"{before}{choice}{after}" if found else choice)
+
+
+def _without_end(encoded: Encoded, special: set[int]) -> list[tuple[int, int]]:
+    """Places and tokens of what is learned, without the tokens that end the answer."""
+    ids, learned = encoded
+    places = [place for place, is_learned in enumerate(learned) if is_learned and place]
+    while len(places) > 1 and ids[places[-1]] in special:
+        places.pop()
+    return [(place - 1, ids[place]) for place in places]
+
+
+def likelihood_job(rows: list[Row], form: DataFormat, tokenizer: Any, batch_size: int) -> Job:
+    """The log-probability of each choice of each row.
+
+    Raises:
+        DataError: a row has no choices.
+    """
+    form = detect(rows[0]) if form is DataFormat.auto else form
+    special = set(tokenizer.all_special_ids)
+    questions, asked = [], []
+    for row in rows:
+        question = question_of(row)
+        if question is None:
+            raise DataError(
+                f"{row.where} is not multiple choice: protocol=likelihood wants choices and answer, or an instruction "
+                f"with `Answer format: a/b/c` and answer; found {[*row.values]}"
+            )
+        questions.append(question)
+        answers = [_answer_with(row, form, choice, question.gold) for choice in question.choices]
+        candidates = []
+        for answer in answers:
+            encoded = encode(answer, form, tokenizer)
+            wanted = _without_end(encoded, special)
+            candidates.append((tuple(encoded[0][: wanted[-1][0] + 1]), wanted, len(reference(answer, form))))
+        asked.append(candidates)
+
+    def score(loaded: LoadedModel, numbers: Sequence[int]) -> list[Record]:
+        # Sequences that are the same are computed once, and asked for all that is wanted of them.
+        shared: dict[tuple[int, ...], dict[tuple[int, int], None]] = {}
+        for number in numbers:
+            for ids, wanted, _ in asked[number]:
+                shared.setdefault(ids, {}).update(dict.fromkeys(wanted))
+        sequences = [Scored(list(ids), list(wanted)) for ids, wanted in shared.items()]
+        values = _log_likelihoods(loaded, sequences, batch_size, tokenizer.pad_token_id)
+        likely = {
+            (tuple(sequence.ids), *one): value
+            for sequence, found in zip(sequences, values, strict=True)
+            for one, value in zip(sequence.wanted, found, strict=True)
+        }
+        records = []
+        for number in numbers:
+            question = questions[number]
+            each = [[likely[ids, *one] for one in wanted] for ids, wanted, _ in asked[number]]
+            scores = dict(zip(question.choices, map(sum, each), strict=True))
+            normalised = {
+                choice: scores[choice] / length
+                for choice, (_, _, length) in zip(question.choices, asked[number], strict=True)
+            }
+            of_gold = each[question.choices.index(question.gold)]
+            best, best_normalised = (max(some, key=lambda one: some[one]) for some in (scores, normalised))
+            records.append(
+                {
+                    "where": rows[number].where,
+                    "prompt": _prompt(rows[number], form, tokenizer),
+                    "answer": question.gold,
+                    "prediction": best,
+                    "correct": best == question.gold,
+                    "correct_normalised": best_normalised == question.gold,
+                    "num_choices": len(question.choices),
+                    "scores": scores,
+                    "loss": -sum(of_gold) / len(of_gold),
+                    "num_label_tokens": len(of_gold),
+                }
+            )
+        return records
+
+    return Job([max(len(ids) for ids, _, _ in candidates) for candidates in asked], score)
+
+
+def generate_job(
+    rows: list[Row], form: DataFormat, tokenizer: Any, batch_size: int, max_new_tokens: int, ends: list[int]
+) -> Job:
+    """The greedy answer to each row, and whether it is right."""
+    form = detect(rows[0]) if form is DataFormat.auto else form
+    prompts = [encode_prompt(row, form, tokenizer) for row in rows]
+
+    def score(loaded: LoadedModel, numbers: Sequence[int]) -> list[Record]:
+        device = next(loaded.model.parameters()).device
+        records = []
+        for some in chunks(numbers, batch_size):
+            asked = [prompts[number] for number in some]
+            texts = generate_batch(loaded.model, asked, tokenizer, max_new_tokens, ends, device)
+            for number, text in zip(some, texts, strict=True):
+                row = rows[number]
+                record = {"where": row.where, "prompt": _prompt(row, form, tokenizer), "answer": gold_of(row, form)}
+                record |= {"prediction": text, "correct": is_right(row, form, text)}
+                question = question_of(row)
+                records.append(record | ({"num_choices": len(question.choices)} if question else {}))
+        return records
+
+    return Job([len(prompt) for prompt in prompts], score)
+
+
+def _prompt(row: Row, form: DataFormat, tokenizer: Any) -> str:
+    return str(tokenizer.decode(encode_prompt(row, form, tokenizer)))
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Some items at a time, in their order."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,117 @@
+"""The runs of a study: which there are, what each is trained with, and which learning rate a method goes on with."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdora.config import AdapterMethod, StudyConfig
+from qdora.config.commands import changed
+from qdora.run_folder import plain
+
+SHARED = ("model", "adapter", "data", "optim", "train", "parallel", "tracker")
+"""Groups of options that all runs have in common."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """What is compared: a method, with a rank where it has an adapter."""
+
+    method: str
+    rank: int | None
+
+    @property
+    def label(self) -> str:
+        """As tables and figures show it."""
+        return self.method if self.rank is None else f"{self.method} r={self.rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run."""
+
+    arm: Arm
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        rank = "" if self.arm.rank is None else f"-rank-{self.arm.rank}"
+        return f"{self.arm.method}{rank}-rate-{self.learning_rate:g}-seed-{self.seed}"
+
+
+def arms(config: StudyConfig) -> list[Arm]:
+    """Every method with every rank that it has."""
+    found = []
+    for name, method in config.methods.items():
+        ranks = config.ranks if method.ranks is None else method.ranks
+        found += [Arm(name, rank) for rank in ([None] if method.adapter is AdapterMethod.none else ranks)]
+    return found
+
+
+def search(config: StudyConfig) -> list[Cell]:
+    """The runs that find the learning rates: all of them, with the first seed."""
+    return [
+        Cell(arm, rate, config.seeds[0]) for arm in arms(config) for rate in config.methods[arm.method].learning_rates
+    ]
+
+
+def best_rates(config: StudyConfig, folder: Path) -> dict[Arm, float]:
+    """Each arm's learning rate with the lowest loss on data.eval, of those that ended with a finite one."""
+    losses: dict[Arm, dict[float, float]] = {}
+    for cell in search(config):
+        loss = measured(folder / cell.name).get("eval_loss")
+        if loss is not None and math.isfinite(loss):
+            losses.setdefault(cell.arm, {})[cell.learning_rate] = loss
+    return {arm: min(rates, key=lambda rate: rates[rate]) for arm, rates in losses.items()}
+
+
+def compared(config: StudyConfig, rates: Mapping[Arm, float]) -> list[Cell]:
+    """The runs that are compared: every seed at each arm's own learning rate."""
+    return [Cell(arm, rate, seed) for seed in config.seeds for arm, rate in rates.items()]
+
+
+def shared_options(config: StudyConfig) -> list[str]:
+    """Of all runs, as `qdora train` takes them: what differs from its defaults, but for the base."""
+    options = []
+    for group in SHARED:
+        given = getattr(config, group)
+        options += [f"{group}.{name}={written(value)}" for name, value in changed(given, type(given)()).items()]
+    return [option for option in options if not option.startswith("model.path=")]
+
+
+def own_options(config: StudyConfig, cell: Cell, dequantised: Path) -> list[str]:
+    """Of one run. `dequantised` is the base as NF4 has it."""
+    method = config.methods[cell.arm.method]
+    options = [f"adapter.method={method.adapter.name}", f"quant.method={method.quant.name}"]
+    options += [] if cell.arm.rank is None else [f"adapter.rank={cell.arm.rank}"]
+    base = str(dequantised) if method.dequantised else config.model.path
+    return [*options, f"model.path={written(base)}", f"optim.learning_rate={cell.learning_rate!r}", f"seed={cell.seed}"]
+
+
+def written(value: Any) -> str:
+    """A value as Hydra's command line takes it."""
+    value = plain(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(written, value))}]"
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" if isinstance(value, str) else repr(value)
+
+
+def measured(run: Path) -> dict[str, Any]:
+    """What a finished run's summary says; nothing where it is not finished."""
+    try:
+        summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if summary.get("status") != "finished":
+        return {}
+    losses = [*summary["eval_losses"].values()]
+    names = ("steps", "num_tokens", "first_loss", "last_loss", "tokens_per_second", "num_trainable_parameters")
+    kept = {name: summary.get(name) for name in names}
+    kept["peak_memory_gib"] = max(summary["peak_memory_gib"])
+    return kept | {"eval_loss_before": losses[0] if losses else None, "eval_loss": losses[-1] if losses else None}

@@ -1,0 +1,83 @@
+"""The figure of a study: each arm's loss and accuracy by rank, and the differences with their intervals."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qdora.study.statistics import COVERAGE
+from qdora.training.report import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE
+
+COLORS = {"full": GREEN, "lora": BLUE, "dora": ORANGE, "vera": PURPLE, "dvora": "#CC79A7"}
+MARKERS = {"none": "o", "nf4": "s"}
+
+
+def draw(path: Path, values: dict[str, Any]) -> None:
+    """Draws what `study.json` holds into the PNG `path`, replacing it whole."""
+    figure = Figure(figsize=(15.0, 5.6), dpi=DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    loss, accuracy, differences = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])
+    _style(loss, "Held-out loss on the answers", "nats a token")
+    _style(accuracy, "Accuracy by likelihood of the choices", "share of right answers")
+    ranks = sorted({arm["rank"] for arm in values["arms"] if arm["rank"] is not None})
+    for axes, measure in ((loss, "loss"), (accuracy, "accuracy")):
+        _by_rank(axes, values, measure, ranks)
+    for base in list(values["bases"].values())[:1]:
+        for name, line in (("chance", ":"), ("majority", "--")):
+            accuracy.axhline(base[name], color=GREY, linewidth=1.0, linestyle=line, label=name)
+    loss.legend(fontsize=9, frameon=False)
+    accuracy.legend(fontsize=9, frameon=False, ncols=2)
+    _intervals(differences, values["differences"])
+    partial = path.with_name(f".{path.name}.partial")
+    canvas.print_png(str(partial))
+    partial.replace(path)
+
+
+def _by_rank(axes: Axes, values: dict[str, Any], measure: str, ranks: list[int]) -> None:
+    """A line of means for each method, a point for each seed; a method without ranks is a level."""
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for arm in values["arms"]:
+        methods.setdefault(arm["method"], []).append(arm)
+    for method, some in methods.items():
+        options = values["config"]["methods"][method]
+        adapter = "full" if options["adapter"] == "none" else options["adapter"]
+        over_nf4 = options["quant"] == "nf4" or options["dequantised"]
+        style: dict[str, Any] = {"color": COLORS[adapter], "linestyle": "--" if over_nf4 else "-", "linewidth": 1.5}
+        if some[0]["rank"] is None:
+            axes.axhline(some[0][measure], label=method, **style)
+            continue
+        places = [ranks.index(arm["rank"]) for arm in some]
+        marker = MARKERS["nf4" if over_nf4 else "none"]
+        axes.plot(places, [arm[measure] for arm in some], marker=marker, markersize=5, label=method, **style)
+        for place, arm in zip(places, some, strict=True):
+            seeds = arm["seeds"][measure]
+            axes.plot([place] * len(seeds), seeds, marker, color=COLORS[adapter], markersize=3, alpha=0.45)
+    axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
+    axes.set_xlabel("rank", fontsize=10)
+
+
+def _intervals(axes: Axes, pairs: list[dict[str, Any]]) -> None:
+    """The loss of one arm less that of another: left of zero the first is better."""
+    _style(axes, f"Difference in loss, {COVERAGE:.0%} interval", "")
+    for place, pair in enumerate(reversed(pairs)):
+        one = pair["loss"]
+        color = GREY if one["low"] <= 0 <= one["high"] else GREEN if one["high"] < 0 else ORANGE
+        axes.plot([one["low"], one["high"]], [place, place], color=color, linewidth=2.2, solid_capstyle="round")
+        axes.plot(one["mean"], place, "o", color=color, markersize=5)
+        axes.plot(one["seeds"], [place] * len(one["seeds"]), "|", color=color, markersize=7)
+    axes.axvline(0, color=GREY, linewidth=1.0)
+    labels = [pair["label"].replace(" - ", " \N{MINUS SIGN} ") for pair in reversed(pairs)]
+    axes.set_yticks(range(len(pairs)), labels, fontsize=8)
+    axes.set_xlabel("nats a token; left of zero the first one is better", fontsize=10)
+
+
+def _style(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, fontsize=11, fontweight="bold", loc="left")
+    axes.set_ylabel(unit, fontsize=10)
+    axes.tick_params(labelsize=9, color=GREY)
+    axes.grid(True, color="#E3E3E3", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)

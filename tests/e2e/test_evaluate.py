@@ -1,0 +1,106 @@
+"""Evaluation of several tasks: the same on one rank and on two, and after it was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import ROOT, launcher, qdora
+
+KILL_AFTER_BATCHES = 4
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks with choices, with prompts of all lengths."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for task, sizes in (("parity", range(40)), ("sign", range(-25, 25))):
+        rows = []
+        for n in sizes:
+            choices = ["even", "odd"] if task == "parity" else ["negative", "none", "positive"]
+            gold = n % 2 if task == "parity" else (n > 0) - (n < 0) + 1
+            prompt = f"{'so ' * (abs(n) * 7 % 11)}{n} is "
+            rows.append({"prompt": prompt, "completion": choices[gold], "choices": choices, "answer": gold})
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def options(tiny: Path, tasks: Path, output: Path) -> list[str]:
+    """Of every evaluation here."""
+    own = ["quant=nf4", "protocol=likelihood", "batch_size=4", f"output_dir={output}"]
+    return ["evaluate", f"model.path={tiny}", f"tasks_path={tasks}", "tasks=[parity,sign]", *own]
+
+
+def results(output: Path) -> dict[str, Any]:
+    """What was written."""
+    values: dict[str, Any] = json.loads((output / "results.json").read_text())
+    return values
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the evaluation on one rank."""
+    output = tmp_path_factory.mktemp("whole")
+    done = qdora(*options(tiny, tasks, output))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+def test_tasks_have_their_own_scores_and_samples_keep_their_order(whole: Path, tasks: Path) -> None:
+    found = results(whole)
+    assert [found["tasks"][task]["num_samples"] for task in ("parity", "sign")] == [40, 50]
+    assert found["tasks"]["sign"]["chance"] == pytest.approx(1 / 3)
+    assert found["accuracy"] == pytest.approx(sum(scores["accuracy"] for scores in found["tasks"].values()) / 2)
+    places = [
+        f"{tasks / task}.jsonl line {line}"
+        for task, count in (("parity", 40), ("sign", 50))
+        for line in range(1, count + 1)
+    ]
+    assert [sample["where"] for sample in found["samples"]] == places
+    assert found["samples"][3]["answer"] == "odd"
+    assert not list(whole.glob(".scored-*"))
+
+
+def test_two_ranks_score_the_same_bit_for_bit(whole: Path, tiny: Path, tasks: Path, tmp_path: Path) -> None:
+    done = qdora(*options(tiny, tasks, tmp_path), nproc=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(tmp_path) == results(whole)
+    assert done.stdout.count("written to") == 1
+
+
+def test_killed_evaluation_goes_on_with_what_it_had_scored(
+    whole: Path, tiny: Path, tasks: Path, tmp_path: Path
+) -> None:
+    command = [*launcher(1), "-m", "qdora", *options(tiny, tasks, tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (files := list(tmp_path.glob(".scored-*/rank-0.jsonl"))) or kept(files[0]) < KILL_AFTER_BATCHES:
+            assert process.poll() is None, "it was too quick to be killed"
+            assert time.monotonic() < deadline, "nothing was scored"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    before = kept(files[0])
+    torn = files[0].read_bytes()
+    files[0].write_bytes(torn[:-20])  # and its last line had not got to the disk
+    assert not (tmp_path / "results.json").exists()
+    done = qdora(*options(tiny, tasks, tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(tmp_path) == results(whole)
+    assert before >= KILL_AFTER_BATCHES
+    again = qdora(*options(tiny, tasks, tmp_path))
+    assert again.returncode == 0
+    assert "these scores are there already" in again.stdout
+    other = qdora(*options(tiny, tasks, tmp_path), "limit=3")
+    assert "written to" in other.stdout, "other options are another evaluation"
+    assert results(tmp_path)["num_samples"] == 6
+
+
+def kept(file: Path) -> int:
+    """How many batches are kept in it."""
+    return file.read_text(errors="replace").count('"batch"')

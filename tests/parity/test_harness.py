@@ -1,0 +1,88 @@
+"""Scores agree with lm-evaluation-harness on a task that both have."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qdora.config import DataConfig, Dtype, EvaluateConfig, ModelConfig, Protocol
+from qdora.errors import ConfigError
+from qdora.evaluation import evaluate
+
+ROWS = Path(__file__).parent.parent / "unit" / "commonsense_rows.jsonl"
+SCORE_TOLERANCE = 1e-4
+"""Relative; float32 over batches of other shapes."""
+TASK = """task: qdora_commonsense
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+
+
+def results(config: EvaluateConfig) -> dict[str, Any]:
+    """What the evaluation writes."""
+    assert evaluate(config) == 0
+    values: dict[str, Any] = json.loads((Path(str(config.output_dir)) / "results.json").read_text())
+    return values
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """BoolQ and PIQA without a chat template, with the words of the choices, so that their lengths differ."""
+    rows = []
+    for row in map(json.loads, ROWS.read_text().splitlines()):
+        choices = [" true", " false"] if row["task"] == "boolq" else [" the first one", " the second solution"]
+        gold = ["true", "false", "solution1", "solution2"].index(row["answer"]) % 2
+        prompt = f"{row['instruction']}\n\nthe correct answer is"
+        rows.append({"prompt": prompt, "completion": choices[gold], "choices": choices, "answer": gold})
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_likelihoods_are_those_of_the_harness(
+    smollm2: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "task.yaml").write_text(TASK.format(file=questions))
+    model = ModelConfig(path=str(smollm2), dtype=Dtype.float32)
+    data = DataConfig(eval=str(questions), cache_dir=str(tmp_path / "cache"))
+    output = str(tmp_path / "ours")
+    ours = results(
+        EvaluateConfig(model=model, data=data, protocol=Protocol.likelihood, batch_size=5, output_dir=output)
+    )
+    theirs = results(
+        EvaluateConfig(
+            model=model,
+            tasks=["qdora_commonsense"],
+            tasks_path=str(tmp_path / "tasks"),
+            protocol=Protocol.harness,
+            output_dir=str(tmp_path / "theirs"),
+        )
+    )
+    assert len(ours["samples"]) == len(theirs["samples"]) == 16
+    for own, other in zip(ours["samples"], theirs["samples"], strict=True):
+        assert own["scores"] == pytest.approx(other["scores"], rel=SCORE_TOLERANCE)
+    scores = theirs["tasks"]["qdora_commonsense"]
+    assert scores["accuracy"] == ours["accuracy"] == scores["harness"]["acc"]
+    assert scores["accuracy_normalised"] == ours["accuracy_normalised"]
+    assert ours["accuracy"] != ours["accuracy_normalised"], "these rows would not show a mistake of the normalisation"
+
+
+def test_unknown_task_is_told(smollm2: Path, tmp_path: Path) -> None:
+    model = ModelConfig(path=str(smollm2))
+    config = EvaluateConfig(model=model, tasks=["no_such_task"], protocol=Protocol.harness, output_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="has no task 'no_such_task'"):
+        evaluate(config)

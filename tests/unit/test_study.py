@@ -1,0 +1,174 @@
+"""A study pairs what it compares, and its options reach the runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qdora.commands import COMMANDS, compose, run, typed
+from qdora.config import AdapterMethod, QuantMethod, RunConfig, StudyConfig
+from qdora.errors import ConfigError
+from qdora.study.cells import Arm, Cell, arms, best_rates, compared, own_options, search, shared_options
+from qdora.study.results import _differ_in_one, _pairs, conclude
+from qdora.study.statistics import Scores, difference
+
+NEEDED = ["+study=methods", "model.path=m", "data.train=d", "data.eval=e", "tasks=[obqa]", "tasks_path=t"]
+NUM_TRIALS = 200
+COVERED = (0.88, 0.99)
+"""Share of 95 % intervals that hold the true difference: fewer, as seeds are few; and 200 trials vary by 3 %."""
+
+
+def study(*overrides: str) -> StudyConfig:
+    """The typed configuration."""
+    values = compose("study", [*NEEDED, *overrides])
+    assert values is not None
+    made: StudyConfig = typed(values, COMMANDS["study"].config_class)
+    return made
+
+
+def test_methods_have_their_ranks_and_rates() -> None:
+    config = study("ranks=[4,8]", "methods.dora.ranks=[2]", "~methods.full_nf4", "methods.lora.learning_rates=[1e-3]")
+    assert arms(config) == [
+        Arm("full", None),
+        Arm("lora", 4),
+        Arm("lora", 8),
+        Arm("dora", 2),
+        Arm("qlora", 4),
+        Arm("qlora", 8),
+        Arm("qdora", 4),
+        Arm("qdora", 8),
+    ]
+    rates = [cell.learning_rate for cell in search(config) if cell.arm == Arm("lora", 4)]
+    assert rates == [1e-3]
+    assert {cell.seed for cell in search(config)} == {0}
+    chosen = compared(config, {Arm("dora", 2): 1e-2})
+    assert [cell.name for cell in chosen] == [f"dora-rank-2-rate-0.01-seed-{seed}" for seed in (0, 1, 2)]
+
+
+def test_options_of_a_run_are_those_of_the_study(tmp_path: Path) -> None:
+    given = ["data.max_length=77", "adapter.target_modules=[q_proj,v_proj]", "train.num_steps=5", "tracker=none"]
+    config = study(*given, "model.path='a b'", "parallel.plan=none", "optim.schedule=linear")
+    for method, adapter, quant in (
+        ("qdora", AdapterMethod.dora, QuantMethod.nf4),
+        ("lora", AdapterMethod.lora, QuantMethod.none),
+        ("full_nf4", AdapterMethod.none, QuantMethod.none),
+    ):
+        cell = Cell(Arm(method, None if method == "full_nf4" else 3), 0.003, 7)
+        values = compose("train", [*shared_options(config), *own_options(config, cell, tmp_path)])
+        made: RunConfig = typed(values, RunConfig)  # type: ignore[arg-type]
+        assert (made.adapter.method, made.quant.method) == (adapter, quant)
+        assert (made.optim.learning_rate, made.seed, made.optim.schedule.name) == (0.003, 7, "linear")
+        assert (made.data.max_length, made.train.num_steps, made.tracker.kind.name) == (77, 5, "none")
+        assert made.adapter.target_modules == ["q_proj", "v_proj"]
+        assert made.model.path == (str(tmp_path) if method == "full_nf4" else "a b")
+        assert method == "full_nf4" or made.adapter.rank == 3
+
+
+def test_best_rate_is_the_one_with_the_lowest_finite_loss(tmp_path: Path) -> None:
+    config = study(
+        "~methods.full", "~methods.full_nf4", "~methods.dora", "~methods.qlora", "~methods.qdora", "ranks=[4]"
+    )
+    for rate, loss, status in ((1e-3, 2.0, "finished"), (3e-3, float("nan"), "finished"), (1e-2, 1.0, "preempted")):
+        folder = tmp_path / Cell(Arm("lora", 4), rate, 0).name
+        folder.mkdir()
+        summary = {"status": status, "eval_losses": {"0": 3.0, "5": loss}, "peak_memory_gib": [1.0]}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    assert best_rates(config, tmp_path) == {Arm("lora", 4): 1e-3}
+
+
+def test_arms_are_compared_that_differ_in_one_thing() -> None:
+    config = study("ranks=[4,8]")
+    pairs = {
+        (plus.label, minus.label)
+        for plus in arms(config)
+        for minus in arms(config)
+        if _differ_in_one(config, plus, minus)
+    }
+    assert ("dora r=4", "lora r=4") in pairs
+    assert ("qdora r=8", "qlora r=8") in pairs
+    assert ("qdora r=4", "dora r=4") in pairs
+    assert ("qdora r=4", "full_nf4") in pairs
+    assert ("dora r=8", "full") in pairs
+    for odd in (("lora r=4", "dora r=4"), ("dora r=4", "lora r=8"), ("qdora r=4", "lora r=4"), ("qdora r=4", "full")):
+        assert odd not in pairs
+
+
+def scores(values: Any, tasks: list[int] | None = None) -> Scores:
+    """Of (seeds, samples) values, all of the same weight."""
+    array = np.asarray(values, dtype=np.float64)
+    return Scores(array, np.ones(array.shape[1]), np.asarray(tasks or [0] * array.shape[1]))
+
+
+def test_difference_of_equal_gaps_has_no_width() -> None:
+    base = np.random.default_rng(0).normal(size=(3, 50))
+    found = difference([scores(base + 0.25)], [scores(base)])
+    assert (found.mean, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert found.seeds == pytest.approx([0.25] * 3)
+
+
+def test_tasks_count_alike_and_tokens_by_their_number() -> None:
+    values = np.array([[1.0, 3.0, 10.0]])
+    assert scores(values, [0, 0, 1]).each_seed() == [pytest.approx((2.0 + 10.0) / 2)]
+    weighted = Scores(values, np.array([3.0, 1.0, 1.0]), np.array([0, 0, 1]))
+    assert weighted.each_seed() == [pytest.approx((6 / 4 + 10.0) / 2)]
+
+
+def test_difference_of_differences_is_that_of_the_four() -> None:
+    random = np.random.default_rng(1)
+    four = [scores(random.normal(size=(3, 40))) for _ in range(4)]
+    found = difference([four[0], four[3]], [four[1], four[2]])
+    means = [one.values.mean() for one in four]
+    assert found.mean == pytest.approx((means[0] - means[1]) - (means[2] - means[3]))
+    assert found.low < found.mean < found.high
+
+
+def test_interval_covers_the_truth_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise of the samples, which arms share in part, and little of the seeds."""
+    monkeypatch.setattr("qdora.study.statistics.NUM_DRAWS", 1000)
+    random = np.random.default_rng(2)
+    covered = 0
+    for trial in range(NUM_TRIALS):
+        shared = random.normal(size=60)
+        first, second = (shared + offset + random.normal(scale=0.5, size=(3, 60)) for offset in (0.1, 0.0))
+        found = difference([scores(first)], [scores(second)], seed=trial)
+        covered += found.low <= 0.1 <= found.high
+    assert COVERED[0] <= covered / NUM_TRIALS <= COVERED[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["tasks=[]"], "give tasks=[...] and tasks_path=DIR to compare on"),
+        (["optim.learning_rate=1"], "optim.learning_rate: methods, ranks and learning_rates of the study decide that"),
+        (["adapter.rank=3"], "adapter.rank: methods, ranks"),
+        (["seeds=[1,1]"], "each once"),
+        (["methods.lora.learning_rates=[]"], "a method of a study needs learning_rates"),
+        (["methods.full.quant=nf4"], "4-bit weights cannot be trained"),
+        (["methods.qdora.dequantised=true"], "dequantised=true goes with quant=none"),
+        (["protocol=generate"], "a study takes likelihood or loss"),
+        (["methods.lora.rnaks=[1]"], "rnaks"),
+        (["+study=methodz"], "no such choice"),
+    ],
+)
+def test_mistakes_are_one_line(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["study", *(NEEDED if "+study=methodz" not in given else []), *given]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_study_without_results_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = study("ranks=[4]", "seeds=[0]")
+    assert not conclude(config, tmp_path, {Arm("lora", 4): 1e-3})
+    assert "lora-rank-4-rate-0.001-seed-0 has not ended" in capsys.readouterr().out
+    assert _pairs(config, []) == []
+
+
+def test_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    from qdora.commands.study import study as start
+
+    with pytest.raises(ConfigError, match="leave out torchrun"):
+        start(study())
