@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from qdora.analysis.report import Results, shown, title
-from qdora.training.report import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE, SIZE_INCHES
+from qdora.figures import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE, SIZE_INCHES, save, style
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#B8860B", "#000000")  # apart for the colour-blind
 MARKERS = "os^DvPX*"
@@ -49,7 +49,7 @@ def draw_decomposition(results: Results, output: Path) -> None:
         for marker, group in zip(MARKERS, groups, strict=False)
     ]
     figure.legend(handles=handles, fontsize=9, frameon=False, ncols=len(handles), loc="outside lower center")
-    _save(canvas, output)
+    save(canvas, output)
 
 
 def draw_layers(results: Results, output: Path) -> None:
@@ -57,8 +57,8 @@ def draw_layers(results: Results, output: Path) -> None:
     figure, canvas = _figure(f"The layers in depth\n{title(results)}")
     left, right = figure.subplots(1, 2)
     last = [point for point in results["points"] if point["step"] == results["last_step"]]
-    _style(left, f"Effective rank of the update, step {results['last_step']}")
-    _style(right, "Quantisation error of the frozen weight, relative")
+    style(left, f"Effective rank of the update, step {results['last_step']}", "")
+    style(right, "Quantisation error of the frozen weight, relative", "")
     _lines(left, results, last, "effective_rank", "not computed: effective_rank=false")
     _lines(right, results, results["layers"], "quantisation_error", "not quantised, or the original is not at hand")
     for axes in (left, right):
@@ -67,7 +67,7 @@ def draw_layers(results: Results, output: Path) -> None:
     handles, labels = (left if left.lines else right).get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, fontsize=9, frameon=False, ncols=7, loc="outside lower center")
-    _save(canvas, output)
+    save(canvas, output)
 
 
 def _scatter(axes: Axes, points: list[Results], steps: list[int], scale: dict[str, Any]) -> None:
@@ -82,7 +82,8 @@ def _scatter(axes: Axes, points: list[Results], steps: list[int], scale: dict[st
 
 def _line(axes: Axes, name: str, summary: Results) -> None:
     """The fitted line, and its numbers as the panel's title."""
-    _style(axes, name)
+    style(axes, name, "")
+    axes.tick_params(labelsize=8)
     axes.set_title(name, fontsize=10, fontweight="bold", loc="left", pad=16)
     told = f"r {shown(summary['correlation'], '+.2f')}   slope {shown(summary['slope'], '+.3g')}"
     axes.text(1, 1.02, told, transform=axes.transAxes, ha="right", va="bottom", fontsize=8, color=GREY)
@@ -125,19 +126,3 @@ def _figure(heading: str) -> tuple[Figure, FigureCanvasAgg]:
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(heading, fontsize=12, fontweight="bold")
     return figure, canvas
-
-
-def _style(axes: Axes, name: str) -> None:
-    axes.set_title(name, fontsize=10, fontweight="bold", loc="left")
-    axes.tick_params(labelsize=8, color=GREY)
-    axes.grid(True, color="#E3E3E3", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-
-
-def _save(canvas: FigureCanvasAgg, output: Path) -> None:
-    """Replaces `output` whole."""
-    partial = output.with_name(f".{output.name}.partial")
-    canvas.print_png(str(partial))
-    partial.replace(output)

@@ -23,9 +23,11 @@ def describe(name: str, config_class: type, values: DictConfig, conf: Path) -> s
     recipes = groups[RECIPES[name]] if name in RECIPES else []
     lines = [f"usage: qdora {name} [option=value ...] [group=choice ...]", "", header.rstrip(), ""]
     lines += ["Options, each with the value it has now:", "", *_options(config_class, values)]
-    lines += ["Option groups; a choice sets options of its group at once, as in model=qwen3_0_6b:", ""]
     plain = {name for name, hint in get_type_hints(config_class).items() if not is_dataclass(hint)}
-    for group in sorted(groups.keys() & values.keys() - plain):
+    chosen = sorted(groups.keys() & values.keys() - plain)
+    if chosen:
+        lines += ["Option groups; a choice sets options of its group at once, as in model=qwen3_0_6b:", ""]
+    for group in chosen:
         lines += _paragraph(f"{group}: {', '.join(file.stem for file in groups[group])}")
     if recipes:
         added = f"+{RECIPES[name]}"

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qdora.commands.sweep_results import final_loss, options_of, short
+from qdora.figures import DPI, SIZE_INCHES, save, style
 from qdora.run_folder import read_metrics
-from qdora.training.report import DPI, GREY, SIZE_INCHES
 
 LEGEND_ROWS = 12
 
@@ -31,9 +30,11 @@ def draw(path: Path, title: str, members: list[dict[str, Any]]) -> None:
     figure.suptitle(title, fontsize=14, fontweight="bold")
     result, course = figure.subplots(1, 2)
     kind = "Training" if all(member["eval_loss"] is None for member in members) else "Held-out"
-    _style(result, f"{kind} loss at the end", short(across) or "run")
+    style(result, f"{kind} loss at the end", "cross-entropy, nats a token")
+    result.set_xlabel(short(across) or "run", fontsize=10)
     ends = f" (from faint to strong: {short(across)} {order[0][:20]} to {order[-1][:20]})" if len(order) > 1 else ""
-    _style(course, "Training loss", f"step{ends}")
+    style(course, "Training loss", "cross-entropy, nats a token")
+    course.set_xlabel(f"step{ends}", fontsize=10)
     palette = colormaps["tab10" if len(groups) <= 10 else "viridis"].resampled(max(10, len(groups)))
     for number, (label, group) in enumerate(groups.items()):
         places = [order.index(member["overrides"].get(across, "")) for member in group]
@@ -48,9 +49,7 @@ def draw(path: Path, title: str, members: list[dict[str, Any]]) -> None:
     result.set_xticks(range(len(order)), order)
     if 1 < len(groups) <= LEGEND_ROWS:
         result.legend(fontsize=9, frameon=False)
-    partial = path.with_name(f".{path.name}.partial")
-    canvas.print_png(str(partial))
-    partial.replace(path)
+    save(canvas, path)
 
 
 def _ordered(values: set[str]) -> list[str]:
@@ -59,14 +58,3 @@ def _ordered(values: set[str]) -> list[str]:
         return sorted(values, key=float)
     except ValueError:
         return sorted(values)
-
-
-def _style(axes: Axes, title: str, below: str) -> None:
-    axes.set_title(title, fontsize=11, fontweight="bold", loc="left")
-    axes.set_xlabel(below, fontsize=10)
-    axes.set_ylabel("cross-entropy, nats a token", fontsize=10)
-    axes.tick_params(labelsize=9, color=GREY)
-    axes.grid(True, color="#E3E3E3", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)

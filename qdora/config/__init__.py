@@ -11,6 +11,7 @@ from qdora.config.commands import (
     GenerateConfig,
     MergeConfig,
     PlanConfig,
+    ReportConfig,
     RunConfig,
 )
 from qdora.config.groups import (
@@ -85,6 +86,7 @@ __all__ = [
     "QuantConfig",
     "QuantMethod",
     "Report",
+    "ReportConfig",
     "RunConfig",
     "Schedule",
     "StudyConfig",

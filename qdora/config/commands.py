@@ -239,6 +239,28 @@ class AnalyzeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    """`qdora report`."""
+
+    run: str | None = None
+    """Folder of a run, also of one that is still going on; or give `study`."""
+    study: str | None = None
+    """Folder of a study."""
+    num_answers: int = 4
+    """Prompts of the run's data.eval that are answered before and after training, kept in RUN/answers.json; 0 loads no
+    model."""
+    output: str | None = None
+    """File to write; null means report.html in the run's or the study's folder."""
+
+    def __post_init__(self) -> None:
+        require((self.run is None) != (self.study is None), "give one of run=DIR and study=DIR")
+        require(self.run != "" and self.study != "", "run or study is empty: give a folder")
+        require(self.num_answers >= 0, f"num_answers is {self.num_answers}; it must be at least 0")
+        require(self.study is None or self.num_answers == 4, "num_answers: a study has no sample answers; leave it out")
+        require(self.output != "", "output is empty: give a file, or leave it out")
+
+
+@dataclass(kw_only=True, slots=True)
 class PlanConfig:
     """`qdora plan`."""
 

@@ -75,7 +75,10 @@ class StudyConfig:
         require(self.model.path is not None, "model.path is not set: give a folder, a .gguf file or a hub id")
         require(self.data.train is not None, "data.train is not set: give what all methods train on")
         require(self.data.eval is not None, "data.eval is not set: give held-out data that finds the learning rates")
-        require(bool(self.methods), "no methods: add +study=methods, or +methods.NAME={adapter:dora,...}")
+        require(
+            bool(self.methods),
+            "no methods: add +study=methods, or +methods={NAME:{adapter:dora,learning_rates:[1e-3]}}",
+        )
         require(bool(self.tasks) and self.tasks_path is not None, "give tasks=[...] and tasks_path=DIR to compare on")
         once = bool(self.seeds) and len({*self.seeds}) == len(self.seeds)
         require(once, f"seeds={self.seeds}: give one or several, each once")

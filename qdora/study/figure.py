@@ -7,10 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from qdora.figures import BLUE, DPI, GREEN, GREY, ORANGE, PINK, PURPLE, save, style
 from qdora.study.statistics import COVERAGE
-from qdora.training.report import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE
 
-COLORS = {"full": GREEN, "lora": BLUE, "dora": ORANGE, "vera": PURPLE, "dvora": "#CC79A7"}
+COLORS = {"full": GREEN, "lora": BLUE, "dora": ORANGE, "vera": PURPLE, "dvora": PINK}
 MARKERS = {"none": "o", "nf4": "s"}
 
 
@@ -19,23 +19,21 @@ def draw(path: Path, values: dict[str, Any]) -> None:
     figure = Figure(figsize=(15.0, 5.6), dpi=DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     loss, accuracy, differences = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])
-    _style(loss, "Held-out loss on the answers", "nats a token")
-    _style(accuracy, "Accuracy by likelihood of the choices", "share of right answers")
+    style(loss, "Held-out loss on the answers", "nats a token")
+    style(accuracy, "Accuracy by likelihood of the choices", "share of right answers")
     ranks = sorted({arm["rank"] for arm in values["arms"] if arm["rank"] is not None})
     for axes, measure in ((loss, "loss"), (accuracy, "accuracy")):
-        _by_rank(axes, values, measure, ranks)
+        draw_by_rank(axes, values, measure, ranks)
     for base in list(values["bases"].values())[:1]:
         for name, line in (("chance", ":"), ("majority", "--")):
             accuracy.axhline(base[name], color=GREY, linewidth=1.0, linestyle=line, label=name)
     loss.legend(fontsize=9, frameon=False)
     accuracy.legend(fontsize=9, frameon=False, ncols=2)
     _intervals(differences, values["differences"])
-    partial = path.with_name(f".{path.name}.partial")
-    canvas.print_png(str(partial))
-    partial.replace(path)
+    save(canvas, path)
 
 
-def _by_rank(axes: Axes, values: dict[str, Any], measure: str, ranks: list[int]) -> None:
+def draw_by_rank(axes: Axes, values: dict[str, Any], measure: str, ranks: list[int]) -> None:
     """A line of means for each method, a point for each seed; a method without ranks is a level."""
     methods: dict[str, list[dict[str, Any]]] = {}
     for arm in values["arms"]:
@@ -60,7 +58,7 @@ def _by_rank(axes: Axes, values: dict[str, Any], measure: str, ranks: list[int])
 
 def _intervals(axes: Axes, pairs: list[dict[str, Any]]) -> None:
     """The loss of one arm less that of another: left of zero the first is better."""
-    _style(axes, f"Difference in loss, {COVERAGE:.0%} interval", "")
+    style(axes, f"Difference in loss, {COVERAGE:.0%} interval", "")
     for place, pair in enumerate(reversed(pairs)):
         one = pair["loss"]
         color = GREY if one["low"] <= 0 <= one["high"] else GREEN if one["high"] < 0 else ORANGE
@@ -71,13 +69,3 @@ def _intervals(axes: Axes, pairs: list[dict[str, Any]]) -> None:
     labels = [pair["label"].replace(" - ", " \N{MINUS SIGN} ") for pair in reversed(pairs)]
     axes.set_yticks(range(len(pairs)), labels, fontsize=8)
     axes.set_xlabel("nats a token; left of zero the first one is better", fontsize=10)
-
-
-def _style(axes: Axes, title: str, unit: str) -> None:
-    axes.set_title(title, fontsize=11, fontweight="bold", loc="left")
-    axes.set_ylabel(unit, fontsize=10)
-    axes.tick_params(labelsize=9, color=GREY)
-    axes.grid(True, color="#E3E3E3", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)

@@ -15,9 +15,10 @@ from qdora.device_memory import memory_gib
 from qdora.errors import CheckpointError
 from qdora.model import LoadedModel
 from qdora.model.export import export_model
+from qdora.reporting.curves import write_report
+from qdora.reporting.run import write_run_page
 from qdora.run_folder import RunFolder
 from qdora.training.progress import summary_table
-from qdora.training.report import write_report
 from qdora.training.trainer import Trainer
 
 PACKAGES = ("qdora", "torch", "bitsandbytes", "transformers", "accelerate", "datasets", "wandb")
@@ -76,6 +77,7 @@ def write_results(trainer: Trainer, status: str, base: Path) -> None:
         write_report(
             folder.metrics, folder.report, f"{config.run_id}: {config.adapter.method.name} on {config.model.path}"
         )
+        write_run_page(folder)
 
 
 @contextmanager

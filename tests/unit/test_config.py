@@ -45,6 +45,7 @@ NEEDED = {
     "generate": ["run=r", "prompt=p"],
     "chat": ["run=r"],
     "analyze": ["run=r"],
+    "report": ["run=r"],
     "study": ["+study=methods", "model.path=m", "data.train=d", "data.eval=e", "tasks=[obqa]", "tasks_path=t"],
     "plan": ["model.path=m"],
     "doctor": [],

@@ -43,11 +43,13 @@ ORCA_MATH = {  # overrides: model, method, scaling, dropout, accumulation, score
     "orca_math_qlora": (LLAMA2_7B, "lora", 0.25, 0.1, 2, "QLoRA 0.12"),
     "orca_math_qlora model=llama3_8b train.num_accumulation_steps=1": (LLAMA3_8B, "lora", 0.25, 0.1, 1, "0.32"),
 }
-ALPACA = {  # overrides: model, method, score
-    "alpaca_dora": (LLAMA2_7B, "dora", "Llama-2-7B DoRA 6.0"),
-    "alpaca_dora adapter=lora": (LLAMA2_7B, "lora", "LoRA 5.7"),
-    "alpaca_dora model=llama_7b": (LLAMA_7B, "dora", "LLaMA-7B DoRA 5.5"),
-    "alpaca_dora model=llama_7b adapter=lora": (LLAMA_7B, "lora", "LoRA 5.1"),
+ALPACA = {  # overrides: model, method, rank, learning rate, score
+    "alpaca_dora": (LLAMA2_7B, "dora", 64, 4e-4, "Llama-2-7B DoRA 6.0"),
+    "alpaca_dora adapter=lora": (LLAMA2_7B, "lora", 64, 4e-4, "LoRA 5.7"),
+    "alpaca_dora model=llama_7b": (LLAMA_7B, "dora", 64, 4e-4, "LLaMA-7B DoRA 5.5"),
+    "alpaca_dora model=llama_7b adapter=lora": (LLAMA_7B, "lora", 64, 4e-4, "LoRA 5.1"),
+    "alpaca_dvora": (LLAMA2_7B, "dvora", 1024, 4e-3, "Llama-2-7B DVoRA 6.0"),
+    "alpaca_dvora model=llama_7b": (LLAMA_7B, "dvora", 1024, 4e-3, "LLaMA-7B DVoRA 5.0"),
 }
 SCALED = {
     "commonsense_qdora": "commonsense_dora",
@@ -122,18 +124,18 @@ def test_orca_math_has_the_numbers_of_the_commands(command: str) -> None:
 
 @pytest.mark.parametrize("command", ALPACA)
 def test_alpaca_has_the_numbers_of_the_paper(command: str) -> None:
-    model, method, _ = ALPACA[command]
+    model, method, rank, learning_rate, _ = ALPACA[command]
     made = composed(command)
     assert (made.model.path, made.quant.method, made.adapter.method) == (
         model,
         QuantMethod.none,
         AdapterMethod[method],
     )
-    assert (made.adapter.rank, made.adapter.dropout) == (64, 0.0)
+    assert (made.adapter.rank, made.adapter.dropout) == (rank, 0.0)
     assert sorted(made.adapter.target_modules) == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
     )
-    assert (made.optim.learning_rate, made.optim.schedule) == (4e-4, Schedule.cosine)
+    assert (made.optim.learning_rate, made.optim.schedule) == (learning_rate, Schedule.cosine)
     assert (made.optim.warmup_ratio, made.optim.warmup_steps) == (0.1, None)
     assert (made.train.num_epochs, made.train.micro_batch_size, made.train.num_accumulation_steps) == (1, 4, 4)
     assert (made.data.limit, made.data.packing) == (10_000, False)

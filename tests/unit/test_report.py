@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from qdora.training.report import write_report
+from qdora.reporting.curves import write_report
 
 
 def records(num_steps: int) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
             super().__init__(*args, **options)
             drawn.append(self)
 
-    monkeypatch.setattr("qdora.training.report.Figure", Recorded)
+    monkeypatch.setattr("qdora.reporting.curves.Figure", Recorded)
     return drawn
 
 

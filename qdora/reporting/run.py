@@ -1,0 +1,47 @@
+"""`qdora report`: reads what a run or a study has left, and writes report.html."""
+
+from pathlib import Path
+
+from qdora.config import ReportConfig
+from qdora.errors import ConfigError
+from qdora.files import write_durably
+from qdora.reporting.answers import sample_answers
+from qdora.reporting.page import Page, render
+from qdora.reporting.run_page import run_page
+from qdora.reporting.study_page import study_page
+from qdora.run_folder import RunFolder
+
+REPORT = "report.html"
+
+
+def report(config: ReportConfig) -> int:
+    """Writes the page that `config` asks for; returns the exit status.
+
+    Raises:
+        QdoraError: there is no such run or study, its data or model cannot be used, or the page not be written.
+    """
+    folder = Path(str(config.run or config.study))
+    output = Path(config.output) if config.output else folder / REPORT
+    page = study_page(folder, output.parent) if config.study else _of_run(folder, config.num_answers)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(output, render(page))
+    except OSError as error:
+        raise ConfigError(f"output={output} cannot be written: {error.strerror}") from None
+    print(f"written to {output}: {output.stat().st_size / 1e6:.2f} MB, one file that needs no other")
+    return 0
+
+
+def write_run_page(folder: RunFolder) -> None:
+    """Writes a run's report.html from what lies in its folder; loads no model."""
+    write_durably(folder.path / REPORT, render(run_page(folder, [])))
+
+
+def _of_run(path: Path, num_answers: int) -> Page:
+    folder = RunFolder(path)
+    config = folder.read_config()
+    can_answer = config.data.eval is not None and folder.is_finished()
+    if num_answers and not can_answer:
+        why = "the run is not finished" if config.data.eval else "the run has no data.eval to take prompts from"
+        print(f"without sample answers: {why}")
+    return run_page(folder, sample_answers(folder, config, num_answers) if num_answers and can_answer else [])
