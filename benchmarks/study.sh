@@ -12,18 +12,26 @@ model=models/SmolLM2-135M-Instruct
 train="$(ls "$data"/train_mix.jsonl*)"
 
 mkdir -p "$output-data"
-gzip -dcf "$data"/val_mix.jsonl* | awk 'NR % 10 == 1' >"$output-data/tune.jsonl"  # ten rows of every task
+gzip -dcf "$data"/val_mix.jsonl* | awk 'NR % 10 == 1' >"$output-data/tune.jsonl"  # 80 of the 800 rows
 "$qdora" study +study=smollm2_commonsense model.path="$model" parallel=none data.train="$train" \
     data.eval="$output-data/tune.jsonl" tasks_path="$data/test" output_dir="$output" \
     "launcher=['hydra/launcher=joblib','hydra.launcher.n_jobs=2']"
 "$qdora" report study="$output"
 
-# At the learning rates that the study found best.
-for arm in "full none none 1e-4" "lora lora none 3e-3" "dora dora none 3e-3" "qdora dora nf4 3e-3"; do
-    read -r name adapter quant rate <<<"$arm"
+# Each at the learning rate that the study found best for it at rank 4.
+.venv/bin/python - "$output/study.json" >"$output-data/arms" <<'PYTHON'
+import json
+import sys
+
+adapters = {"full": "none none", "lora": "lora none", "dora": "dora none", "qdora": "dora nf4"}
+for arm in json.load(open(sys.argv[1]))["arms"]:
+    if arm["method"] in adapters and arm["rank"] in (None, 4):
+        print(arm["method"], adapters[arm["method"]], arm["learning_rate"])
+PYTHON
+while read -r name adapter quant rate; do
     "$qdora" train model.path="$model" adapter="$adapter" quant="$quant" adapter.rank=4 optim.learning_rate="$rate" \
         parallel=none tracker=none data.train="$train" data.max_length=512 optim.schedule=linear \
         optim.warmup_ratio=0.1 train.num_steps=40 train.micro_batch_size=2 train.num_accumulation_steps=1 \
         train.checkpoint_every=8 train.keep_checkpoints=5 output_dir="$output-weights/$name"
     [[ -f "$output-weights/$name/analysis/analysis.json" ]] || "$qdora" analyze run="$output-weights/$name"
-done
+done <"$output-data/arms"

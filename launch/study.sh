@@ -12,7 +12,7 @@ data=outputs/study-data
 if [[ ! -f "$data/small/openbookqa.jsonl" ]]; then
     .venv/bin/python launch/commonsense_data.py "$data"
     mkdir -p "$data/small"
-    awk 'NR % 20 == 1' "$data/val_mix.jsonl" >"$data/tune.jsonl"  # of every task
+    awk 'NR % 20 == 1' "$data/val_mix.jsonl" >"$data/tune.jsonl"
     head -n 100 "$data/test/openbookqa.jsonl" >"$data/small/openbookqa.partial"
     mv "$data/small/openbookqa.partial" "$data/small/openbookqa.jsonl"
 fi

@@ -35,7 +35,7 @@ class Subject:
     """The run that decided the rest."""
 
     def load(self, base: Path, world: World) -> LoadedModel:
-        """The model of the folder `base`, not to be trained; on one process.
+        """The model of the folder `base`, not to be trained, whole on each rank. *Collective*.
 
         Raises:
             ModelError, AdapterError: the checkpoint, a layer, or the adapter does not fit.

@@ -120,7 +120,9 @@ def show(results: Results, console: Console) -> None:
 
 def title(results: Results) -> str:
     """What was analysed."""
-    return f"{results['run_id']}: {results['method']} over {results['quant']} weights".replace("none", "unquantised")
+    method = "full fine-tuning" if results["method"] == "none" else results["method"]
+    quant = "unquantised" if results["quant"] == "none" else results["quant"]
+    return f"{results['run_id']}: {method} over {quant} weights"
 
 
 def shown(value: float | None, form: str) -> str:

@@ -31,6 +31,7 @@ from omegaconf import DictConfig
 from qdora.commands import run_hydra, typed
 from qdora.commands.sweep_results import RECORDS, Member, bare, short
 from qdora.config import RunConfig
+from qdora.config.commands import written
 from qdora.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, QdoraError
 from qdora.files import lock
 from qdora.interrupt import SIGNALS, TWICE_S
@@ -68,7 +69,7 @@ def run_members(
     try:
         run_hydra(
             "train",
-            ["--multirun", *arguments, f"hydra.sweep.dir={quoted(str(folder))}"],
+            ["--multirun", *arguments, f"hydra.sweep.dir={written(str(folder))}"],
             partial(run_member, fixed=fixed, cells=cells or {}, evaluation=evaluation),
         )
     finally:
@@ -107,8 +108,7 @@ def run_member(
     record = folder / RECORDS / f"{name}.json"
     member = Member(number=hydra_config.job.num, overrides=swept, folder=str(folder / name))
     with suppress(OSError, ValueError, KeyError):
-        kept = json.loads(record.read_text(encoding="utf-8"))
-        member.seconds, member.scored_with = kept["seconds"], kept["scored_with"]
+        member.seconds = json.loads(record.read_text(encoding="utf-8"))["seconds"]
     member.write(record)
     shown = f"== {member.number + 1}: {' '.join(f'{key}={value}' for key, value in swept.items()) or name}"
     try:
@@ -119,9 +119,9 @@ def run_member(
         else:
             with _own_gpus(folder / RECORDS) as gpus:
                 _start(member, given, config, gpus, shown)
-        if evaluation not in (None, member.scored_with) and member.exit_status == 0:
+        if evaluation is not None and member.exit_status == 0:
             with _own_gpus(folder / RECORDS) as gpus:
-                _evaluate(member, list(evaluation or ()), gpus)
+                _evaluate(member, evaluation, gpus)
     except QdoraError as error:
         member.exit_status, member.message = EXIT_USER_ERROR, str(error)
         print(f"{shown}\nqdora: {error}", file=sys.__stderr__, flush=True)
@@ -142,10 +142,10 @@ def _start(member: Member, given: list[str], config: RunConfig, gpus: dict[str, 
         return
     print(shown, flush=True)
     sweep_id = config.run_id or folder.name
-    run_id = [] if "run_id" in member.overrides else [f"run_id={quoted(f'{sweep_id}-{Path(member.folder).name}')}"]
+    run_id = [] if "run_id" in member.overrides else [f"run_id={written(f'{sweep_id}-{Path(member.folder).name}')}"]
     environment = {"WANDB_RUN_GROUP": sweep_id, **os.environ, **gpus}
     began = time.monotonic()
-    arguments = [*given, *run_id, f"output_dir={quoted(member.folder)}"]
+    arguments = [*given, *run_id, f"output_dir={written(member.folder)}"]
     launcher = os.environ.get(TRAIN)
     command = [launcher] if launcher else [*_ranks(), "train"]
     member.exit_status = run_process([*command, *arguments], folder / STOP, environment)
@@ -159,10 +159,9 @@ def _evaluate(member: Member, options: list[str], gpus: dict[str, str]) -> None:
     if stop.stat().st_size:
         member.status, member.exit_status = "not started", None
         return
-    arguments = [f"run={quoted(str(folder))}", *options, f"output_dir={quoted(str(folder / 'evaluation'))}"]
+    arguments = [f"run={written(str(folder))}", *options, f"output_dir={written(str(folder / 'evaluation'))}"]
     began = time.monotonic()
     member.exit_status = evaluate(arguments, stop, {**os.environ, **gpus})
-    member.scored_with = options if member.exit_status == 0 else None
     member.seconds += round(time.monotonic() - began, 1)
 
 
@@ -284,7 +283,7 @@ def taken(folder: Path) -> Iterator[float]:
         raise ConfigError(f"output_dir={folder} cannot be made: {error}") from None
     try:
         if not lock(descriptor):
-            raise ConfigError(f"a sweep is going on in {folder}: wait for its end, stop it, or give another output_dir")
+            raise ConfigError(f"runs are started in {folder} by another: wait, stop it, or give another output_dir")
         (folder / STOP).write_bytes(b"")
         yield (folder / STOP).stat().st_mtime
     finally:
@@ -330,11 +329,6 @@ def signals_told(stop: Path) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def quoted(value: str) -> str:
-    """As Hydra takes any text."""
-    return "'" + value.replace("'", "\\'") + "'"
 
 
 def short_hash(*texts: str) -> str:

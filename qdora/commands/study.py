@@ -11,22 +11,34 @@ The same command goes on with what is left. Checkpoints of finished runs are rem
 
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
-from qdora import parallel
 from qdora.adapter import peft_format
-from qdora.commands.members import CELL, STOP, evaluate, run_members, signals_told, taken
+from qdora.adapter.dora import adapted_layers
+from qdora.commands.members import CELL, STOP, evaluate, run_members, run_process, signals_told, taken
 from qdora.commands.sweep_results import RECORDS
-from qdora.config import AdapterConfig, AdapterMethod, MergeConfig, ParallelConfig, Plan, QuantConfig, StudyConfig
+from qdora.config import AdapterConfig, AdapterMethod, DataConfig, ModelConfig, QuantConfig, StudyConfig
+from qdora.config.commands import changed, written
 from qdora.errors import EXIT_ERROR, EXIT_PREEMPTED, ConfigError
 from qdora.evaluation.tasks import find_tasks
-from qdora.merging import merge
-from qdora.model import load_model, model_folder
-from qdora.study.cells import Cell, arms, best_rates, compared, measured, own_options, search, shared_options, written
+from qdora.model import model_folder
+from qdora.model.build import build_model
+from qdora.study.cells import (
+    Cell,
+    arms,
+    best_rates,
+    compared,
+    measured,
+    own_options,
+    search,
+    shared_options,
+    starts,
+)
 from qdora.study.results import conclude
 
 
@@ -34,22 +46,22 @@ def study(config: StudyConfig) -> int:
     """Runs the study, or what is left of it; returns the exit status: 75 where it was told to stop.
 
     Raises:
-        ConfigError: the options are wrong, or no run of a method has ended.
+        ConfigError: the options are wrong, no run of a method has ended, or the tasks cannot be scored.
     """
     if "RANK" in os.environ:
         raise ConfigError("qdora study starts the ranks of its runs itself, NPROC=N of them: leave out torchrun")
     find_tasks(config.tasks, Path(str(config.tasks_path)))  # before hours of training
     folder = Path(config.output_dir or "outputs/study")
     with taken(folder), signals_told(folder / STOP):
-        if any(method.dequantised for method in config.methods.values()):
+        if "dequantised" in starts(config):
             _dequantise(config, folder)
+        _score_bases(config, folder)  # a mistake in the tasks shows here
         _run(config, search(config), folder)
         rates = best_rates(config, folder)
         if not _is_told_to_stop(folder):
             if missing := [arm.label for arm in arms(config) if arm not in rates]:
                 raise ConfigError(f"no run of {', '.join(missing)} has ended with a loss: see the messages above")
             _run(config, compared(config, rates), folder, _evaluation(config))
-            _score_bases(config, folder)
         if _is_told_to_stop(folder):
             print(f"interrupted; the same command goes on with what is left of the study in {folder}", flush=True)
             return EXIT_PREEMPTED
@@ -88,32 +100,53 @@ def _evaluation(config: StudyConfig) -> list[str]:
 
 
 def _score_bases(config: StudyConfig, folder: Path) -> None:
-    """Scores what training started from, unquantised and as NF4 has it."""
-    for name in sorted({_start(config, method) for method in config.methods}):
+    """Scores what training starts from, as the runs are scored.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    data = {f"data.{name}": value for name, value in changed(config.data, DataConfig()).items()}
+    own = {"data.train", "data.eval", "data.packing", "data.limit"}
+    shared = [f"{name}={written(value)}" for name, value in data.items() if name not in own]
+    given = changed(config.model, ModelConfig())
+    shared += [f"model.{name}={written(value)}" for name, value in given.items() if name != "path"]
+    for name in starts(config):
+        if _is_told_to_stop(folder):
+            return
         path = folder / "dequantised" if name == "dequantised" else config.model.path
-        model = [f"model.path={written(str(path))}", f"model.dtype={config.model.dtype.name}"]
-        model += [f"quant.method={'nf4' if name == 'nf4' else 'none'}"]
-        output = [f"output_dir={written(str(folder / f'base-{name}'))}"]
-        if not _is_told_to_stop(folder):
-            evaluate([*model, *_evaluation(config), *output], folder / STOP, dict(os.environ))
-
-
-def _start(config: StudyConfig, method: str) -> str:
-    own = config.methods[method]
-    return "dequantised" if own.dequantised else own.quant.name
+        quant = "nf4" if name == "nf4" else "none"
+        model = [f"model.path={written(str(path))}", f"quant.method={quant}"]
+        output = f"output_dir={written(str(folder / f'base-{name}'))}"
+        status = evaluate([*shared, *model, *_evaluation(config), output], folder / STOP, dict(os.environ))
+        if status not in (0, EXIT_PREEMPTED):
+            raise ConfigError(f"the base ({name}) could not be scored: see the message above")
 
 
 def _dequantise(config: StudyConfig, folder: Path) -> None:
-    """Writes the base as NF4 has it: merged with an adapter that changes nothing."""
-    output = folder / "dequantised"
-    if output.exists():
+    """Writes the base as NF4 has it, in the compute dtype: merged with an adapter that changes nothing.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    output, unchanged = folder / "dequantised", folder / ".unchanged"
+    if output.exists() or _is_told_to_stop(folder):
         return
-    world = parallel.start_alone("qdora study")
-    base, plan = model_folder(config.model), ParallelConfig(plan=Plan.none)
     adapter = AdapterConfig(method=AdapterMethod.lora, rank=1)
-    loaded = load_model(base, config.model, QuantConfig(), adapter, plan, world)
-    unchanged = folder / ".unchanged"
-    peft_format.save(loaded.model, unchanged, adapter, str(config.model.path), torch.float32, world)
-    quant = QuantConfig()
-    merge(MergeConfig(adapter=str(unchanged), model=config.model, quant=quant, output=str(output), verify=False))
+    empty = build_model(model_folder(config.model), config.model, QuantConfig(), adapter)
+    tensors = {}
+    for name, layer in adapted_layers(empty.model).items():
+        tensors[peft_format.tensor_name(name, "lora_a")] = torch.zeros(1, layer.in_features)
+        tensors[peft_format.tensor_name(name, "lora_b")] = torch.zeros(layer.out_features, 1)
+    unchanged.mkdir(exist_ok=True)
+    peft_format.write_weights(unchanged / peft_format.WEIGHTS, tensors)
+    modules = peft_format.target_modules(empty.model)
+    peft_format.write_config(unchanged, adapter, str(config.model.path), modules)
+    print("== the base as NF4 has it", flush=True)
+    given = changed(config.model, ModelConfig())
+    model = [f"model.{name}={written(value)}" for name, value in given.items()]
+    options = [f"adapter={unchanged}", *model, "quant.method=nf4", f"dtype={config.model.dtype.name}", "verify=false"]
+    command = [sys.executable, "-m", "qdora", "merge", *options, f"output={written(str(output))}"]
+    status = run_process(command, folder / STOP, dict(os.environ))
     shutil.rmtree(unchanged)
+    if status:
+        raise ConfigError("the base could not be dequantised: see the message above")

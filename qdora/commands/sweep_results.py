@@ -36,8 +36,6 @@ class Member:
     """Why it was not even started."""
     seconds: float = 0.0
     """Time of all its starts."""
-    scored_with: list[str] | None = None
-    """Options of `qdora evaluate` under which it was scored, if it was."""
 
     def write(self, path: Path) -> None:
         """Replaces the record at `path`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from typing import Any, TypeVar
 
 from qdora.config.groups import (
@@ -36,6 +37,17 @@ def changed(given: Any, usual: Any) -> dict[str, Any]:
     """The options of `given` that differ from those of `usual`."""
     pairs = {item.name: (getattr(given, item.name), getattr(usual, item.name)) for item in fields(given)}
     return {name: value for name, (value, other) in pairs.items() if value != other}
+
+
+def written(value: Any) -> str:
+    """A value as Hydra's command line takes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(written, value))}]"
+    if isinstance(value, Enum):
+        return value.name
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" if isinstance(value, str) else repr(value)
 
 
 def overlaid(stored: T, given: T) -> T:

@@ -1,5 +1,6 @@
 """What `qdora study` compares."""
 
+import re
 from dataclasses import dataclass, field
 
 from qdora.config.commands import changed, check_trainable, refuse
@@ -34,7 +35,9 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.learning_rates), "a method of a study needs learning_rates=[...]")
-        require(all(rate > 0 for rate in self.learning_rates), f"learning_rates={self.learning_rates}: all above 0")
+        once = len({f"{rate:g}" for rate in self.learning_rates}) == len(self.learning_rates)
+        good = once and all(rate > 0 for rate in self.learning_rates)
+        require(good, f"learning_rates={self.learning_rates}: above 0, and each once (in six digits)")
         check_trainable(AdapterConfig(method=self.adapter), QuantConfig(method=self.quant))
         over_nf4 = self.dequantised and self.quant is QuantMethod.nf4
         require(not over_nf4, "dequantised=true goes with quant=none: with nf4 the weights are those anyway")
@@ -52,7 +55,7 @@ class StudyConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     methods: dict[str, MethodConfig] = field(default_factory=dict)
-    """What is compared, by names; `+study=methods` has five, `~methods.full` leaves one out."""
+    """What is compared, by names; `+study=methods` has six, `~methods.full` leaves one out."""
     ranks: list[int] = field(default_factory=lambda: [4, 8, 32])
     """Ranks of the adapters."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -80,6 +83,8 @@ class StudyConfig:
             "no methods: add +study=methods, or +methods={NAME:{adapter:dora,learning_rates:[1e-3]}}",
         )
         require(bool(self.tasks) and self.tasks_path is not None, "give tasks=[...] and tasks_path=DIR to compare on")
+        for name in self.methods:
+            require(re.fullmatch(r"[A-Za-z0-9_]+", name) is not None, f"methods.{name}: letters, digits and _ alone")
         once = bool(self.seeds) and len({*self.seeds}) == len(self.seeds)
         require(once, f"seeds={self.seeds}: give one or several, each once")
         ranked = any(method.adapter is not AdapterMethod.none for method in self.methods.values())

@@ -18,7 +18,7 @@ from qdora.data.encode import DEFAULT_TEMPLATE, detect, encode
 from qdora.data.sources import fingerprint, load_rows
 from qdora.errors import DataError
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 """Counts up when the same data would be tokenised or stored differently."""
 IGNORED = -100
 """Label of a position without a target."""

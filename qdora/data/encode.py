@@ -120,7 +120,9 @@ def with_answer(row: Row, form: DataFormat, answer: str) -> Row:
         values["completion"] = answer
     else:
         messages = conversation(row, form)
-        messages[-1] = {"role": "assistant", "content": answer}
+        if messages[-1]["role"] == "assistant":
+            messages.pop()
+        messages.append({"role": "assistant", "content": answer})
         values.pop("conversations", None)
         values["messages"] = messages
     return Row(values, row.where)
@@ -245,12 +247,15 @@ def _encode_plain(prompt: str, learned: str, tokenizer: Any) -> Encoded:
 
 
 def _tokenize(text: str, spans: list[tuple[int, int]], tokenizer: Any, special_tokens: bool) -> Encoded:
-    """Tokens of `text`, and whether each begins in one of `spans`."""
+    """Tokens of `text`, and whether each has a part in one of `spans`.
+
+    A token may begin before: many tokenizers give the blank at the end of a prompt to the answer's first word.
+    """
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
         mask = [False] * len(encoded["input_ids"])
         for index, (first, last) in enumerate(encoded["offset_mapping"]):
-            mask[index] = last > first and any(start <= first < end for start, end in spans)
+            mask[index] = last > first and any(first < end and start < last for start, end in spans)
         return encoded["input_ids"], mask
     ids: list[int] = []
     mask = []

@@ -9,8 +9,8 @@ from qdora.model import LoadedModel
 from qdora.parallel import World
 
 
-def run_harness(loaded: LoadedModel, tokenizer: Any, config: EvaluateConfig, world: World) -> dict[str, Any]:
-    """`tasks` with each metric of the harness, and `samples`; `tasks_path` is a folder with tasks of one's own.
+def find_harness_tasks(config: EvaluateConfig, world: World) -> Any:
+    """The harness's TaskManager, which knows the tasks that are asked for; `tasks_path` holds tasks of one's own.
 
     Raises:
         ConfigError: it is not installed, several ranks were started, or there is no such task.
@@ -19,7 +19,6 @@ def run_harness(loaded: LoadedModel, tokenizer: Any, config: EvaluateConfig, wor
         raise ConfigError("protocol=harness runs on one rank: lm-evaluation-harness has its own way to split samples")
     try:
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
@@ -29,6 +28,18 @@ def run_harness(loaded: LoadedModel, tokenizer: Any, config: EvaluateConfig, wor
     unknown = [task for task in config.tasks if not manager.match_tasks([task])]
     if unknown:
         raise ConfigError(f"tasks: lm-evaluation-harness {lm_eval.__version__} has no task {unknown[0]!r}")
+    return manager
+
+
+def run_harness(loaded: LoadedModel, tokenizer: Any, config: EvaluateConfig, manager: Any) -> dict[str, Any]:
+    """`tasks` with each metric of the harness, and `samples`.
+
+    Raises:
+        ConfigError: a task cannot be asked.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     model = HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=config.batch_size)
     try:
         found = lm_eval.simple_evaluate(
@@ -41,7 +52,7 @@ def run_harness(loaded: LoadedModel, tokenizer: Any, config: EvaluateConfig, wor
     tasks: dict[str, dict[str, Any]] = {}
     samples: list[dict[str, Any]] = []
     for name, some in found["samples"].items():
-        tasks[name] = _scores(found["results"][name], len(some))
+        tasks[name] = _scores(found["results"][name], len({sample["doc_id"] for sample in some}))
         samples += [{"task": name, **_sample(sample)} for sample in some]
     return {"harness": lm_eval.__version__, "tasks": tasks, "samples": samples}
 

@@ -39,11 +39,12 @@ def score_all(
         kept: folder of what was scored already, by the same model and of the same samples; goes on from there.
     """
     work = [(name, batch) for name, job in jobs.items() for batch in batches_of(job, batch_size)]
-    done = _read(kept)
-    parallel.wait(world)  # all have read before one writes
+    # Before one writes, and as all see it: file systems may show a rank less than another.
+    done: dict[int, list[Record]] = {}
+    for some in parallel.gather(world, _read(kept), world.patient_group):
+        done |= some
     open_work = [number for number in range(len(work)) if number not in done]
     own: dict[int, list[Record]] = {}
-    kept.mkdir(parents=True, exist_ok=True)
     with (kept / f"rank-{world.rank}.jsonl").open("a", encoding="utf-8") as file:
         file.write("\n")  # ends a line that was left torn
         for number in _shown(open_work[world.rank :: world.size], batch_size, world):

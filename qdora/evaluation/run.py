@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +18,16 @@ from qdora import parallel
 from qdora.adapter import peft_format
 from qdora.config import DataConfig, EvaluateConfig, ParallelConfig, Plan, Protocol
 from qdora.config.commands import overlaid
-from qdora.data.sources import Row, fingerprint, load_rows
+from qdora.data.sources import Row, load_rows
 from qdora.errors import ConfigError, DataError
 from qdora.evaluation.ranks import score_all
 from qdora.evaluation.scoring import Job, generate_job, likelihood_job, loss_job
 from qdora.evaluation.tasks import find_tasks, overall, summary
-from qdora.files import write_durably
+from qdora.files import lock, read_json, write_durably
 from qdora.model import load_tokenizer, model_folder
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.generate import end_tokens
-from qdora.run_folder import plain
+from qdora.parallel import World
 from qdora.subject import Subject, find_subject
 
 RESULTS = "results.json"
@@ -42,33 +45,44 @@ def evaluate(config: EvaluateConfig) -> int:
     subject = find_subject(config, "scored")
     output = _output(config, subject)
     if config.protocol is Protocol.harness:
-        from qdora.evaluation.harness import run_harness  # an extra
-
-        base = model_folder(subject.model)
-        scores = run_harness(subject.load(base, world), load_tokenizer(base, subject.model), config, world)
-        return _write(output, _header(config, subject, list(config.tasks)) | scores)
+        return _evaluate_by_harness(config, subject, output, world)
     data = _data(config, subject)
     sources = _sources(config, data)
     base = parallel.main_first(world, lambda: model_folder(subject.model))
     tokenizer = load_tokenizer(base, subject.model)
-    header = _header(config, subject, [str(source) for source in sources.values()])
-    header["identity"] = _identity(config, subject, data, base, sources)
-    if (kept := _read(output / RESULTS)).get("identity") == header["identity"]:
+    # Before the model is loaded: mistakes in the data show within seconds. Rank 0 first, as data is kept tokenised.
+    jobs = parallel.main_first(
+        world, lambda: {name: _job(config, data, source, tokenizer, base) for name, source in sources.items()}
+    )
+    header = _header(config, subject, list(sources.values()))
+    header["identity"] = _identity(config, subject, base, jobs)
+    kept = parallel.broadcast(world, read_json(output / RESULTS), world.patient_group)
+    if kept.get("identity") == header["identity"]:
         if world.is_main:
             _show(kept)
             print(f"these scores are there already: {output / RESULTS}")
         return 0
-    # Before the model is loaded: mistakes in the data show within a second.
-    jobs = {name: _job(config, data, source, tokenizer, base) for name, source in sources.items()}
-    loaded = subject.load(base, world)
     partial = output / f".scored-{header['identity']}"
-    records = score_all(loaded, jobs, config.batch_size, world, partial)
-    tasks = {name: summary(samples) for name, samples in records.items()}
-    samples = [{"task": name, **sample} for name, some in records.items() for sample in some]
-    if world.is_main:
-        _write(output, header | overall(tasks) | {"tasks": tasks, "samples": samples})
-        shutil.rmtree(partial)
+    with _taken(partial, world):
+        loaded = subject.load(base, world)
+        records = score_all(loaded, jobs, config.batch_size, world, partial)
+        tasks = {name: summary(samples) for name, samples in records.items()}
+        samples = [{"task": name, **sample} for name, some in records.items() for sample in some]
+        if world.is_main:
+            _write(output, header | overall(tasks) | {"tasks": tasks, "samples": samples})
+            for scored in output.glob(".scored-*"):
+                shutil.rmtree(scored, ignore_errors=True)
     return 0
+
+
+def _evaluate_by_harness(config: EvaluateConfig, subject: Subject, output: Path, world: World) -> int:
+    from qdora.evaluation.harness import find_harness_tasks, run_harness  # an extra
+
+    manager = find_harness_tasks(config, world)
+    base = model_folder(subject.model)
+    tokenizer = load_tokenizer(base, subject.model)
+    scores = run_harness(subject.load(base, world), tokenizer, config, manager)
+    return _write(output, _header(config, subject, list(config.tasks)) | scores)
 
 
 def _data(config: EvaluateConfig, subject: Subject) -> DataConfig:
@@ -88,9 +102,34 @@ def _sources(config: EvaluateConfig, data: DataConfig) -> dict[str, str]:
 
 
 def _output(config: EvaluateConfig, subject: Subject) -> Path:
+    """What is given, else `evaluation` in the folder that is scored, or beside other outputs where that is none."""
     if config.output_dir:
         return Path(config.output_dir)
-    return Path(str(config.run or config.adapter or subject.model.path)) / "evaluation"
+    scored = Path(str(config.run or config.adapter or subject.model.path))
+    return (scored if scored.is_dir() else Path("outputs", scored.name)) / "evaluation"
+
+
+@contextmanager
+def _taken(partial: Path, world: World) -> Iterator[None]:
+    """Makes the folder of what is scored and keeps another evaluation from it. *Collective* at its start.
+
+    Raises:
+        ConfigError: it cannot be made, or the same evaluation is going on.
+    """
+    descriptor = None
+    with parallel.failing_together(world):
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfigError(f"output_dir={partial.parent} cannot be made: {error.strerror}") from None
+        if world.is_main and not lock(descriptor):
+            raise ConfigError(f"the same is being scored into {partial.parent}: wait, or give another output_dir")
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _header(config: EvaluateConfig, subject: Subject, data: list[str]) -> dict[str, Any]:
@@ -103,28 +142,27 @@ def _header(config: EvaluateConfig, subject: Subject, data: list[str]) -> dict[s
     }
 
 
-def _identity(config: EvaluateConfig, subject: Subject, data: DataConfig, base: Path, sources: dict[str, str]) -> str:
-    """Of all that a score depends on: the weights, the samples, and how they are scored."""
-    said: list[Any] = [VERSION, config.protocol.name, config.batch_size, config.max_new_tokens]
+def _identity(config: EvaluateConfig, subject: Subject, base: Path, jobs: dict[str, Job]) -> str:
+    """Of all that a score depends on: the weights, what is asked of them token by token, and what computes together."""
+    said: list[Any] = [VERSION, config.protocol.name, config.batch_size]
     said += [CheckpointFiles(base).fingerprint(), subject.model.dtype.name, subject.model.attention.name]
-    said += [plain({"quant": subject.quant.method, "double": subject.quant.double_quant})]
-    said += [subject.quant.embeddings, subject.adapter.method.name, subject.adapter.scaling]
-    said += [data.format.name, data.max_length, data.overlong.name, data.limit]
-    said += [(name, fingerprint(source)) for name, source in sources.items()]
+    said += [subject.quant.method.name, subject.quant.double_quant, subject.quant.embeddings]
+    said += [(name, job.fingerprint) for name, job in jobs.items()]
     digest = hashlib.sha256(repr(said).encode())
+    digest.update((base / "config.json").read_bytes())
     if subject.adapter.path is not None:
-        digest.update((Path(subject.adapter.path) / peft_format.WEIGHTS).read_bytes())
+        for name in (peft_format.CONFIG, peft_format.WEIGHTS):
+            digest.update((Path(subject.adapter.path) / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _job(config: EvaluateConfig, data: DataConfig, source: str, tokenizer: Any, base: Path) -> Job:
     if config.protocol is Protocol.loss:
         return loss_job(data, source, tokenizer, config.batch_size)
-    rows = _rows(source, data.limit)
+    rows, ends = _rows(source, data.limit), end_tokens(tokenizer, base)
     if config.protocol is Protocol.likelihood:
-        return likelihood_job(rows, data.format, tokenizer, config.batch_size)
-    ends = end_tokens(tokenizer, base)
-    return generate_job(rows, data.format, tokenizer, config.batch_size, config.max_new_tokens, ends)
+        return likelihood_job(rows, data.format, tokenizer, config.batch_size, ends)
+    return generate_job(rows, data.format, tokenizer, config.max_new_tokens, ends)
 
 
 def _rows(source: str, limit: int | None) -> list[Row]:
@@ -132,14 +170,6 @@ def _rows(source: str, limit: int | None) -> list[Row]:
     if not rows:
         raise DataError(f"{source} is empty: it has no row")
     return rows
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _write(output: Path, results: dict[str, Any]) -> int:

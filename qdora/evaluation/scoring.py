@@ -10,6 +10,9 @@ The likelihood of a choice is that of the sample's answer with that choice in it
 Choices that differ in their last token alone, as those of LLM-Adapters do, share one forward.
 """
 
+import hashlib
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +23,8 @@ from qdora.config import DataConfig, DataFormat
 from qdora.data import prepare
 from qdora.data.encode import Encoded, detect, encode, encode_prompt, reference, with_answer
 from qdora.data.sources import Row
-from qdora.errors import DataError
-from qdora.evaluation.tasks import gold_of, is_right, question_of
+from qdora.errors import DataError, ModelError
+from qdora.evaluation.tasks import as_word, gold_of, is_right, question_of
 from qdora.model import LoadedModel
 from qdora.model.generate import generate_batch
 from qdora.model.loss import IGNORED, log_likelihoods
@@ -36,6 +39,8 @@ class Job:
 
     lengths: list[int]
     """Tokens of each sample."""
+    fingerprint: str
+    """Of all that is asked and how, token by token."""
     score: Callable[[LoadedModel, Sequence[int]], list[Record]]
     """The records of the samples with these numbers; several at a time."""
 
@@ -61,6 +66,10 @@ def _log_likelihoods(loaded: LoadedModel, some: list[Scored], batch_size: int, p
         positions = torch.arange(length).expand_as(ids)
         columns = torch.tensor(wanted).T.contiguous()
         values = log_likelihoods(loaded.model, *(tensor.to(device) for tensor in (ids, positions, *columns))).tolist()
+        if not all(map(math.isfinite, values)):
+            raise ModelError(
+                "a log-probability is not finite: the weights do not compute, and no score would mean a thing"
+            )
         rest = iter(values)
         found += [[next(rest) for _ in sequence.wanted] for sequence in batch]
     return found
@@ -82,33 +91,36 @@ def loss_job(data: DataConfig, source: str, tokenizer: Any, batch_size: int) -> 
             for number, likely in zip(numbers, values, strict=True)
         ]
 
-    return Job(dataset.lengths.tolist(), score)
+    return Job(dataset.lengths.tolist(), dataset.fingerprint, score)
 
 
 def _answer_with(row: Row, form: DataFormat, choice: str, gold: str) -> Row:
     """The row answering `choice`, in the words of its own answer where that names the gold choice."""
     own = reference(row, form)
-    before, found, after = own.rpartition(gold)
-    return with_answer(row, form, f"{before}{choice}{after}" if found else choice)
+    *_, named = [None, *re.finditer(as_word(gold), own)]
+    return with_answer(row, form, f"{own[: named.start()]}{choice}{own[named.end() :]}" if named else choice)
 
 
-def _without_end(encoded: Encoded, special: set[int]) -> list[tuple[int, int]]:
+def _without_end(encoded: Encoded, ends: set[int]) -> list[tuple[int, int]]:
     """Places and tokens of what is learned, without the tokens that end the answer."""
     ids, learned = encoded
     places = [place for place, is_learned in enumerate(learned) if is_learned and place]
-    while len(places) > 1 and ids[places[-1]] in special:
+    while places and ids[places[-1]] in ends:
         places.pop()
     return [(place - 1, ids[place]) for place in places]
 
 
-def likelihood_job(rows: list[Row], form: DataFormat, tokenizer: Any, batch_size: int) -> Job:
+def likelihood_job(rows: list[Row], form: DataFormat, tokenizer: Any, batch_size: int, ends: list[int]) -> Job:
     """The log-probability of each choice of each row.
 
+    Args:
+        ends: tokens that end an answer, beside the tokenizer's special ones.
+
     Raises:
-        DataError: a row has no choices.
+        DataError: a row has no choices, or one without a token of its own.
     """
     form = detect(rows[0]) if form is DataFormat.auto else form
-    special = set(tokenizer.all_special_ids)
+    not_said = {*ends, *tokenizer.all_special_ids}
     questions, asked = [], []
     for row in rows:
         question = question_of(row)
@@ -122,7 +134,9 @@ def likelihood_job(rows: list[Row], form: DataFormat, tokenizer: Any, batch_size
         candidates = []
         for answer in answers:
             encoded = encode(answer, form, tokenizer)
-            wanted = _without_end(encoded, special)
+            wanted = _without_end(encoded, not_said)
+            if not wanted:
+                raise DataError(f"{row.where}: the choice {reference(answer, form)!r} has no token of its own")
             candidates.append((tuple(encoded[0][: wanted[-1][0] + 1]), wanted, len(reference(answer, form))))
         asked.append(candidates)
 
@@ -166,31 +180,35 @@ def likelihood_job(rows: list[Row], form: DataFormat, tokenizer: Any, batch_size
             )
         return records
 
-    return Job([max(len(ids) for ids, _, _ in candidates) for candidates in asked], score)
+    lengths = [max(len(ids) for ids, _, _ in candidates) for candidates in asked]
+    return Job(lengths, _hash(asked, questions), score)
 
 
-def generate_job(
-    rows: list[Row], form: DataFormat, tokenizer: Any, batch_size: int, max_new_tokens: int, ends: list[int]
-) -> Job:
+def generate_job(rows: list[Row], form: DataFormat, tokenizer: Any, max_new_tokens: int, ends: list[int]) -> Job:
     """The greedy answer to each row, and whether it is right."""
     form = detect(rows[0]) if form is DataFormat.auto else form
     prompts = [encode_prompt(row, form, tokenizer) for row in rows]
 
     def score(loaded: LoadedModel, numbers: Sequence[int]) -> list[Record]:
         device = next(loaded.model.parameters()).device
+        asked = [prompts[number] for number in numbers]
+        texts = generate_batch(loaded.model, asked, tokenizer, max_new_tokens, ends, device)
         records = []
-        for some in chunks(numbers, batch_size):
-            asked = [prompts[number] for number in some]
-            texts = generate_batch(loaded.model, asked, tokenizer, max_new_tokens, ends, device)
-            for number, text in zip(some, texts, strict=True):
-                row = rows[number]
-                record = {"where": row.where, "prompt": _prompt(row, form, tokenizer), "answer": gold_of(row, form)}
-                record |= {"prediction": text, "correct": is_right(row, form, text)}
-                question = question_of(row)
-                records.append(record | ({"num_choices": len(question.choices)} if question else {}))
+        for number, text in zip(numbers, texts, strict=True):
+            row = rows[number]
+            record: Record = {"where": row.where, "prompt": _prompt(row, form, tokenizer)}
+            record["answer"] = gold_of(row, form)
+            record |= {"prediction": text, "correct": is_right(row, form, text)}
+            question = question_of(row)
+            records.append(record | ({"num_choices": len(question.choices)} if question else {}))
         return records
 
-    return Job([len(prompt) for prompt in prompts], score)
+    golds = [gold_of(row, form) for row in rows]
+    return Job([len(prompt) for prompt in prompts], _hash(prompts, golds, ends, max_new_tokens), score)
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _prompt(row: Row, form: DataFormat, tokenizer: Any) -> str:

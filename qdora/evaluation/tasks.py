@@ -17,13 +17,14 @@ from typing import Any
 
 from qdora.config import DataFormat
 from qdora.data.encode import reference
-from qdora.data.sources import Row
+from qdora.data.sources import SUFFIXES, Row
 from qdora.errors import ConfigError, DataError, nearest
 
 GROUPS = {
     "commonsense": ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "obqa"],
     "arithmetic": ["gsm8k", "svamp", "addsub", "multiarith", "mawps", "aqua"],
 }
+"""Of `tasks=[...]`. LLM-Adapters' own mean of arithmetic has SingleEq instead of MAWPS."""
 _OTHER_NAMES = {
     "siqa": "socialiqa",
     "obqa": "openbookqa",
@@ -31,7 +32,6 @@ _OTHER_NAMES = {
     "arcc": "arcchallenge",
 }
 """Names of the same task, without case and punctuation."""
-_SUFFIXES = r"\.(jsonl|json|parquet|csv)(\.gz)?$"
 NUMBER_TOLERANCE = 1e-3
 """Two numbers so close are the same answer, as in LLM-Adapters."""
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -45,17 +45,21 @@ def find_tasks(names: Sequence[str], folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise ConfigError(f"tasks_path={folder} is no folder")
-    files: dict[str, Path] = {}
-    for file in sorted(file for file in folder.rglob("*") if re.search(_SUFFIXES, file.name)):
-        stem = re.sub(_SUFFIXES, "", file.name)
-        files.setdefault(_plain(file.parent.name if stem == "test" else stem), file)
+    files: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        stem, suffix = Path(file.name.removesuffix(".gz")).stem, Path(file.name.removesuffix(".gz")).suffix
+        if suffix in SUFFIXES and file.is_file():
+            files.setdefault(_plain(file.parent.name if stem == "test" else stem), []).append(file)
     found = {}
     for name in (one for group in names for one in GROUPS.get(group, [group])):
-        if _plain(name) not in files:
+        own = files.get(_plain(name), [])
+        if not own:
             raise ConfigError(
                 f"tasks: there is no file for {name!r} in {folder}{nearest(name, files)}; it has {', '.join(files)}"
             )
-        found[name] = files[_plain(name)]
+        if len(own) > 1:
+            raise ConfigError(f"tasks: {name!r} may be {own[0]} or {own[1]}; give a tasks_path that has one of them")
+        found[name] = own[0]
     return found
 
 
@@ -86,10 +90,13 @@ def question_of(row: Row) -> Question | None:
         choices = re.findall(r"\(([A-Z])\)", listed[1])
     if not choices or answer is None:
         return None
-    gold = choices[answer] if isinstance(answer, int) and 0 <= answer < len(choices) else answer
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
+        raise DataError(f"{row.where}: choices must be a list of texts, this is {choices!r:.60}")
+    is_index = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices)
+    gold = choices[answer] if is_index else answer
     if gold not in choices:
         raise DataError(f"{row.where}: the answer {answer!r} is none of the choices {choices}")
-    return Question(list(choices), str(gold))
+    return Question(choices, str(gold))
 
 
 def is_right(row: Row, form: DataFormat, text: str) -> bool:
@@ -100,7 +107,8 @@ def is_right(row: Row, form: DataFormat, text: str) -> bool:
     """
     question = question_of(row)
     if question is not None:
-        named = re.search("|".join(map(_named, sorted(question.choices, key=len, reverse=True))), text)
+        choices = sorted(question.choices, key=len, reverse=True)
+        named = re.search("|".join(map(as_word, choices)), text)
         return named is not None and named[0] == question.gold
     if "answer" not in row.values:
         return " ".join(text.split()) == " ".join(reference(row, form).split())
@@ -108,12 +116,12 @@ def is_right(row: Row, form: DataFormat, text: str) -> bool:
     if _NUMBER.fullmatch(gold.strip()):
         numbers = _NUMBER.findall(text)
         return bool(numbers) and abs(_value(numbers[-1]) - _value(gold)) <= NUMBER_TOLERANCE
-    return gold.lower() in text.lower()
+    return re.search(as_word(gold), text, re.IGNORECASE) is not None
 
 
-def _named(choice: str) -> str:
-    """A letter must stand alone: `The answer` names no choice A."""
-    return rf"\b{re.escape(choice)}\b" if len(choice) == 1 and choice.isalnum() else re.escape(choice)
+def as_word(text: str) -> str:
+    """A pattern of `text` where it is no part of a longer word: `I know` names no choice `no`."""
+    return rf"(?<![A-Za-z0-9_]){re.escape(text)}(?![A-Za-z0-9_])"
 
 
 def _value(number: str) -> float:

@@ -13,12 +13,11 @@ from qdora.config import AdapterConfig, AdapterMethod, ChatConfig, DataFormat, Q
 from qdora.data.encode import conversation, detect, encode_prompt, reference
 from qdora.data.sources import Row, load_rows
 from qdora.errors import QdoraError
-from qdora.files import write_durably
+from qdora.files import read_json, write_durably
 from qdora.model import check_vocabulary, load_tokenizer, model_folder
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.folder import load_config
 from qdora.model.generate import end_tokens, generate_batch
-from qdora.reporting.files import read_json
 from qdora.reporting.page import Answer
 from qdora.run_folder import RunFolder
 from qdora.subject import Subject, find_subject

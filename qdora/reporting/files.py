@@ -9,15 +9,6 @@ from typing import Any
 UNREADABLE = (OSError, EOFError, zlib.error, ValueError)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except UNREADABLE:
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def read_packed_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl.gz file; none where there is no such file."""
     try:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qdora.config import AdapterMethod, DataConfig, MethodConfig, ModelConfig, RunConfig, StudyConfig
+from qdora.config.commands import written
 from qdora.run_folder import config_values, flatten, plain
-from qdora.study.cells import written
 
 PLAIN = re.compile(r"[A-Za-z_/.][\w/.:+-]*")
 """Texts that neither Hydra nor a shell misreads."""
@@ -71,7 +71,7 @@ def study_command(config: Values) -> str:
 
 
 def _study_defaults() -> Values:
-    needed: dict[str, Any] = {"tasks": ["-"], "tasks_path": "-", "methods": {"-": MethodConfig(learning_rates=[1.0])}}
+    needed: dict[str, Any] = {"tasks": ["-"], "tasks_path": "-", "methods": {"_": MethodConfig(learning_rates=[1.0])}}
     usual = StudyConfig(model=ModelConfig(path="-"), data=DataConfig(train="-", eval="-"), **needed)
     values = {name: getattr(usual, name) for name in StudyConfig.__dataclass_fields__}
     groups = {name: value for name, value in values.items() if hasattr(value, "__dataclass_fields__")}

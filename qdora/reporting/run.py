@@ -22,12 +22,12 @@ def report(config: ReportConfig) -> int:
     """
     folder = Path(str(config.run or config.study))
     output = Path(config.output) if config.output else folder / REPORT
-    page = study_page(folder, output.parent) if config.study else _of_run(folder, config.num_answers)
     try:
+        page = study_page(folder, output.parent) if config.study else _of_run(folder, config.num_answers)
         output.parent.mkdir(parents=True, exist_ok=True)
         write_durably(output, render(page))
     except OSError as error:
-        raise ConfigError(f"output={output} cannot be written: {error.strerror}") from None
+        raise ConfigError(f"{error.filename or output} cannot be written or read: {error.strerror}") from None
     print(f"written to {output}: {output.stat().st_size / 1e6:.2f} MB, one file that needs no other")
     return 0
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from qdora.config import AdapterMethod, QuantMethod, RunConfig
+from qdora.files import read_json
 from qdora.reporting.curves import logged_steps
 from qdora.reporting.figures import Interval, forest, run_curves
-from qdora.reporting.files import read_json
 from qdora.reporting.page import (
     DASH,
     Z_95,

@@ -11,8 +11,9 @@ import numpy as np
 
 from qdora.errors import ConfigError
 from qdora.figures import BLUE, GREEN, GREY, ORANGE
+from qdora.files import read_json
 from qdora.reporting.figures import Interval, by_rank, forest, search, training_curves
-from qdora.reporting.files import read_json, read_packed_lines
+from qdora.reporting.files import read_packed_lines
 from qdora.reporting.page import (
     DASH,
     MINUS,
@@ -111,7 +112,7 @@ def dora_less_lora(values: Values) -> Iterator[tuple[str, Values]]:
 
 def verdict(one: Values, lower_is_better: bool) -> str:
     """`better` or `worse` where the interval leaves zero out, else `same`."""
-    if one["low"] <= 0 <= one["high"]:
+    if not (one["low"] > 0 or one["high"] < 0):  # also where it is no number
         return "same"
     return "better" if (one["mean"] < 0) == lower_is_better else "worse"
 
@@ -128,7 +129,9 @@ def _limits(values: Values, measures: list[str], num_findings: int) -> Iterator[
     """What else a reader should know."""
     seeds = len(values["config"]["seeds"])
     told = f"{seeds} seed{'s' * (seeds > 1)}"
-    yield f"Intervals: {values['interval']}. With {told} they know the samples well and the seeds badly."
+    known = "they know nothing of seeds" if seeds == 1 else "they are wide where seeds differ, as these are few"
+    yield f"Intervals: {values['interval']}. With {told} {known}."
+    yield "The first seed also found the learning rates, on other rows."
     if num_findings > 1:
         chance = num_findings * (1 - COVERAGE)
         yield f"Of {num_findings} such intervals about {chance:.1g} would leave zero out even if nothing differed."
@@ -178,7 +181,7 @@ def _differences(values: Values, measures: list[str]) -> list[Part]:
             title = f"{measure.capitalize()}" + (f", rank {rank}" if rank else "")
             side = "left" if LOWER_IS_BETTER[measure] else "right"
             figures.append(forest(f"forest-{measure}-{rank}", title, f"{side} of zero the first is better", rows))
-    columns = ["difference", *(title for measure in measures for title in (measure, "95 % interval"))]
+    columns = ["difference", *(title for measure in measures for title in (measure, f"{COVERAGE:.0%} interval"))]
     rows_of_table = []
     for pair in pairs:
         cells = [pair["label"].replace(" - ", f" {MINUS} ")]

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qdora.config import AdapterMethod, StudyConfig
-from qdora.config.commands import changed
-from qdora.run_folder import plain
+from qdora.config.commands import changed, written
 
 SHARED = ("model", "adapter", "data", "optim", "train", "parallel", "tracker")
 """Groups of options that all runs have in common."""
@@ -52,6 +51,17 @@ def arms(config: StudyConfig) -> list[Arm]:
     return found
 
 
+def start_of(config: StudyConfig, method: str) -> str:
+    """The weights that a method starts from: `none`, `nf4`, or `dequantised`."""
+    own = config.methods[method]
+    return "dequantised" if own.dequantised else own.quant.name
+
+
+def starts(config: StudyConfig) -> list[str]:
+    """Of all methods."""
+    return sorted({start_of(config, method) for method in config.methods})
+
+
 def search(config: StudyConfig) -> list[Cell]:
     """The runs that find the learning rates: all of them, with the first seed."""
     return [
@@ -90,16 +100,6 @@ def own_options(config: StudyConfig, cell: Cell, dequantised: Path) -> list[str]
     options += [] if cell.arm.rank is None else [f"adapter.rank={cell.arm.rank}"]
     base = str(dequantised) if method.dequantised else config.model.path
     return [*options, f"model.path={written(base)}", f"optim.learning_rate={cell.learning_rate!r}", f"seed={cell.seed}"]
-
-
-def written(value: Any) -> str:
-    """A value as Hydra's command line takes it."""
-    value = plain(value)
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(written, value))}]"
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" if isinstance(value, str) else repr(value)
 
 
 def measured(run: Path) -> dict[str, Any]:

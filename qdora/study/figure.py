@@ -11,24 +11,28 @@ from qdora.figures import BLUE, DPI, GREEN, GREY, ORANGE, PINK, PURPLE, save, st
 from qdora.study.statistics import COVERAGE
 
 COLORS = {"full": GREEN, "lora": BLUE, "dora": ORANGE, "vera": PURPLE, "dvora": PINK}
+TITLES = {
+    "loss": ("Held-out loss on the answers", "nats a token"),
+    "accuracy": ("Accuracy by likelihood of the choices", "share of right answers"),
+}
 MARKERS = {"none": "o", "nf4": "s"}
 
 
 def draw(path: Path, values: dict[str, Any]) -> None:
     """Draws what `study.json` holds into the PNG `path`, replacing it whole."""
-    figure = Figure(figsize=(15.0, 5.6), dpi=DPI, layout="constrained")
+    measures = {name: title for name, title in TITLES.items() if all(name in arm for arm in values["arms"])}
+    figure = Figure(figsize=(5.0 * (len(measures) + 1), 5.6), dpi=DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    loss, accuracy, differences = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])
-    style(loss, "Held-out loss on the answers", "nats a token")
-    style(accuracy, "Accuracy by likelihood of the choices", "share of right answers")
+    *panels, differences = figure.subplots(1, len(measures) + 1, width_ratios=[*[1] * len(measures), 1.25])
     ranks = sorted({arm["rank"] for arm in values["arms"] if arm["rank"] is not None})
-    for axes, measure in ((loss, "loss"), (accuracy, "accuracy")):
+    for axes, (measure, (title, unit)) in zip(panels, measures.items(), strict=True):
+        style(axes, title, unit)
         draw_by_rank(axes, values, measure, ranks)
-    for base in list(values["bases"].values())[:1]:
-        for name, line in (("chance", ":"), ("majority", "--")):
-            accuracy.axhline(base[name], color=GREY, linewidth=1.0, linestyle=line, label=name)
-    loss.legend(fontsize=9, frameon=False)
-    accuracy.legend(fontsize=9, frameon=False, ncols=2)
+        for base in list(values["bases"].values())[:1] if measure == "accuracy" else ():
+            for name, line in (("chance", ":"), ("majority", "--")):
+                if name in base:
+                    axes.axhline(base[name], color=GREY, linewidth=1.0, linestyle=line, label=name)
+        axes.legend(fontsize=9, frameon=False, ncols=2)
     _intervals(differences, values["differences"])
     save(canvas, path)
 

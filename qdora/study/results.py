@@ -16,12 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from qdora.config import StudyConfig
-from qdora.files import write_durably
+from qdora.errors import ConfigError
+from qdora.files import read_json, write_durably
 from qdora.run_folder import plain, read_metrics
-from qdora.study.cells import Arm, Cell, arms, compared, measured, search
-from qdora.study.statistics import COVERAGE, NUM_DRAWS, Scores, difference
+from qdora.study.cells import Arm, Cell, arms, compared, measured, search, start_of, starts
+from qdora.study.statistics import COVERAGE, NUM_DRAWS, Scores, differences
 
 EVALUATION = "evaluation/results.json"
+COMPARED = {("dora", "lora"), ("dvora", "vera"), *((adapter, "none") for adapter in ("lora", "dora", "vera", "dvora"))}
+"""Adapters whose difference says something: DoRA's part, and what is missing to full fine-tuning."""
 DIGITS = {"loss": 4, "accuracy": 3}
 """What arms are compared by, the primary one first (nats a token of the answer), and how exactly it is shown."""
 
@@ -42,21 +45,24 @@ class Outcome:
 
 def conclude(config: StudyConfig, folder: Path, rates: dict[Arm, float]) -> bool:
     """Writes and shows everything; returns whether every run that is compared is there."""
-    outcomes, missing = [], []
+    outcomes: list[Outcome] = []
+    missing: list[str] = []
+    expected = None
     for arm in arms(config):
         cells = [cell for cell in compared(config, rates) if cell.arm == arm]
         absent = [cell.name for cell in cells if not (folder / cell.name / EVALUATION).exists()]
         missing += absent
         if cells and not absent:
-            outcomes.append(_outcome(config, folder, arm, cells))
+            expected = expected or _asked(read_json(folder / cells[0].name / EVALUATION))
+            outcomes.append(_outcome(config, folder, arm, cells, expected))
     pairs = _pairs(config, outcomes)
     values = {
         "config": plain(asdict(config)),
         "arms": [_summary(outcome, config) for outcome in outcomes],
-        "bases": {path.parent.name: _task_scores(path) for path in sorted(folder.glob("base-*/results.json"))},
+        "bases": _bases(config, folder),
         "search": [_searched(folder, cell) for cell in search(config)],
         "differences": pairs,
-        "interval": f"{COVERAGE:.0%}, {NUM_DRAWS} draws of seeds and samples",
+        "interval": f"{COVERAGE:.0%}, of {NUM_DRAWS} draws of samples and of {len(config.seeds)} seeds",
         "missing": missing,
     }
     write_durably(folder / "study.json", json.dumps(values, indent=2) + "\n")
@@ -73,10 +79,18 @@ def conclude(config: StudyConfig, folder: Path, rates: dict[Arm, float]) -> bool
     return not missing
 
 
-def _outcome(config: StudyConfig, folder: Path, arm: Arm, cells: Sequence[Cell]) -> Outcome:
+def _asked(results: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What pairs the samples of two runs."""
+    return [(sample["task"], sample["where"], sample["num_label_tokens"]) for sample in results["samples"]]
+
+
+def _outcome(config: StudyConfig, folder: Path, arm: Arm, cells: Sequence[Cell], expected: Any) -> Outcome:
     results = [json.loads((folder / cell.name / EVALUATION).read_text(encoding="utf-8")) for cell in cells]
     names = list(results[0]["tasks"])
     samples = [result["samples"] for result in results]
+    for cell, result in zip(cells, results, strict=True):
+        if _asked(result) != expected:
+            raise ConfigError(f"{cell.name} was scored on other samples than the first run: remove its {EVALUATION}")
     tasks = np.array([names.index(sample["task"]) for sample in samples[0]])
     tokens = np.array([float(sample["num_label_tokens"]) for sample in samples[0]])
     columns = {"loss": "loss"} | ({"accuracy": "correct"} if "correct" in samples[0][0] else {})
@@ -112,18 +126,24 @@ def _summary(outcome: Outcome, config: StudyConfig) -> dict[str, Any]:
 def _pairs(config: StudyConfig, outcomes: list[Outcome]) -> list[dict[str, Any]]:
     """Differences of arms that differ in one thing, the adapter or the quantisation, at the same rank.
 
-    Where four arms allow it, also how much the difference between two adapters changes over NF4.
+    Where four arms allow it, also how much the difference between DoRA and LoRA changes over NF4.
     """
-    found = []
     by_arm = {(outcome.arm.method, outcome.arm.rank): outcome for outcome in outcomes}
+    pairs: list[tuple[str, list[Outcome], list[Outcome]]] = []
     for plus in outcomes:
         for minus in outcomes:
             if _differ_in_one(config, plus.arm, minus.arm):
-                found.append(_difference(f"{plus.arm.label} - {minus.arm.label}", [plus], [minus]))
+                pairs.append((f"{plus.arm.label} - {minus.arm.label}", [plus], [minus]))
     for some in _squares(config, by_arm):
         first, second, third, fourth = (outcome.arm.label for outcome in some)
-        label = f"({first} - {second}) - ({third} - {fourth})"
-        found.append(_difference(label, [some[0], some[3]], [some[1], some[2]]))
+        pairs.append((f"({first} - {second}) - ({third} - {fourth})", [some[0], some[3]], [some[1], some[2]]))
+    found: list[dict[str, Any]] = [
+        {"label": label, "rank": plus[0].arm.rank or minus[0].arm.rank} for label, plus, minus in pairs
+    ]
+    for measure in outcomes[0].scores if outcomes else ():
+        sides = [[[outcome.scores[measure] for outcome in side] for side in pair[1:]] for pair in pairs]
+        for values, one in zip(found, differences([(plus, minus) for plus, minus in sides]), strict=True):
+            values[measure] = asdict(one)
     return found
 
 
@@ -132,17 +152,10 @@ def _differ_in_one(config: StudyConfig, plus: Arm, minus: Arm) -> bool:
     first, second = config.methods[plus.method], config.methods[minus.method]
     if plus == minus or (None not in (plus.rank, minus.rank) and plus.rank != minus.rank):
         return False
-    order = ["none", "lora", "vera", "dora", "dvora"]
-    same_start = _start_of(config, plus.method) == _start_of(config, minus.method)
-    if same_start:
-        return order.index(first.adapter.name) > order.index(second.adapter.name)
-    return first.adapter is second.adapter and _start_of(config, plus.method) == "nf4"
-
-
-def _start_of(config: StudyConfig, method: str) -> str:
-    """The weights that a method starts from."""
-    own = config.methods[method]
-    return "nf4" if own.dequantised else own.quant.name
+    ours, theirs = (start_of(config, arm.method).replace("dequantised", "nf4") for arm in (plus, minus))
+    if ours == theirs:
+        return (first.adapter.name, second.adapter.name) in COMPARED
+    return first.adapter is second.adapter and ours == "nf4"
 
 
 def _squares(config: StudyConfig, by_arm: dict[tuple[str, int | None], Outcome]) -> list[tuple[Outcome, ...]]:
@@ -157,13 +170,10 @@ def _squares(config: StudyConfig, by_arm: dict[tuple[str, int | None], Outcome])
     return squares
 
 
-def _difference(label: str, plus: list[Outcome], minus: list[Outcome]) -> dict[str, Any]:
-    """The sum of `plus` less that of `minus`."""
-    values: dict[str, Any] = {"label": label, "rank": plus[0].arm.rank or minus[0].arm.rank}
-    for measure in plus[0].scores:
-        ours, theirs = ([outcome.scores[measure] for outcome in some] for some in (plus, minus))
-        values[measure] = asdict(difference(ours, theirs))
-    return values
+def _bases(config: StudyConfig, folder: Path) -> dict[str, dict[str, Any]]:
+    """What the methods start from, as it was scored."""
+    found = {f"base-{name}": _task_scores(folder / f"base-{name}" / "results.json") for name in starts(config)}
+    return {name: scores for name, scores in found.items() if scores}
 
 
 def _searched(folder: Path, cell: Cell) -> dict[str, Any]:
@@ -172,8 +182,7 @@ def _searched(folder: Path, cell: Cell) -> dict[str, Any]:
 
 
 def _task_scores(path: Path) -> dict[str, Any]:
-    results = json.loads(path.read_text(encoding="utf-8"))
-    return {name: value for name, value in results.items() if name not in ("samples", "identity")}
+    return {name: value for name, value in read_json(path).items() if name not in ("samples", "identity")}
 
 
 def _write_runs(folder: Path, cells: set[Cell]) -> None:

@@ -1,14 +1,16 @@
 """Differences of two arms that were trained with the same seeds and scored on the same samples.
 
-Intervals are percentiles of a paired bootstrap (Efron and Tibshirani 1993, chapter 13): seeds are drawn with
-replacement, samples within each task, and both arms are scored on the same draw. With three seeds the draw of seeds has
-ten outcomes: such an interval knows the samples well and the seeds badly.
+An interval has two parts, whose squares add up. Samples: percentiles of a paired bootstrap (Efron and Tibshirani 1993,
+chapter 13) that draws samples within each task and scores both arms on the same draw. Seeds: Student's interval of the
+differences of single seeds; with three seeds 4.3 standard errors, where a bootstrap of three would cover 75 %.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student
 
 NUM_DRAWS = 10_000
 COVERAGE = 0.95
@@ -48,29 +50,46 @@ class Difference:
     """For each seed alone."""
 
 
-def difference(plus: list[Scores], minus: list[Scores], seed: int = 0) -> Difference:
-    """The sum of `plus` less that of `minus`, all of the same samples and seeds; deterministic in `seed`."""
-    first = plus[0]
-    values = sum((one.values for one in plus), np.zeros_like(first.values)) - sum(one.values for one in minus)
-    each = Scores(values, first.weights, first.tasks).each_seed()
-    drawn = _bootstrap(values, first.weights, first.tasks, np.random.default_rng(seed))
-    low, high = np.quantile(drawn, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return Difference(float(np.mean(each)), float(low), float(high), each)
+def differences(pairs: Sequence[tuple[list[Scores], list[Scores]]], seed: int = 0) -> list[Difference]:
+    """Of each pair the sum of the first list less that of the second, all of the same samples, seeds and weights.
 
-
-def _bootstrap(values: Array, weights: Array, tasks: NDArray[np.int64], random: np.random.Generator) -> Array:
-    """(draws,) the mean over tasks of each draw."""
-    num_seeds = values.shape[0]
+    Deterministic in `seed`; all pairs are scored on the same draws.
+    """
+    if not pairs:
+        return []
+    first = pairs[0][0][0]
+    values = [
+        np.sum([one.values for one in plus], 0) - np.sum([one.values for one in minus], 0) for plus, minus in pairs
+    ]
+    drawn = _bootstrap(np.stack([one.mean(0) for one in values]), first, np.random.default_rng(seed))
+    low, high = np.quantile(drawn, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], axis=0)
     found = []
-    for first in range(0, NUM_DRAWS, _DRAWS_AT_ONCE):
-        count = min(_DRAWS_AT_ONCE, NUM_DRAWS - first)
-        of_seeds = random.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=count) / num_seeds
-        of_tasks = []
-        for task in np.unique(tasks):
-            own = tasks == task
-            size = int(own.sum())
-            draws = random.multinomial(size, np.full(size, 1 / size), size=count).astype(np.float64)
-            sums = draws @ (values[:, own] * weights[own]).T  # (draws, seeds)
-            of_tasks.append((sums * of_seeds).sum(1) / (draws @ weights[own]))
-        found.append(np.mean(of_tasks, axis=0))
-    return np.concatenate(found)
+    for place, one in enumerate(values):
+        seeds = Scores(one, first.weights, first.tasks).each_seed()
+        mean, of_seeds = float(np.mean(seeds)), _of_seeds(seeds)
+        below, above = (float(np.hypot(of_seeds, bound[place] - mean)) for bound in (low, high))
+        found.append(Difference(mean, mean - below, mean + above, seeds))
+    return found
+
+
+def _of_seeds(seeds: list[float]) -> float:
+    """Half of Student's interval of the mean over seeds; with one seed nothing is known of it, and it is 0."""
+    if len(seeds) < 2:
+        return 0.0
+    quantile = student.ppf((1 + COVERAGE) / 2, len(seeds) - 1)
+    return float(quantile * np.std(seeds, ddof=1) / np.sqrt(len(seeds)))
+
+
+def _bootstrap(values: Array, like: Scores, random: np.random.Generator) -> Array:
+    """(draws, pairs) the mean over tasks of each draw of samples; `values` (pairs, samples) are means over seeds."""
+    total = np.zeros((NUM_DRAWS, len(values)))
+    tasks = np.unique(like.tasks)
+    for task in tasks:
+        own = like.tasks == task
+        size, weights = int(own.sum()), like.weights[own]
+        weighted = (values[:, own] * weights).T
+        for first in range(0, NUM_DRAWS, _DRAWS_AT_ONCE):
+            some = slice(first, min(first + _DRAWS_AT_ONCE, NUM_DRAWS))
+            draws = random.multinomial(size, np.full(size, 1 / size), size=some.stop - some.start).astype(np.float64)
+            total[some] += (draws @ weighted) / (draws @ weights)[:, None]
+    return total / len(tasks)

@@ -16,7 +16,6 @@ from qdora.errors import CheckpointError
 from qdora.model import LoadedModel
 from qdora.model.export import export_model
 from qdora.reporting.curves import write_report
-from qdora.reporting.run import write_run_page
 from qdora.run_folder import RunFolder
 from qdora.training.progress import summary_table
 from qdora.training.trainer import Trainer
@@ -77,6 +76,8 @@ def write_results(trainer: Trainer, status: str, base: Path) -> None:
         write_report(
             folder.metrics, folder.report, f"{config.run_id}: {config.adapter.method.name} on {config.model.path}"
         )
+        from qdora.reporting.run import write_run_page  # here: its libraries are rank 0's alone
+
         write_run_page(folder)
 
 

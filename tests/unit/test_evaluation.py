@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qdora.adapter import peft_format
@@ -28,7 +30,7 @@ from qdora.config import (
 )
 from qdora.data.encode import encode
 from qdora.data.sources import Row
-from qdora.errors import ConfigError, DataError
+from qdora.errors import ConfigError, DataError, ModelError
 from qdora.evaluation import evaluate
 from qdora.evaluation.tasks import Question, is_right, question_of
 from qdora.model import LoadedModel, load_model
@@ -240,9 +242,78 @@ def test_choices_are_found(values: dict[str, Any], expected: Any) -> None:
     assert question_of(Row(values, "x")) == (expected and Question(*expected))
 
 
-def test_answer_that_is_no_choice_is_told() -> None:
-    with pytest.raises(DataError, match="line 3: the answer 'c' is none of the choices"):
-        question_of(Row({"choices": ["a", "b"], "answer": "c"}, "a.jsonl line 3"))
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"choices": ["a", "b"], "answer": "c"}, "line 3: the answer 'c' is none of the choices"),
+        ({"choices": ["false", "true"], "answer": True}, "line 3: the answer True is none of the choices"),
+        ({"choices": [1, 2], "answer": 1}, "line 3: choices must be a list of texts"),
+        ({"choices": "ab", "answer": "a"}, "line 3: choices must be a list of texts"),
+    ],
+)
+def test_answer_that_is_no_choice_is_told(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        question_of(Row(values, "a.jsonl line 3"))
+
+
+@torch.no_grad()
+def test_choice_after_a_blank_is_scored_with_the_blank_that_its_token_has(smollm2: Path, tmp_path: Path) -> None:
+    """Many tokenizers have the blank at the end of a prompt in the answer's first token."""
+    rows = [{"prompt": "The sky is ", "completion": "blue", "choices": ["blue", "green"], "answer": "blue"}]
+    results = score(smollm2, rows, tmp_path, Protocol.likelihood)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    for choice, value in results["samples"][0]["scores"].items():
+        ids = tokenizer(f"The sky is {choice}", return_tensors="pt")["input_ids"]
+        likely = theirs(input_ids=ids).logits[0, -2].log_softmax(0)
+        assert value == pytest.approx(float(likely[ids[0, -1]]), rel=SCORE_TOLERANCE)
+    assert results["samples"][0]["num_label_tokens"] == 1
+
+
+def test_question_of_messages_without_an_answer_keeps_its_question(model: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Is it?"}]
+    rows = [{"messages": turns, "choices": ["yes", "no"], "answer": "no"}]
+    (sample,) = score(model, rows, tmp_path, Protocol.likelihood)["samples"]
+    whole = [{"messages": [*turns, {"role": "assistant", "content": "no"}], "choices": ["yes", "no"], "answer": "no"}]
+    (other,) = score(model, whole, tmp_path, Protocol.likelihood)["samples"]
+    assert sample["scores"] == other["scores"]
+
+
+def test_scores_are_made_anew_where_anything_has_changed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"instruction": "Is it?", "output": "no", "choices": ["yes", "no"], "answer": "no"}]
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+    score(folder, rows, tmp_path, Protocol.likelihood)
+    score(folder, rows, tmp_path, Protocol.likelihood)
+    assert "these scores are there already" in capsys.readouterr().out
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    score(folder, rows, tmp_path, Protocol.likelihood)
+    assert "written to" in capsys.readouterr().out
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    score(folder, rows, tmp_path, Protocol.likelihood)
+    assert "written to" in capsys.readouterr().out
+
+
+def test_folder_that_cannot_be_made_is_told_before_the_model_is_loaded(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "results").touch()
+    with pytest.raises(ConfigError, match=r"output_dir=.*results cannot be made: Not a directory"):
+        score(model, QUESTIONS, tmp_path, Protocol.likelihood)
+
+
+def test_weights_that_do_not_compute_have_no_score(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"not finite|changes its logits"):
+        score(folder, QUESTIONS, tmp_path, Protocol.likelihood)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +334,10 @@ def test_answer_that_is_no_choice_is_told() -> None:
         ("$3.50", {"answer": "3.5"}, True),
         ("-7", {"answer": "7"}, False),
         ("no number", {"answer": "7"}, False),
+        ("I know: yes", {"choices": ["no", "yes"], "answer": "no"}, False),
+        ("a large one", {"answer": "A"}, True),
+        ("Data", {"answer": "A"}, False),
+        ("答案是北京。", {"answer": "北京"}, True),
     ],
 )
 def test_generated_answer_is_right_by_what_it_names(text: str, values: dict[str, Any], right: bool) -> None:

@@ -42,6 +42,13 @@ def test_task_without_a_file_is_told(folder: Path) -> None:
         find_tasks(["boolq"], folder / "gone")
 
 
+def test_task_that_two_files_could_be_is_told(folder: Path) -> None:
+    (folder / "small").mkdir()
+    (folder / "small" / "boolq.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"'boolq' may be .* or .*; give a tasks_path that has one of them"):
+        find_tasks(["boolq"], folder)
+
+
 def sample(correct: bool, answer: str, loss: float, tokens: int) -> dict[str, Any]:
     """As `likelihood_job` records it."""
     kept = {"correct": correct, "correct_normalised": not correct, "answer": answer, "num_choices": 2}

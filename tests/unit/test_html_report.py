@@ -349,10 +349,11 @@ def test_verdict_is_that_of_the_interval(low: float, mean: float, high: float, l
 
 def test_reading_says_what_differs_and_what_limits_it(study: dict[str, Any]) -> None:
     told = [(one.tone, one.text) for one in findings(study, ["loss", "accuracy"])]
-    assert [tone for tone, _ in told] == ["better", "better", "note", "note", "note", "note"]
+    assert [tone for tone, _ in told] == ["better", "better", *["note"] * 5]
     assert told[0][1].startswith("dora r=4 against lora r=4, loss: better (")
     notes = " ".join(text for _, text in told[2:])
-    assert "With 2 seeds" in notes
+    assert "With 2 seeds they are wide where seeds differ" in notes
+    assert "The first seed also found the learning rates" in notes
     assert "may lie beyond: dora r=4." in notes
     assert "most frequent answer (0.450): lora r=4." in notes
     unclear = copy.deepcopy(study)
