@@ -61,7 +61,7 @@ COMMANDS = {
     "generate": Command(config.GenerateConfig, "qdora.generation:generate", "answer a prompt, as it is made"),
     "chat": Command(config.ChatConfig, "qdora.generation:chat", "talk with a run or a model"),
     "analyze": Command(config.AnalyzeConfig, "qdora.analysis:analyze", "say how training changed the weights"),
-    "report": Command(config.ReportConfig, "qdora.reporting:report", "write a run or a study as one HTML page"),
+    "report": Command(config.ReportConfig, "qdora.reporting.run:report", "write a run or a study as one HTML page"),
     "plan": Command(config.PlanConfig, "qdora.planning.run:plan", "say what fits on given cards, and its command"),
     "doctor": Command(config.DoctorConfig, "qdora.doctor:doctor", "check whether a run can start on this machine"),
 }

@@ -1,5 +1,1 @@
-"""`qdora report`: a run or a study as one HTML file that needs nothing else."""
-
-from qdora.reporting.run import report
-
-__all__ = ["report"]
+"""A run or a study as one HTML file that needs nothing else (`run.py`), and a run as a PNG (`curves.py`)."""

@@ -26,9 +26,9 @@ from qdora.config import (
     RunConfig,
 )
 from qdora.errors import ConfigError
-from qdora.reporting import report
 from qdora.reporting.page import DASH, MINUS, Answer, Page, Section, Text, number, render
 from qdora.reporting.reproduce import study_command, train_command
+from qdora.reporting.run import report
 from qdora.reporting.run_page import run_page
 from qdora.reporting.study_page import findings, study_page, verdict
 from qdora.run_folder import RunFolder, config_values, plain
