@@ -11,7 +11,6 @@ that is told goes through the folder that the runs have in common:
 
 import ctypes
 import hashlib
-import json
 import os
 import re
 import signal
@@ -21,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from qdora.commands.sweep_results import RECORDS, Member, bare, short
 from qdora.config import RunConfig
 from qdora.config.commands import written
 from qdora.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, QdoraError
-from qdora.files import lock
+from qdora.files import lock, read_json
 from qdora.interrupt import SIGNALS, TWICE_S
 from qdora.rank_files import PR_SET_PDEATHSIG
 
@@ -107,8 +106,7 @@ def run_member(
     name = cell or member_name(swept)
     record = folder / RECORDS / f"{name}.json"
     member = Member(number=hydra_config.job.num, overrides=swept, folder=str(folder / name))
-    with suppress(OSError, ValueError, KeyError):
-        member.seconds = json.loads(record.read_text(encoding="utf-8"))["seconds"]
+    member.seconds = read_json(record).get("seconds", 0.0)
     member.write(record)
     shown = f"== {member.number + 1}: {' '.join(f'{key}={value}' for key, value in swept.items()) or name}"
     try:

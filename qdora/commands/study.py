@@ -22,8 +22,8 @@ from qdora.adapter import peft_format
 from qdora.adapter.dora import adapted_layers
 from qdora.commands.members import CELL, STOP, evaluate, run_members, run_process, signals_told, taken
 from qdora.commands.sweep_results import RECORDS
-from qdora.config import AdapterConfig, AdapterMethod, DataConfig, ModelConfig, QuantConfig, StudyConfig
-from qdora.config.commands import changed, written
+from qdora.config import AdapterConfig, AdapterMethod, QuantConfig, StudyConfig
+from qdora.config.commands import written
 from qdora.errors import EXIT_ERROR, EXIT_PREEMPTED, ConfigError
 from qdora.evaluation.tasks import find_tasks
 from qdora.model import model_folder
@@ -33,6 +33,7 @@ from qdora.study.cells import (
     arms,
     best_rates,
     compared,
+    group_options,
     measured,
     own_options,
     search,
@@ -105,11 +106,8 @@ def _score_bases(config: StudyConfig, folder: Path) -> None:
     Raises:
         ConfigError: it cannot be.
     """
-    data = {f"data.{name}": value for name, value in changed(config.data, DataConfig()).items()}
-    own = {"data.train", "data.eval", "data.packing", "data.limit"}
-    shared = [f"{name}={written(value)}" for name, value in data.items() if name not in own]
-    given = changed(config.model, ModelConfig())
-    shared += [f"model.{name}={written(value)}" for name, value in given.items() if name != "path"]
+    shared = group_options(config, "data", {"train", "eval", "packing", "limit"})
+    shared += group_options(config, "model", {"path"})
     for name in starts(config):
         if _is_told_to_stop(folder):
             return
@@ -142,8 +140,7 @@ def _dequantise(config: StudyConfig, folder: Path) -> None:
     modules = peft_format.target_modules(empty.model)
     peft_format.write_config(unchanged, adapter, str(config.model.path), modules)
     print("== the base as NF4 has it", flush=True)
-    given = changed(config.model, ModelConfig())
-    model = [f"model.{name}={written(value)}" for name, value in given.items()]
+    model = group_options(config, "model")
     options = [f"adapter={unchanged}", *model, "quant.method=nf4", f"dtype={config.model.dtype.name}", "verify=false"]
     command = [sys.executable, "-m", "qdora", "merge", *options, f"output={written(str(output))}"]
     status = run_process(command, folder / STOP, dict(os.environ))

@@ -24,7 +24,7 @@ from qdora.data import prepare
 from qdora.data.encode import Encoded, detect, encode, encode_prompt, reference, with_answer
 from qdora.data.sources import Row
 from qdora.errors import DataError, ModelError
-from qdora.evaluation.tasks import as_word, gold_of, is_right, question_of
+from qdora.evaluation.tasks import Question, as_word, gold_of, is_right, question_of
 from qdora.model import LoadedModel
 from qdora.model.generate import generate_batch
 from qdora.model.loss import IGNORED, log_likelihoods
@@ -110,6 +110,45 @@ def _without_end(encoded: Encoded, ends: set[int]) -> list[tuple[int, int]]:
     return [(place - 1, ids[place]) for place in places]
 
 
+Candidate = tuple[tuple[int, ...], list[tuple[int, int]], int]
+"""Of a choice: what the model is given, what is asked of it, and the characters of the answer."""
+
+
+def _candidates(row: Row, form: DataFormat, question: Question, tokenizer: Any, ends: set[int]) -> list[Candidate]:
+    """Of each choice of a row.
+
+    Raises:
+        DataError: one has no token of its own.
+    """
+    candidates = []
+    for choice in question.choices:
+        answer = _answer_with(row, form, choice, question.gold)
+        encoded = encode(answer, form, tokenizer)
+        wanted = _without_end(encoded, ends)
+        if not wanted:
+            raise DataError(f"{row.where}: the choice {reference(answer, form)!r} has no token of its own")
+        candidates.append((tuple(encoded[0][: wanted[-1][0] + 1]), wanted, len(reference(answer, form))))
+    return candidates
+
+
+def _judged(question: Question, each: list[list[float]], lengths: list[int]) -> Record:
+    """What the log-probabilities of each choice's tokens, and the characters of each answer, come to."""
+    scores = dict(zip(question.choices, map(sum, each), strict=True))
+    normalised = {choice: scores[choice] / length for choice, length in zip(question.choices, lengths, strict=True)}
+    of_gold = each[question.choices.index(question.gold)]
+    best, best_normalised = (max(some, key=lambda one: some[one]) for some in (scores, normalised))
+    return {
+        "answer": question.gold,
+        "prediction": best,
+        "correct": best == question.gold,
+        "correct_normalised": best_normalised == question.gold,
+        "num_choices": len(question.choices),
+        "scores": scores,
+        "loss": -sum(of_gold) / len(of_gold),
+        "num_label_tokens": len(of_gold),
+    }
+
+
 def likelihood_job(rows: list[Row], form: DataFormat, tokenizer: Any, batch_size: int, ends: list[int]) -> Job:
     """The log-probability of each choice of each row.
 
@@ -120,7 +159,6 @@ def likelihood_job(rows: list[Row], form: DataFormat, tokenizer: Any, batch_size
         DataError: a row has no choices, or one without a token of its own.
     """
     form = detect(rows[0]) if form is DataFormat.auto else form
-    not_said = {*ends, *tokenizer.all_special_ids}
     questions, asked = [], []
     for row in rows:
         question = question_of(row)
@@ -130,15 +168,7 @@ def likelihood_job(rows: list[Row], form: DataFormat, tokenizer: Any, batch_size
                 f"with `Answer format: a/b/c` and answer; found {[*row.values]}"
             )
         questions.append(question)
-        answers = [_answer_with(row, form, choice, question.gold) for choice in question.choices]
-        candidates = []
-        for answer in answers:
-            encoded = encode(answer, form, tokenizer)
-            wanted = _without_end(encoded, not_said)
-            if not wanted:
-                raise DataError(f"{row.where}: the choice {reference(answer, form)!r} has no token of its own")
-            candidates.append((tuple(encoded[0][: wanted[-1][0] + 1]), wanted, len(reference(answer, form))))
-        asked.append(candidates)
+        asked.append(_candidates(row, form, question, tokenizer, {*ends, *tokenizer.all_special_ids}))
 
     def score(loaded: LoadedModel, numbers: Sequence[int]) -> list[Record]:
         # Sequences that are the same are computed once, and asked for all that is wanted of them.
@@ -155,29 +185,10 @@ def likelihood_job(rows: list[Row], form: DataFormat, tokenizer: Any, batch_size
         }
         records = []
         for number in numbers:
-            question = questions[number]
             each = [[likely[ids, *one] for one in wanted] for ids, wanted, _ in asked[number]]
-            scores = dict(zip(question.choices, map(sum, each), strict=True))
-            normalised = {
-                choice: scores[choice] / length
-                for choice, (_, _, length) in zip(question.choices, asked[number], strict=True)
-            }
-            of_gold = each[question.choices.index(question.gold)]
-            best, best_normalised = (max(some, key=lambda one: some[one]) for some in (scores, normalised))
-            records.append(
-                {
-                    "where": rows[number].where,
-                    "prompt": _prompt(rows[number], form, tokenizer),
-                    "answer": question.gold,
-                    "prediction": best,
-                    "correct": best == question.gold,
-                    "correct_normalised": best_normalised == question.gold,
-                    "num_choices": len(question.choices),
-                    "scores": scores,
-                    "loss": -sum(of_gold) / len(of_gold),
-                    "num_label_tokens": len(of_gold),
-                }
-            )
+            prompt = tokenizer.decode(encode_prompt(rows[number], form, tokenizer))
+            judged = _judged(questions[number], each, [length for _, _, length in asked[number]])
+            records.append({"where": rows[number].where, "prompt": prompt, **judged})
         return records
 
     lengths = [max(len(ids) for ids, _, _ in candidates) for candidates in asked]
@@ -188,6 +199,7 @@ def generate_job(rows: list[Row], form: DataFormat, tokenizer: Any, max_new_toke
     """The greedy answer to each row, and whether it is right."""
     form = detect(rows[0]) if form is DataFormat.auto else form
     prompts = [encode_prompt(row, form, tokenizer) for row in rows]
+    golds = [gold_of(row, form) for row in rows]
 
     def score(loaded: LoadedModel, numbers: Sequence[int]) -> list[Record]:
         device = next(loaded.model.parameters()).device
@@ -196,23 +208,17 @@ def generate_job(rows: list[Row], form: DataFormat, tokenizer: Any, max_new_toke
         records = []
         for number, text in zip(numbers, texts, strict=True):
             row = rows[number]
-            record: Record = {"where": row.where, "prompt": _prompt(row, form, tokenizer)}
-            record["answer"] = gold_of(row, form)
+            record: Record = {"where": row.where, "prompt": tokenizer.decode(prompts[number]), "answer": golds[number]}
             record |= {"prediction": text, "correct": is_right(row, form, text)}
             question = question_of(row)
             records.append(record | ({"num_choices": len(question.choices)} if question else {}))
         return records
 
-    golds = [gold_of(row, form) for row in rows]
     return Job([len(prompt) for prompt in prompts], _hash(prompts, golds, ends, max_new_tokens), score)
 
 
 def _hash(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _prompt(row: Row, form: DataFormat, tokenizer: Any) -> str:
-    return str(tokenizer.decode(encode_prompt(row, form, tokenizer)))
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -14,6 +14,8 @@ from qdora.figures import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE, SIZE_INCHES, s
 from qdora.run_folder import read_metrics
 
 SMOOTH_FROM_POINTS = 60
+SCIENTIFIC = FuncFormatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0")
+"""Learning rates on an axis."""
 
 
 def write_report(metrics_path: Path, output: Path, title: str) -> None:
@@ -35,9 +37,7 @@ def write_report(metrics_path: Path, output: Path, title: str) -> None:
         loss.plot(*evals, "o--", color=ORANGE, linewidth=1.0, markersize=5.5, label="evaluation")
         loss.legend(fontsize=9, frameon=False)
     draw_series(learning_rate, records, "learning_rate", GREEN)
-    learning_rate.yaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0")
-    )
+    learning_rate.yaxis.set_major_formatter(SCIENTIFIC)
     draw_series(throughput, records, "tokens_per_second", BLUE, smooth=True)
     throughput.yaxis.set_major_formatter(EngFormatter(sep=""))
     draw_series(memory, records, "memory_gib", PURPLE)

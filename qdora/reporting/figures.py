@@ -12,10 +12,10 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from qdora.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, style
-from qdora.reporting.curves import SMOOTH_FROM_POINTS, draw_series, series, style_steps
+from qdora.reporting.curves import SCIENTIFIC, SMOOTH_FROM_POINTS, draw_series, series, style_steps
 from qdora.reporting.page import Figure
 from qdora.study.figure import COLORS, draw_by_rank
 
@@ -40,7 +40,6 @@ SETTINGS = {
     "svg.image_inline": True,
 }
 MARKERS = "os^Dv"
-SCIENTIFIC = FuncFormatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0")
 Numbers = dict[str, Any]
 
 
@@ -161,15 +160,10 @@ def forest(name: str, title: str, unit: str, rows: Sequence[Interval], zero: boo
 
 def by_rank(values: Numbers, measure: str, title: str, unit: str) -> Figure:
     """Each method's mean by rank with its seeds, as in study.png."""
-    ranks = sorted({arm["rank"] for arm in values["arms"] if arm["rank"] is not None})
-    base: Numbers = next(iter(values["bases"].values()), {})
 
     def function(axes: Axes) -> None:
         style(axes, title, unit)
-        draw_by_rank(axes, values, measure, ranks)
-        for name, line in (("chance", ":"), ("majority", "--")):
-            if measure == "accuracy" and name in base:
-                axes.axhline(base[name], color=GREY, linewidth=1.0, linestyle=line, label=name)
+        draw_by_rank(axes, values, measure)
 
     told = ", ".join(f"{arm['arm']} {arm[measure]:.4g}" for arm in values["arms"])
     return draw(f"by-rank-{measure}", f"{title}: {told}", function, height=1.25, legend=3)

@@ -1,14 +1,14 @@
 """The runs of a study: which there are, what each is trained with, and which learning rate a method goes on with."""
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qdora.config import AdapterMethod, StudyConfig
 from qdora.config.commands import changed, written
+from qdora.files import read_json
 
 SHARED = ("model", "adapter", "data", "optim", "train", "parallel", "tracker")
 """Groups of options that all runs have in common."""
@@ -84,13 +84,16 @@ def compared(config: StudyConfig, rates: Mapping[Arm, float]) -> list[Cell]:
     return [Cell(arm, rate, seed) for seed in config.seeds for arm, rate in rates.items()]
 
 
+def group_options(config: StudyConfig, group: str, but: Collection[str] = ()) -> list[str]:
+    """Options of a group as the command line takes them: what differs from the defaults, except `but`."""
+    given = getattr(config, group)
+    pairs = changed(given, type(given)()).items()
+    return [f"{group}.{name}={written(value)}" for name, value in pairs if name not in but]
+
+
 def shared_options(config: StudyConfig) -> list[str]:
-    """Of all runs, as `qdora train` takes them: what differs from its defaults, but for the base."""
-    options = []
-    for group in SHARED:
-        given = getattr(config, group)
-        options += [f"{group}.{name}={written(value)}" for name, value in changed(given, type(given)()).items()]
-    return [option for option in options if not option.startswith("model.path=")]
+    """Of all runs, as `qdora train` takes them, but for the base."""
+    return [option for group in SHARED for option in group_options(config, group, {"path"} if group == "model" else ())]
 
 
 def own_options(config: StudyConfig, cell: Cell, dequantised: Path) -> list[str]:
@@ -104,10 +107,7 @@ def own_options(config: StudyConfig, cell: Cell, dequantised: Path) -> list[str]
 
 def measured(run: Path) -> dict[str, Any]:
     """What a finished run's summary says; nothing where it is not finished."""
-    try:
-        summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    summary = read_json(run / "summary.json")
     if summary.get("status") != "finished":
         return {}
     losses = [*summary["eval_losses"].values()]

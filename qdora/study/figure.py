@@ -24,21 +24,17 @@ def draw(path: Path, values: dict[str, Any]) -> None:
     figure = Figure(figsize=(5.0 * (len(measures) + 1), 5.6), dpi=DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     *panels, differences = figure.subplots(1, len(measures) + 1, width_ratios=[*[1] * len(measures), 1.25])
-    ranks = sorted({arm["rank"] for arm in values["arms"] if arm["rank"] is not None})
     for axes, (measure, (title, unit)) in zip(panels, measures.items(), strict=True):
         style(axes, title, unit)
-        draw_by_rank(axes, values, measure, ranks)
-        for base in list(values["bases"].values())[:1] if measure == "accuracy" else ():
-            for name, line in (("chance", ":"), ("majority", "--")):
-                if name in base:
-                    axes.axhline(base[name], color=GREY, linewidth=1.0, linestyle=line, label=name)
+        draw_by_rank(axes, values, measure)
         axes.legend(fontsize=9, frameon=False, ncols=2)
     _intervals(differences, values["differences"])
     save(canvas, path)
 
 
-def draw_by_rank(axes: Axes, values: dict[str, Any], measure: str, ranks: list[int]) -> None:
-    """A line of means for each method, a point for each seed; a method without ranks is a level."""
+def draw_by_rank(axes: Axes, values: dict[str, Any], measure: str) -> None:
+    """A line of means for each method, a point for each seed; a method without ranks is a level, and so is guessing."""
+    ranks = sorted({arm["rank"] for arm in values["arms"] if arm["rank"] is not None})
     methods: dict[str, list[dict[str, Any]]] = {}
     for arm in values["arms"]:
         methods.setdefault(arm["method"], []).append(arm)
@@ -56,6 +52,10 @@ def draw_by_rank(axes: Axes, values: dict[str, Any], measure: str, ranks: list[i
         for place, arm in zip(places, some, strict=True):
             seeds = arm["seeds"][measure]
             axes.plot([place] * len(seeds), seeds, marker, color=COLORS[adapter], markersize=3, alpha=0.45)
+    base: dict[str, Any] = next(iter(values["bases"].values()), {})
+    for name, line in (("chance", ":"), ("majority", "--")):
+        if measure == "accuracy" and name in base:
+            axes.axhline(base[name], color=GREY, linewidth=1.0, linestyle=line, label=name)
     axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
     axes.set_xlabel("rank", fontsize=10)
 

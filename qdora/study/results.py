@@ -4,7 +4,6 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +52,14 @@ def conclude(config: StudyConfig, folder: Path, rates: dict[Arm, float]) -> bool
         absent = [cell.name for cell in cells if not (folder / cell.name / EVALUATION).exists()]
         missing += absent
         if cells and not absent:
-            expected = expected or _asked(read_json(folder / cells[0].name / EVALUATION))
-            outcomes.append(_outcome(config, folder, arm, cells, expected))
+            results = [read_json(folder / cell.name / EVALUATION) for cell in cells]
+            expected = expected or _asked(results[0])
+            for cell, one in zip(cells, results, strict=True):
+                if _asked(one) != expected:
+                    told = f"{cell.name} was scored on other samples than the first run: remove its {EVALUATION}"
+                    raise ConfigError(told)
+            training = [measured(folder / cell.name) for cell in cells]
+            outcomes.append(_outcome(config, arm, cells[0].learning_rate, results, training))
     pairs = _pairs(config, outcomes)
     values = {
         "config": plain(asdict(config)),
@@ -84,13 +89,12 @@ def _asked(results: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [(sample["task"], sample["where"], sample["num_label_tokens"]) for sample in results["samples"]]
 
 
-def _outcome(config: StudyConfig, folder: Path, arm: Arm, cells: Sequence[Cell], expected: Any) -> Outcome:
-    results = [json.loads((folder / cell.name / EVALUATION).read_text(encoding="utf-8")) for cell in cells]
+def _outcome(
+    config: StudyConfig, arm: Arm, rate: float, results: list[dict[str, Any]], training: list[dict[str, Any]]
+) -> Outcome:
+    """`results` and `training` of each seed."""
     names = list(results[0]["tasks"])
     samples = [result["samples"] for result in results]
-    for cell, result in zip(cells, results, strict=True):
-        if _asked(result) != expected:
-            raise ConfigError(f"{cell.name} was scored on other samples than the first run: remove its {EVALUATION}")
     tasks = np.array([names.index(sample["task"]) for sample in samples[0]])
     tokens = np.array([float(sample["num_label_tokens"]) for sample in samples[0]])
     columns = {"loss": "loss"} | ({"accuracy": "correct"} if "correct" in samples[0][0] else {})
@@ -103,8 +107,7 @@ def _outcome(config: StudyConfig, folder: Path, arm: Arm, cells: Sequence[Cell],
         for measure, column in columns.items()
     }
     tried = config.methods[arm.method].learning_rates
-    edge = len(tried) > 1 and cells[0].learning_rate in (min(tried), max(tried))
-    return Outcome(arm, cells[0].learning_rate, edge, [measured(folder / cell.name) for cell in cells], scores)
+    return Outcome(arm, rate, len(tried) > 1 and rate in (min(tried), max(tried)), training, scores)
 
 
 def _summary(outcome: Outcome, config: StudyConfig) -> dict[str, Any]:
