@@ -25,6 +25,7 @@ from qdora.evaluation.ranks import batches_of
 from qdora.evaluation.scoring import likelihood_job
 from qdora.evaluation.tasks import question_of
 from qdora.model import load_tokenizer
+from qdora.model.generate import end_tokens
 from qdora.subject import Subject
 
 ROUNDS = 3
@@ -67,7 +68,7 @@ def main() -> None:
         answers["loop"] = loop(theirs, rows, form, tokenizer)
         seconds["loop"].append(time.perf_counter() - started)
         started = time.perf_counter()
-        job = likelihood_job(rows, form, tokenizer, BATCH_SIZE)
+        job = likelihood_job(rows, form, tokenizer, BATCH_SIZE, end_tokens(tokenizer, Path(model_path)))
         answers["qdora"] = [""] * len(rows)
         for batch in batches_of(job, BATCH_SIZE):
             for number, record in zip(batch, job.score(loaded, batch), strict=True):
