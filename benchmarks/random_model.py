@@ -39,12 +39,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_random_model(folder: Path, shape: str) -> None:
-    """Writes a checkpoint of `shape` into `folder`, if there is none; bfloat16, all of it in host memory meanwhile."""
+    """Writes a checkpoint of `shape` into `folder`, if there is none; bfloat16, all of it in memory meanwhile."""
     if (folder / "config.json").exists():
         return
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.bfloat16)
     model.save_pretrained(unfinished)
     unfinished.rename(folder)

@@ -1,6 +1,6 @@
 """The whole benchmark on this machine: every case, repeated, peak memory in a process of its own, a table and a figure.
 
-    python benchmarks/run.py [--output benchmarks/results/NAME] [--tiny]
+    python benchmarks/run.py [--output benchmarks/results/NAME] [--short] [--tiny]
 
 On a CPU SmolLM2-135M, on a GPU random weights of Llama-3's shapes. Writes NAME.json and NAME.png. `--tiny` runs the
 GPU's cases on a model of toy size, whatever the device is: it shows that they run, its figures mean nothing.
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ class Job:
         )
 
 
-def jobs(use_gpu: bool, tiny: bool) -> list[Job]:
-    """Every case: on a CPU the real small model; on a GPU one option varied at a time."""
+def jobs(use_gpu: bool, tiny: bool, short: bool) -> list[Job]:
+    """Every case: on a CPU the real small model; on a GPU one option varied at a time (if `short`, two cases a shape)."""
     if not (use_gpu or tiny):
         model = "models/SmolLM2-135M-Instruct"
         return [Job(model=model), Job(model=model, ranks=2, arms=QUANTISED)]
@@ -71,6 +72,9 @@ def jobs(use_gpu: bool, tiny: bool) -> list[Job]:
         variants += [{"tokens": tokens, "length": lengths[tokens]} for tokens in (small, large)]
         variants += [{"rank": 64}, {"recomputation": "none"}, {"accumulation": 4}]
         variants += [{"recomputation": "selective", "arms": ("qlora", "qdora", "qdora-compiled")}]  # PEFT has none
+        if short:
+            base["arms"] = tuple(arm for arm in QUANTISED if arm != "qdora-compiled")  # which takes a minute to compile
+            variants = [{}, {"tokens": small, "length": lengths[small], "recomputation": "none"}]
         found += [Job(**(base | variant)) for variant in variants]
     return found
 
@@ -99,7 +103,8 @@ def run_step(job: Job, arms: tuple[str, ...], steps: int) -> dict[str, Any] | No
 def run_job(job: Job, repeats: int, steps: int) -> dict[str, Any]:
     """All arms of a case: `repeats` processes with the arms in turn, then one process an arm for its peak memory."""
     runs = [run for run in (run_step(job, job.arms, steps) for _ in range(repeats)) if run]
-    alone = {name: run_step(job, (name,), 1) for name in job.arms}
+    with ThreadPoolExecutor(len(job.arms) if torch.cuda.is_available() else 1) as pool:  # a GPU counts by process
+        alone = dict(zip(job.arms, pool.map(lambda name: run_step(job, (name,), 1), job.arms), strict=True))
     arms: dict[str, Any] = {}
     for name in job.arms:
         parts = [run["results"][name] for run in runs]
@@ -175,6 +180,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / f"step-{time.strftime('%Y-%m-%d')}")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--short", action="store_true", help="on a GPU two cases a shape instead of eight")
     parser.add_argument("--tiny", action="store_true", help="the GPU's cases on a toy model")
     options = parser.parse_args()
 
@@ -182,7 +188,7 @@ def main() -> None:
     record: dict[str, Any] = provenance() | {"cases": []}
     console = Console(highlight=False, width=120)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    for job in jobs(use_gpu, options.tiny):
+    for job in jobs(use_gpu, options.tiny, options.short):
         shape = Path(job.model).name.removeprefix("random-")
         if shape in SHAPES:
             write_random_model(Path(job.model), shape)

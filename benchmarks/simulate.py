@@ -12,6 +12,7 @@ between its blocks, and what CUDA and NCCL take.
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,7 +134,6 @@ def count(empty: EmptyModel, config: RunConfig, kind: ActivationCheckpointing, r
     """Bytes on the device: what is there between two steps, and at most in each phase of the second; host bytes."""
     world = simulated_world(config, ranks)
     device, model = world.device, empty.model
-    rows, length, batches = config.train.micro_batch_size, config.data.max_length, config.train.num_accumulation_steps
     with (
         patch.object(nf4, "dequantize", dequantize),
         patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
@@ -149,27 +149,41 @@ def count(empty: EmptyModel, config: RunConfig, kind: ActivationCheckpointing, r
         loss.attach_token_loss(model)
         loaded = LoadedModel(model, empty.blocks, empty.report, empty.dtype, empty.adapter, {}, config.parallel, 0.0)
         loaded.recompute(kind)
-        optimizer = build_optimizer(model, config.optim)
-        optimizer.register_step_post_hook(lambda *_: loaded.refresh(device))
-        model.train()
-        tokens = torch.zeros(rows, length, dtype=torch.int64)
-        positions = torch.arange(length // 2).repeat(rows, 2)  # two samples a row
-        batch: Any = SimpleNamespace(input_ids=tokens, position_ids=positions, labels=tokens)
-        for _ in range(2):
-            live.phase_peak()
-            counted = {"between steps": live.now, "forward": 0, "backward": 0}
-            for index in range(batches):
-                is_last = index == batches - 1
-                set_gradient_sync(model, is_last, keep_gathered=not config.parallel.reshard_after_forward)
-                total = loss.batch_loss(model, batch, device)
-                counted["forward"] = max(counted["forward"], live.phase_peak())
-                total.backward()
-                counted["backward"] = max(counted["backward"], live.phase_peak())
-            clip_gradients(model, config.optim.max_grad_norm, world.shard_group)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            counted["optimiser"] = live.phase_peak()
+        counted = two_steps(loaded, config, world, lambda: live.now, live.phase_peak)
         counted["in host memory"] = live.host.peak
+    return counted
+
+
+def two_steps(
+    loaded: LoadedModel, config: RunConfig, world: World, bytes_now: Callable[[], int], phase_peak: Callable[[], int]
+) -> dict[str, int]:
+    """Does two optimiser steps; bytes on the device before the second, and at most in each of its phases.
+
+    Args:
+        phase_peak: the most bytes since it was asked last.
+    """
+    model, device = loaded.model, world.device
+    rows, length, batches = config.train.micro_batch_size, config.data.max_length, config.train.num_accumulation_steps
+    optimizer = build_optimizer(model, config.optim)
+    optimizer.register_step_post_hook(lambda *_: loaded.refresh(device))
+    model.train()
+    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    positions = torch.arange(length // 2).repeat(rows, 2)  # two samples a row
+    batch: Any = SimpleNamespace(input_ids=tokens, position_ids=positions, labels=tokens)
+    for _ in range(2):
+        phase_peak()
+        counted = {"between steps": bytes_now(), "forward": 0, "backward": 0}
+        for index in range(batches):
+            is_last = index == batches - 1
+            set_gradient_sync(model, is_last, keep_gathered=not config.parallel.reshard_after_forward)
+            total = loss.batch_loss(model, batch, device)
+            counted["forward"] = max(counted["forward"], phase_peak())
+            total.backward()
+            counted["backward"] = max(counted["backward"], phase_peak())
+        clip_gradients(model, config.optim.max_grad_norm, world.shard_group)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        counted["optimiser"] = phase_peak()
     return counted
 
 

@@ -1,0 +1,64 @@
+"""Repeats runs of a study with checkpoints, at the learning rates that it found best, and analyses their weights.
+
+    python benchmarks/weights.py outputs/study-math --output outputs/study-math-weights [--jobs 4]
+
+Leaves OUTPUT/METHOD/analysis of each method, which `qdora report run=OUTPUT/METHOD` shows too.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from qdora.config.commands import written
+from qdora.reporting.reproduce import changed_options
+from qdora.run_folder import RunFolder
+
+METHODS = ("full", "lora", "dora", "qdora")
+NUM_CHECKPOINTS = 5
+
+
+def run_of(arm: dict[str, object], study: Path) -> Path:
+    """The folder of an arm's run with the first seed."""
+    rank = "" if arm["rank"] is None else f"-rank-{arm['rank']}"
+    return study / f"{arm['method']}{rank}-rate-{arm['learning_rate']:g}-seed-0"
+
+
+def repeat(run: Path, output: Path) -> None:
+    """Trains with the options of `run` again, keeping checkpoints, and analyses."""
+    config = RunFolder(run).read_config()
+    every = config.train.num_steps // NUM_CHECKPOINTS
+    options = {name: value for name, value in changed_options(config).items() if name != "run_id"}
+    options |= {"output_dir": str(output), "data.eval": None}
+    options |= {"train.checkpoint_every": every, "train.keep_checkpoints": NUM_CHECKPOINTS}
+    given = [f"{name}={written(value)}" for name, value in options.items()]
+    command = [sys.executable, "-m", "qdora"]
+    subprocess.run([*command, "train", *given], check=True)
+    if not (output / "analysis/analysis.json").exists():
+        subprocess.run([*command, "analyze", f"run={output}"], check=True)
+
+
+def main() -> None:
+    """All of `METHODS`, of the adapters that with the lowest rank."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    options = parser.parse_args()
+    arms = json.loads((options.study / "study.json").read_text(encoding="utf-8"))["arms"]
+    chosen = {arm["method"]: arm for arm in sorted(arms, key=lambda arm: -(arm["rank"] or 0))}  # the last one stays
+    with ThreadPoolExecutor(options.jobs) as pool:
+        done = [
+            pool.submit(partial(repeat, run_of(chosen[method], options.study), options.output / method))
+            for method in METHODS
+            if method in chosen
+        ]
+        for one in done:
+            one.result()
+
+
+if __name__ == "__main__":
+    main()
