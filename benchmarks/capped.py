@@ -1,4 +1,4 @@
-"""Two training steps of a large shape on one real GPU, of which a cap leaves some GiB; random bytes in the weights' place.
+"""Two training steps of a large shape on one real GPU, of which a cap leaves some GiB; the weights are random.
 
     python benchmarks/capped.py benchmarks/shapes/llama3_3_70b parallel.cpu_offload=true --gib 24 --output FILE
 
@@ -55,9 +55,7 @@ def load(folder: Path, config: RunConfig, kind: ActivationCheckpointing, world: 
         fill(empty.model)
     dora.reset(empty.model, world.device, seed=0)
     loss.attach_token_loss(empty.model)
-    loaded = LoadedModel(
-        empty.model, empty.blocks, empty.report, empty.dtype, empty.adapter, {}, config.parallel, 0.0
-    )
+    loaded = LoadedModel(empty.model, empty.blocks, empty.report, empty.dtype, empty.adapter, {}, config.parallel, 0.0)
     loaded.refresh(world.device)
     loaded.recompute(kind)
     return loaded

@@ -57,7 +57,7 @@ class Job:
 
 
 def jobs(use_gpu: bool, tiny: bool, short: bool) -> list[Job]:
-    """Every case: on a CPU the real small model; on a GPU one option varied at a time (if `short`, two cases a shape)."""
+    """Every case: on a CPU the real small model; on a GPU one option varied at a time (or two cases a shape)."""
     if not (use_gpu or tiny):
         model = "models/SmolLM2-135M-Instruct"
         return [Job(model=model), Job(model=model, ranks=2, arms=QUANTISED)]

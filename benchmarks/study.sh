@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # benchmarks/study.sh NAME DATA [options of qdora study]: a study of benchmarks/results, in outputs/study-NAME; the same
 # command goes on. NAME is commonsense or math (conf/study/smollm2_NAME.yaml); DATA has train_mix (.jsonl or .jsonl.gz),
-# test/ and maybe val_mix. Then four runs with checkpoints, whose weights are analysed. PYTHON chooses the interpreter.
+# test/ and maybe val_mix. PYTHON chooses the interpreter. Afterwards weights.py looks at what was learned.
 set -euo pipefail
 name="${1:?give commonsense or math}" data="$(realpath "${2:?give the folder of the data}")"
 shift 2
@@ -24,5 +24,4 @@ fi
 "$python" -m qdora study "+study=smollm2_$name" model.path=models/SmolLM2-135M-Instruct parallel=none \
     data.train="$train" data.eval="$tune" tasks_path="$data/test" output_dir="$output" \
     "launcher=['hydra/launcher=joblib','hydra.launcher.n_jobs=2']" "$@"
-"$python" benchmarks/weights.py "$output" --output "$output-weights" --jobs "${JOBS:-1}"
 "$python" -m qdora report study="$output"

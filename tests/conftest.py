@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-if not any("gpu" in argument for argument in sys.argv):
+if not ("PYTEST_XDIST_WORKER" in os.environ or any("gpu" in argument for argument in sys.argv)):
     # Before torch looks: the CPU tests are the same on a machine with GPUs; launch/test.sh runs tests/gpu by itself.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -27,7 +27,7 @@ transposed weight), and the norm of the *dequantised* weight starts m. LoRA (arX
 g = 1 and no m; VeRA and DVoRA (`vera.py`) are both with another A and B.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -78,8 +78,9 @@ def _(x, base, gain, lora_a, lora_b, magnitude, scaling):  # type: ignore[no-unt
 
 def _scaled_b(lora_b: Tensor, g: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
     """B' = s g B, rounded once."""
-    b = lora_b.to(dtype).float() * scaling
-    return (b if g is None else b.mul_(g[:, None])).to(dtype)
+    if g is None:
+        return (lora_b.to(dtype).float() * scaling).to(dtype)
+    return torch.mul(lora_b.to(dtype), (g * scaling)[:, None], out=lora_b.new_empty(lora_b.shape, dtype=dtype))
 
 
 @torch.library.custom_op("qdora::adapted_linear_backward", mutates_args=())
@@ -109,8 +110,8 @@ def adapted_linear_backward(
     fold = g if quantised else None
     dxa = dy @ _scaled_b(lora_b, fold, scaling, dy.dtype)
     da = (dxa.T @ x).to(lora_a.dtype)
-    db = (dy.T @ xa).float().mul_(scaling)
-    db = (db if fold is None else db.mul_(fold[:, None])).to(lora_b.dtype)
+    db = dy.T @ xa
+    db = (db.float() * scaling if fold is None else db * (fold * scaling)[:, None]).to(lora_b.dtype)
     dx = dy.new_empty(0)
     if need_dx:
         dx = dy @ nf4.weight_from(base, dy.dtype, fold)
@@ -252,23 +253,35 @@ class AdaptedLinear(nn.Module):
         squares = [rows.square().sum(1) for _, rows in self._own_weight(device)]
         self.base_norm_squared = torch.cat(squares) if squares else torch.empty(0, device=device)
 
-    @torch.no_grad()
     def weight_norm(self, trained_a: Tensor) -> Tensor:
         """n of the own rows, (own rows,) float32. `trained_a` is all that A is made of, as the forward rounds it."""
+        return _weight_norms([self], [trained_a])[0]
+
+    def expanded_norm(self, trained_a: Tensor) -> tuple[Tensor, Tensor]:
+        """|W|^2 + 2 s W A . B + s^2 |B A|^2 of the own rows, and which of them have lost their digits to it."""
         assert self.base_norm_squared is not None, "measure() comes first"
-        own, first_row = own_rows(self.trained_factors()[1])
-        own = own.to(trained_a.device, trained_a.dtype)
-        a, b = (factor.float() for factor in self.factors(trained_a, own, trained_a.dtype, first_row))
-        s = self.scaling
-        norm_squared = self.base_norm_squared + s * s * ((b @ (a @ a.T)) * b).sum(1)
+        a, b = self._own_factors(trained_a)
+        products = torch.empty_like(b)
+        for first, rows in self._own_weight(a.device):
+            torch.mm(rows, a.T, out=products[first : first + rows.shape[0]])
+        products.mul_(2 * self.scaling).addmm_(b, a @ a.T, alpha=self.scaling**2)
+        squared = self.base_norm_squared + products.mul_(b).sum(1)
+        return squared, squared < CANCELLATION * self.base_norm_squared
+
+    def replace_lost(self, trained_a: Tensor, squared: Tensor, lost: Tensor) -> None:
+        """Computes the rows that `lost` names from W + s B A itself; mutates `squared`."""
+        a, b = self._own_factors(trained_a)
         for first, rows in self._own_weight(a.device):
             some = slice(first, first + rows.shape[0])
-            norm_squared[some] += 2 * s * ((rows @ a.T) * b[some]).sum(1)
-            lost = norm_squared[some] < CANCELLATION * self.base_norm_squared[some]
-            if lost.any():
-                dense = rows[lost] + s * (b[some][lost] @ a)
-                norm_squared[some] = norm_squared[some].masked_scatter(lost, dense.square().sum(1))
-        return norm_squared.clamp_(min=0).sqrt_().clamp_(min=NORM_FLOOR)
+            dense = rows[lost[some]] + self.scaling * (b[some][lost[some]] @ a)
+            squared[some] = squared[some].masked_scatter(lost[some], dense.square().sum(1))
+
+    def _own_factors(self, trained_a: Tensor) -> tuple[Tensor, Tensor]:
+        """A, and B of the own rows, as the forward rounds them, in float32."""
+        own, first_row = own_rows(self.trained_factors()[1])
+        own = own.to(trained_a.device, trained_a.dtype)
+        a, b = self.factors(trained_a, own, trained_a.dtype, first_row)
+        return a.float(), b.float()
 
     def _own_weight(self, device: torch.device) -> Iterable[tuple[int, Tensor]]:
         """This rank's rows of W in float32, some at a time, each with its place among the own rows."""
@@ -316,15 +329,25 @@ def refresh(blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtyp
         blocks: the modules to go through, the same on all ranks.
         dtype: compute dtype, to which the forward rounds A and B.
     """
+    layers, trained = [], []
     for block in blocks:
-        layers = [layer for layer in adapted_layers(block).values() if layer.gain is not None]
-        if not layers:
-            continue
-        gathered = gather_rows([layer.trained_factors()[0] for layer in layers], dtype, device)
-        for layer, trained_a in zip(layers, gathered, strict=True):
-            magnitude = own_rows(layer.magnitude)[0]  # type: ignore[arg-type]
-            g = magnitude.to(device) / layer.weight_norm(trained_a)
-            own_rows(layer.gain)[0].copy_(g[:, None].view(torch.uint8))  # type: ignore[arg-type]
+        own = [layer for layer in adapted_layers(block).values() if layer.gain is not None]
+        if own:
+            layers += own
+            trained += gather_rows([layer.trained_factors()[0] for layer in own], dtype, device)
+    for layer, norm in zip(layers, _weight_norms(layers, trained), strict=True):
+        magnitude = own_rows(layer.magnitude)[0]  # type: ignore[arg-type]
+        own_rows(layer.gain)[0].copy_((magnitude.to(device) / norm)[:, None].view(torch.uint8))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _weight_norms(layers: Sequence[AdaptedLinear], trained: Sequence[Tensor]) -> list[Tensor]:
+    """n of the own rows of each layer; see `AdaptedLinear.weight_norm`. Waits for a GPU once, whatever their number."""
+    expanded = [layer.expanded_norm(trained_a) for layer, trained_a in zip(layers, trained, strict=True)]
+    if expanded and torch.stack([lost.any() for _, lost in expanded]).any():
+        for layer, trained_a, (squared, lost) in zip(layers, trained, expanded, strict=True):
+            layer.replace_lost(trained_a, squared, lost)
+    return [squared.clamp_(min=0).sqrt_().clamp_(min=NORM_FLOOR) for squared, _ in expanded]
 
 
 @torch.no_grad()
@@ -340,10 +363,12 @@ def reset(model: nn.Module, device: torch.device, seed: int) -> None:
 
 def magnitude_drift(model: nn.Module) -> dict[str, tuple[float, int]]:
     """Sum over this rank's rows of |m / m_initial - 1|, and their number, a layer: does DoRA train?"""
-    drift = {}
+    names, sums = [], []
     for name, layer in adapted_layers(model).items():
         if layer.magnitude is not None and layer.base_norm_squared is not None:
             own = own_rows(layer.magnitude)[0]
             initial = layer.base_norm_squared.sqrt().clamp_(min=NORM_FLOOR).to(own.device)
-            drift[name] = (float((own / initial - 1).abs().sum()), own.numel())
-    return drift
+            names.append((name, own.numel()))
+            sums.append((own / initial - 1).abs().sum())
+    values = torch.stack(sums).tolist() if sums else []  # a GPU is waited for once
+    return {name: (value, numel) for (name, numel), value in zip(names, values, strict=True)}

@@ -62,13 +62,13 @@ def main() -> None:
     seen: dict[str, Any] = {"norm_calls": 0, "layers": 0, "stale_by": []}
     started_with: dict[str, Tensor] = {}
 
-    measured = AdaptedLinear.weight_norm
+    measured = AdaptedLinear.expanded_norm
 
-    def counted(self: AdaptedLinear, trained_a: Tensor) -> Tensor:
+    def counted(self: AdaptedLinear, trained_a: Tensor) -> tuple[Tensor, Tensor]:
         seen["norm_calls"] += 1
         return measured(self, trained_a)
 
-    AdaptedLinear.weight_norm = counted  # type: ignore[method-assign]
+    AdaptedLinear.expanded_norm = counted  # type: ignore[method-assign]
     original_run, original_step = Trainer.run, Trainer.train_step
 
     def run(self: Trainer, save: Any) -> str:
