@@ -19,7 +19,8 @@ kept() {  # NAME: what is small of outputs/study-math*
 for stage in "$@"; do
     started=$SECONDS
     case "$stage" in
-        tests) "$PYTHON" -m pytest tests/gpu -n 8 --junitxml="$output/tests.xml" -o junit_family=xunit1 ;;
+        tests) "$PYTHON" -m pytest tests/gpu -v -n 6 --session-timeout="${LIMIT:-600}" \
+            --junitxml="$output/tests.xml" -o junit_family=xunit1 ;;
         capped)
             "$PYTHON" benchmarks/capped.py benchmarks/shapes/llama3_3_70b --layers 40 --gib 24 \
                 data.max_length=2048 train.num_accumulation_steps=2 quant.embeddings=true parallel=none \
@@ -28,7 +29,7 @@ for stage in "$@"; do
         study)
             # Steps of some 4,000 tokens; a GPU of a data centre has room for many runs of this size at once.
             benchmarks/study.sh math "${DATA:?give DATA}" train.micro_batch_size=8 train.num_steps="${STEPS:-100}" \
-                tasks='[gsm8k,svamp,addsub,multiarith,mawps]' batch_size=64 \
+                tasks='[gsm8k,svamp,addsub,multiarith,mawps]' batch_size=64 ranks='[4]' \
                 "launcher=['hydra/launcher=joblib','hydra.launcher.n_jobs=14']"
             kept study ;;
         weights)

@@ -11,7 +11,7 @@ if (($# == 0)); then
         .venv/bin/python -m pytest tests/gpu
     fi
     # Two at a time: what fails beside another is tried once more with the machine to itself.
-    .venv/bin/python -m pytest -n 2 --dist loadfile -m "not soak and not alone" ||
+    .venv/bin/python -m pytest -n 2 --dist loadfile --durations 40 -m "not soak and not alone" ||
         .venv/bin/python -m pytest --last-failed --last-failed-no-failures none -m "not soak and not alone"
     set -- -m "not soak and alone"
 fi

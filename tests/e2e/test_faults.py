@@ -313,10 +313,10 @@ RANKS_END_S = 30
 """Until torchrun kills ranks that do not end when they are told to, which is what a stopped one does."""
 
 
-def run_with_rank(kind: str, arguments: list[str], nproc: int = 2) -> Any:
+def run_with_rank(kind: str, arguments: list[str], nproc: int = 2, timeout_s: float = 180) -> Any:
     """The run, whose last rank goes wrong."""
     timeout = f"parallel.timeout_s={TIMEOUT_S}"
-    return run([*launcher(nproc), str(FAILING_RANK), kind, "train", *arguments, timeout])
+    return run([*launcher(nproc), str(FAILING_RANK), kind, "train", *arguments, timeout], timeout_s=timeout_s)
 
 
 def seconds_after_step(folder: Path, step: int, ended: float) -> float:
@@ -367,7 +367,8 @@ def test_batch_that_does_not_fit_names_what_lowers_memory(tiny: Path, tmp_path: 
     data = tmp_path / "long.jsonl"
     data.write_text((json.dumps({"prompt": "so", "completion": " so" * 1000}) + "\n") * 256)
     arguments = [*long_run(tiny, data), "data.max_length=1024", "train.micro_batch_size=32", "train.checkpoint_every=0"]
-    done = run_with_rank("memory", [*arguments, f"output_dir={tmp_path}/run"], nproc)
+    arguments += ["train.num_accumulation_steps=1", f"output_dir={tmp_path}/run"]
+    done = run_with_rank("memory", arguments, nproc, timeout_s=400)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert len(re.findall(r"ran out of memory in step \d+: its weights take", done.stderr)) == 1, done.stderr
