@@ -89,13 +89,16 @@ def main() -> None:
         planned = plan(folder, config, kind, ranks=1)
     print(f"loaded in {load_s:.0f} s", flush=True)
 
+    reserved = 0
+
     def phase_peak() -> int:
+        nonlocal reserved
         torch.cuda.synchronize()
+        reserved = max(reserved, torch.cuda.max_memory_reserved())
         peak: int = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak
 
-    reserved = torch.cuda.max_memory_reserved()
     times = [time.perf_counter()]
 
     def now() -> int:
@@ -104,7 +107,6 @@ def main() -> None:
 
     counted = two_steps(loaded, config, world, now, phase_peak)
     step_s = time.perf_counter() - times[-1]
-    reserved = max(reserved, torch.cuda.memory_stats()["reserved_bytes.all.peak"])
     peak, sizes = max(counted[phase] for phase in PHASES), sum(planned.values())
     record: dict[str, Any] = provenance() | {
         "shape": options.folder.name,

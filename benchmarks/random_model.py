@@ -45,7 +45,10 @@ def write_random_model(folder: Path, shape: str) -> None:
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # whose random numbers they are then
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.bfloat16)
     model.save_pretrained(unfinished)
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what is measured next has the GPU to itself
     unfinished.rename(folder)

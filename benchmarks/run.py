@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +102,7 @@ def run_step(job: Job, arms: tuple[str, ...], steps: int) -> dict[str, Any] | No
 def run_job(job: Job, repeats: int, steps: int) -> dict[str, Any]:
     """All arms of a case: `repeats` processes with the arms in turn, then one process an arm for its peak memory."""
     runs = [run for run in (run_step(job, job.arms, steps) for _ in range(repeats)) if run]
-    with ThreadPoolExecutor(len(job.arms) if torch.cuda.is_available() else 1) as pool:  # a GPU counts by process
-        alone = dict(zip(job.arms, pool.map(lambda name: run_step(job, (name,), 1), job.arms), strict=True))
+    alone = {name: run_step(job, (name,), 1) for name in job.arms}
     arms: dict[str, Any] = {}
     for name in job.arms:
         parts = [run["results"][name] for run in runs]

@@ -12,24 +12,27 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qdora.config.commands import written
 from qdora.reporting.reproduce import changed_options
 from qdora.run_folder import RunFolder
+from qdora.study.cells import Arm, Cell
 
 METHODS = ("full", "lora", "dora", "qdora")
 NUM_CHECKPOINTS = 5
 
 
-def run_of(arm: dict[str, object], study: Path) -> Path:
-    """The folder of an arm's run with the first seed."""
-    rank = "" if arm["rank"] is None else f"-rank-{arm['rank']}"
-    return study / f"{arm['method']}{rank}-rate-{arm['learning_rate']:g}-seed-0"
+def run_of(arm: dict[str, Any], seed: int, study: Path) -> Path:
+    """The folder of an arm's run with the seed."""
+    return study / Cell(Arm(arm["method"], arm["rank"]), arm["learning_rate"], seed).name
 
 
 def repeat(run: Path, output: Path) -> None:
     """Trains with the options of `run` again, keeping checkpoints, and analyses."""
     config = RunFolder(run).read_config()
+    if config.train.num_steps is None or config.train.num_steps < NUM_CHECKPOINTS:
+        raise SystemExit(f"{run}: train.num_steps={config.train.num_steps} is not {NUM_CHECKPOINTS} at least")
     every = config.train.num_steps // NUM_CHECKPOINTS
     options = {name: value for name, value in changed_options(config).items() if name != "run_id"}
     options |= {"output_dir": str(output), "data.eval": None}
@@ -48,11 +51,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
-    arms = json.loads((options.study / "study.json").read_text(encoding="utf-8"))["arms"]
-    chosen = {arm["method"]: arm for arm in sorted(arms, key=lambda arm: -(arm["rank"] or 0))}  # the last one stays
+    results = json.loads((options.study / "study.json").read_text(encoding="utf-8"))
+    seed = results["config"]["seeds"][0]
+    chosen = {
+        arm["method"]: arm for arm in sorted(results["arms"], key=lambda arm: -(arm["rank"] or 0))
+    }  # the last one stays
     with ThreadPoolExecutor(options.jobs) as pool:
         done = [
-            pool.submit(partial(repeat, run_of(chosen[method], options.study), options.output / method))
+            pool.submit(partial(repeat, run_of(chosen[method], seed, options.study), options.output / method))
             for method in METHODS
             if method in chosen
         ]

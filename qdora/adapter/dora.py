@@ -42,6 +42,8 @@ CANCELLATION = 1e-3
 """Below this share of |W|^2 the expanded norm has lost half of float32's digits: the row is computed densely."""
 CHUNK_NUMEL = 2**24
 """Values of W dequantised to float32 at a time while norms are computed (64 MiB)."""
+REFRESHED_NUMEL = 2**24
+"""Values of A gathered, of whole blocks, before a refresh waits for what it has computed of them."""
 
 
 @torch.library.custom_op("qdora::adapted_linear", mutates_args=())
@@ -76,7 +78,9 @@ def adapted_linear(
 
 
 @adapted_linear.register_fake
-def _(x, weight, absmax, absmax_scale, absmax_mean, gain, lora_a, lora_b, *_):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, weight, absmax, absmax_scale, absmax_mean, gain, lora_a, lora_b, magnitude, scaling
+):
     return x.new_empty(x.shape[0], lora_b.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
 
 
@@ -270,6 +274,7 @@ class AdaptedLinear(nn.Module):
         """n of the own rows, (own rows,) float32. `trained_a` is all that A is made of, as the forward rounds it."""
         return _weight_norms([self], [trained_a])[0]
 
+    @torch.no_grad()
     def expanded_norm(self, trained_a: Tensor) -> tuple[Tensor, Tensor]:
         """|W|^2 + 2 s W A . B + s^2 |B A|^2 of the own rows, and which of them have lost their digits to it."""
         assert self.base_norm_squared is not None, "measure() comes first"
@@ -281,6 +286,7 @@ class AdaptedLinear(nn.Module):
         squared = self.base_norm_squared + products.mul_(b).sum(1)
         return squared, squared < CANCELLATION * self.base_norm_squared
 
+    @torch.no_grad()
     def replace_lost(self, trained_a: Tensor, squared: Tensor, lost: Tensor) -> None:
         """Computes the rows that `lost` names from W + s B A itself; mutates `squared`."""
         a, b = self._own_factors(trained_a)
@@ -342,12 +348,20 @@ def refresh(blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtyp
         blocks: the modules to go through, the same on all ranks.
         dtype: compute dtype, to which the forward rounds A and B.
     """
-    layers, trained = [], []
+    layers: list[AdaptedLinear] = []
+    trained: list[Tensor] = []
     for block in blocks:
         own = [layer for layer in adapted_layers(block).values() if layer.gain is not None]
         if own:
             layers += own
             trained += gather_rows([layer.trained_factors()[0] for layer in own], dtype, device)
+        if sum(a.numel() for a in trained) > REFRESHED_NUMEL:
+            _write_gains(layers, trained, device)
+            layers, trained = [], []
+    _write_gains(layers, trained, device)
+
+
+def _write_gains(layers: Sequence[AdaptedLinear], trained: Sequence[Tensor], device: torch.device) -> None:
     for layer, norm in zip(layers, _weight_norms(layers, trained), strict=True):
         magnitude = own_rows(layer.magnitude)[0]  # type: ignore[arg-type]
         own_rows(layer.gain)[0].copy_((magnitude.to(device) / norm)[:, None].view(torch.uint8))  # type: ignore[arg-type]
@@ -355,11 +369,12 @@ def refresh(blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtyp
 
 @torch.no_grad()
 def _weight_norms(layers: Sequence[AdaptedLinear], trained: Sequence[Tensor]) -> list[Tensor]:
-    """n of the own rows of each layer; see `AdaptedLinear.weight_norm`. Waits for a GPU once, whatever their number."""
+    """n of the own rows of each layer; see `AdaptedLinear.weight_norm`. Waits for a GPU once, unless rows are lost."""
     expanded = [layer.expanded_norm(trained_a) for layer, trained_a in zip(layers, trained, strict=True)]
     if expanded and torch.stack([lost.any() for _, lost in expanded]).any():
         for layer, trained_a, (squared, lost) in zip(layers, trained, expanded, strict=True):
-            layer.replace_lost(trained_a, squared, lost)
+            if lost.any():
+                layer.replace_lost(trained_a, squared, lost)
     return [squared.clamp_(min=0).sqrt_().clamp_(min=NORM_FLOOR) for squared, _ in expanded]
 
 
