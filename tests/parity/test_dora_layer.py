@@ -185,6 +185,22 @@ def test_norm_of_rows_that_cancel_is_exact() -> None:
     torch.testing.assert_close(norm[10:], dense.norm(dim=1)[10:], rtol=1e-6, atol=0)
 
 
+def test_refresh_recomputes_rows_that_cancel_in_one_layer_of_several() -> None:
+    torch.manual_seed(0)
+    layers = [make_layer(Case(), torch.randn(OUT, IN), None) for _ in range(3)]
+    weight: nn.Parameter = layers[1].base.weight  # type: ignore[assignment]
+    weight.data[:10] = -(1 + 1e-4) * layers[1].scaling * layers[1].lora_b.data[:10] @ layers[1].lora_a.data
+    layers[1].measure(CPU)
+    refresh([nn.Sequential(*layers[:2]), nn.Sequential(layers[2])], CPU, torch.float32)
+    for layer in layers:
+        assert layer.gain is not None
+        assert layer.magnitude is not None
+        base: nn.Parameter = layer.base.weight  # type: ignore[assignment]
+        dense = base.double() + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
+        norm = layer.magnitude / layer.gain.view(torch.float32).squeeze(1)
+        torch.testing.assert_close(norm.double(), dense.norm(dim=1), rtol=2e-3, atol=0)
+
+
 def test_rows_of_zeros_give_zeros_and_no_nan() -> None:
     weight = torch.randn(OUT, IN)
     weight[5] = 0
