@@ -18,10 +18,6 @@ export PYTHON="${PYTHON:-.venv/bin/python}" PYTHONPATH="$PWD" WANDB_MODE=offline
 
 limited() { timeout --signal=TERM --kill-after=30 "${LIMIT:-600}" "$@"; }
 
-kept() {  # NAME: what is small of outputs/study-math*
-    (cd outputs && tar -czf "$output/$1.tar.gz" --exclude=checkpoints --exclude='*.safetensors' study-math*)
-}
-
 stage() {
     case "$1" in
         tests) "$PYTHON" -m pytest tests/gpu -v -n 4 --session-timeout="${LIMIT:-600}" --junitxml="$output/tests.xml" ;;
@@ -34,15 +30,9 @@ stage() {
             # Steps of some 4,000 tokens; a GPU of a data centre has room for many runs of this size at once.
             limited benchmarks/study.sh math "$DATA" train.micro_batch_size=8 train.num_steps="${STEPS:-100}" \
                 tasks='[gsm8k,svamp,addsub,multiarith,mawps]' batch_size=64 ranks='[4]' \
-                "launcher=['hydra/launcher=joblib','hydra.launcher.n_jobs=14']"
-            local status=$?
-            kept study
-            return "$status" ;;
+                "launcher=['hydra/launcher=joblib','hydra.launcher.n_jobs=14']" ;;
         weights)
-            limited "$PYTHON" benchmarks/weights.py outputs/study-math --output outputs/study-math-weights --jobs 4
-            local status=$?
-            kept weights
-            return "$status" ;;
+            limited "$PYTHON" benchmarks/weights.py outputs/study-math --output outputs/study-math-weights --jobs 4 ;;
         *) echo "$1: no such stage" >&2 && return 2 ;;
     esac
 }
@@ -51,6 +41,9 @@ failed=0
 for name in "$@"; do
     started=$SECONDS
     stage "$name" || failed=1
+    if [[ "$name" == study || "$name" == weights ]]; then  # what is small of it, also of one that did not end
+        (cd outputs && tar -czf "$output/$name.tar.gz" --exclude=checkpoints --exclude='*.safetensors' study-math*) || failed=1
+    fi
     echo "$name: $((SECONDS - started)) s"
 done
 exit "$failed"

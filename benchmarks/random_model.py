@@ -49,6 +49,5 @@ def write_random_model(folder: Path, shape: str) -> None:
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.bfloat16)
     model.save_pretrained(unfinished)
     del model
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what is measured next has the GPU to itself
+    torch.cuda.empty_cache()  # what is measured next has the GPU to itself
     unfinished.rename(folder)

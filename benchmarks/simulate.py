@@ -13,7 +13,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from provenance import provenance
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -33,6 +33,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 from qdora import nf4
 from qdora.adapter import dora
+from qdora.adapter.operator import adapted_linear, adapted_linear_backward
 from qdora.commands import compose, typed
 from qdora.config import ActivationCheckpointing, RunConfig
 from qdora.model import loss
@@ -46,7 +47,7 @@ from qdora.planning.plans import Choice, Planner
 
 GIB = 2**30
 PHASES = ("forward", "backward", "optimiser")
-OPERATORS = (dora.adapted_linear, dora.adapted_linear_backward, nf4.frozen_linear, nf4.frozen_linear_backward)
+OPERATORS = (adapted_linear, adapted_linear_backward, nf4.frozen_linear, nf4.frozen_linear_backward)
 aten = torch.ops.aten
 
 
@@ -133,25 +134,39 @@ def simulated_world(config: RunConfig, ranks: int) -> World:
 def count(empty: EmptyModel, config: RunConfig, kind: ActivationCheckpointing, ranks: int) -> dict[str, int]:
     """Bytes on the device: what is there between two steps, and at most in each phase of the second; host bytes."""
     world = simulated_world(config, ranks)
-    device, model = world.device, empty.model
     with (
         patch.object(nf4, "dequantize", dequantize),
         patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
         FakeTensorMode(allow_non_fake_inputs=True),
         DeviceBytes() as live,
     ):
-        for module in model.modules():
+        for module in empty.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer if buffer.is_meta else buffer.to(device))
-        shard(model, empty.blocks, ends(model), world, config.parallel, empty.dtype)
-        materialise(model, torch.device("cpu") if config.parallel.cpu_offload else device, device)
-        dora.reset(model, device, seed=0)
-        loss.attach_token_loss(model)
-        loaded = LoadedModel(model, empty.blocks, empty.report, empty.dtype, empty.adapter, {}, config.parallel, 0.0)
-        loaded.recompute(kind)
+                setattr(module, name, buffer if buffer.is_meta else buffer.to(world.device))
+        loaded = assemble(empty, config, kind, world)
         counted = two_steps(loaded, config, world, lambda: live.now, live.phase_peak)
         counted["in host memory"] = live.host.peak
     return counted
+
+
+def assemble(
+    empty: EmptyModel,
+    config: RunConfig,
+    kind: ActivationCheckpointing,
+    world: World,
+    fill: Callable[[nn.Module], None] | None = None,
+) -> LoadedModel:
+    """The model as `load_model` makes it, with what `fill` writes in the place of a checkpoint. *Collective*."""
+    model, parallel = empty.model, config.parallel
+    shard(model, empty.blocks, ends(model), world, parallel, empty.dtype)
+    materialise(model, torch.device("cpu") if parallel.cpu_offload else world.device, world.device)
+    if fill is not None:
+        fill(model)
+    dora.reset(model, world.device, seed=0)
+    loss.attach_token_loss(model)
+    loaded = LoadedModel(model, empty.blocks, empty.report, empty.dtype, empty.adapter, {}, parallel, 0.0)
+    loaded.recompute(kind)
+    return loaded
 
 
 def two_steps(
@@ -196,47 +211,75 @@ def plan(folder: Path, config: RunConfig, kind: ActivationCheckpointing, ranks: 
     return {name: size for name, size in parts.items() if name not in ("allocator", "context")}
 
 
-def main() -> None:
-    """Counts, compares with the planner, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of a config.json; weights are not needed")
-    parser.add_argument("overrides", nargs="*", help="options of qdora train")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--layers", type=int, help="of the model, in the place of its own number")
-    parser.add_argument("--output", type=Path, help="a list in JSON, to which this is added")
-    options = parser.parse_intermixed_args()
-    values = compose("train", [f"model.path={options.folder}", "data.train=none", *options.overrides])
-    assert values is not None
-    config: RunConfig = typed(values, RunConfig)
-    kind = config.parallel.activation_checkpointing
-    kind = ActivationCheckpointing.full if kind is ActivationCheckpointing.auto else kind
-    shape = json.loads((options.folder / "config.json").read_text())
-    shape["num_hidden_layers"] = options.layers or shape["num_hidden_layers"]
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(shape))
-        empty = build_model(Path(folder), config.model, config.quant, config.adapter, with_weights=False)
-        counted = count(empty, config, kind, options.ranks)
-        planned = plan(Path(folder), config, kind, options.ranks)
-    peak, total = max(counted[phase] for phase in PHASES), sum(planned.values())
-    for title, sizes in (("counted", counted), ("planned", planned)):
-        print(title, *(f"    {name:22}{size / GIB:8.3f} GiB" for name, size in sizes.items()), sep="\n")
-    print(f"peak {peak / GIB:.3f} GiB, planned {total / GIB:.3f} GiB: {total / peak:.3f} of it")
-    if options.output:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The command line, and what follows from it."""
+
+    options: argparse.Namespace
+    config: RunConfig
+    kind: ActivationCheckpointing
+    shape: dict[str, Any]
+    """config.json's, with as many layers as are wanted."""
+
+    @classmethod
+    def read(cls, parser: argparse.ArgumentParser) -> "Asked":
+        """Adds what simulated and real steps have in common to the parser's options, and reads them."""
+        parser.add_argument("folder", type=Path, help="of a config.json; weights are not needed")
+        parser.add_argument("overrides", nargs="*", help="options of qdora train")
+        parser.add_argument("--layers", type=int, help="of the model, in the place of its own number")
+        parser.add_argument("--output", type=Path, help="a list in JSON, to which this is added")
+        options = parser.parse_intermixed_args()
+        values = compose("train", [f"model.path={options.folder}", "data.train=none", *options.overrides])
+        assert values is not None
+        config: RunConfig = typed(values, RunConfig)
+        kind = config.parallel.activation_checkpointing
+        shape = json.loads((options.folder / "config.json").read_text())
+        shape["num_hidden_layers"] = options.layers or shape["num_hidden_layers"]
+        return cls(
+            options, config, ActivationCheckpointing.full if kind is ActivationCheckpointing.auto else kind, shape
+        )
+
+    def build(self, folder: str) -> EmptyModel:
+        """The model, without weights; `folder` is a new one, which then holds its config.json."""
+        Path(folder, "config.json").write_text(json.dumps(self.shape))
+        config = self.config
+        return build_model(Path(folder), config.model, config.quant, config.adapter, with_weights=False)
+
+    def conclude(self, counted: dict[str, int], planned: dict[str, int], more: dict[str, Any]) -> None:
+        """Prints what was counted beside what is planned, and adds a record, with `more`, to the output."""
+        peak, total = max(counted[phase] for phase in PHASES), sum(planned.values())
+        for title, sizes in (("counted", counted), ("planned", planned)):
+            print(title, *(f"    {name:22}{size / GIB:8.3f} GiB" for name, size in sizes.items()), sep="\n")
+        print(f"peak {peak / GIB:.3f} GiB, planned {total / GIB:.3f} GiB: {total / peak:.3f} of it")
+        output = self.options.output
+        if output is None:
+            return
         record = {
             "date": datetime.now(UTC).date().isoformat(),
-            **{name: value for name, value in provenance().items() if name in ("commit", "versions")},
-            "shape": options.folder.name,
-            "overrides": options.overrides,
-            "ranks": options.ranks,
-            "layers": shape["num_hidden_layers"],
-            "length": config.data.max_length,
+            "shape": self.options.folder.name,
+            "overrides": self.options.overrides,
+            "layers": self.shape["num_hidden_layers"],
+            "length": self.config.data.max_length,
             "counted_bytes": counted,
             "peak_bytes": peak,
             "planned_bytes": planned,
             "planned_share": total / peak,
         }
-        earlier = json.loads(options.output.read_text()) if options.output.exists() else []
-        options.output.write_text(json.dumps([*earlier, record], indent=2) + "\n")
+        earlier = json.loads(output.read_text()) if output.exists() else []
+        output.write_text(json.dumps([*earlier, more | record], indent=2) + "\n")
+
+
+def main() -> None:
+    """Counts, compares with the planner, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    asked = Asked.read(parser)
+    ranks: int = asked.options.ranks
+    with tempfile.TemporaryDirectory() as folder:
+        counted = count(asked.build(folder), asked.config, asked.kind, ranks)
+        planned = plan(Path(folder), asked.config, asked.kind, ranks)
+    where = {name: value for name, value in provenance().items() if name in ("commit", "versions")}
+    asked.conclude(counted, planned, where | {"ranks": ranks})
 
 
 if __name__ == "__main__":
