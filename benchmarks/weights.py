@@ -2,11 +2,14 @@
 
     python benchmarks/weights.py outputs/study-math --output outputs/study-math-weights [--jobs 4]
 
-Leaves OUTPUT/METHOD/analysis of each method, which `qdora report run=OUTPUT/METHOD` shows too.
+Leaves OUTPUT/METHOD/analysis of each method, which `qdora report run=OUTPUT/METHOD` shows too, and of all
+OUTPUT/decomposition.png and OUTPUT/weights.json.gz.
 """
 
 import argparse
+import gzip
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qdora.analysis.figures import draw_methods
 from qdora.config.commands import written
 from qdora.reporting.reproduce import changed_options
 from qdora.run_folder import RunFolder
@@ -39,9 +43,11 @@ def repeat(run: Path, output: Path) -> None:
     options |= {"train.checkpoint_every": every, "train.keep_checkpoints": NUM_CHECKPOINTS}
     given = [f"{name}={written(value)}" for name, value in options.items()]
     command = [sys.executable, "-m", "qdora"]
-    subprocess.run([*command, "train", *given], check=True)
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # as study.sh
+    run_command = partial(subprocess.run, check=True, env={**os.environ, **threads})
+    run_command([*command, "train", *given])
     if not (output / "analysis/analysis.json").exists():
-        subprocess.run([*command, "analyze", f"run={output}"], check=True)
+        run_command([*command, "analyze", f"run={output}"])
 
 
 def main() -> None:
@@ -64,6 +70,16 @@ def main() -> None:
         ]
         for one in done:
             one.result()
+    analyses = [
+        json.loads((options.output / method / "analysis/analysis.json").read_text(encoding="utf-8"))
+        for method in METHODS
+        if method in chosen
+    ]
+    lowest = min(arm["rank"] for arm in chosen.values() if arm["rank"] is not None)
+    heading = f"{Path(results['config']['model']['path']).name}, rank {lowest}: all layers at {NUM_CHECKPOINTS} steps"
+    draw_methods(analyses, heading, options.output / "decomposition.png")
+    with gzip.open(options.output / "weights.json.gz", "wt", encoding="utf-8") as file:
+        json.dump(analyses, file)
 
 
 if __name__ == "__main__":

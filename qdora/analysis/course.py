@@ -152,10 +152,17 @@ def find_course(config: AnalyzeConfig, world: World) -> Course:
     """
     run = RunFolder(Path(str(config.run)))
     stored = run.read_config()
-    last_step = _last_step(run, stored)
+    summary = _summary(run, stored)
+    last_step = int(summary["steps"])
     model = overlaid(stored.model, config.model)
     base = _base(config, stored)
-    whole, skipped = _checkpoints(run, stored, CheckpointFiles(base).fingerprint(), base)
+    fingerprint = CheckpointFiles(base).fingerprint()
+    if summary.get("model_fingerprint", fingerprint) != fingerprint:
+        raise ConfigError(
+            f"run={run.path} was trained over another model than the one in {base}: its weights differ. Give the right "
+            "one as model.path=DIR"
+        )
+    whole, skipped = _checkpoints(run, stored, fingerprint)
     if stored.adapter.method is AdapterMethod.none:
         full = replace(stored, model=model)
         weights, layers = _full_weights(base, full, world)
@@ -178,17 +185,17 @@ def find_course(config: AnalyzeConfig, world: World) -> Course:
     return Course(run, stored, weights, layers, sorted(states, key=lambda state: state.step), skipped)
 
 
-def _last_step(run: RunFolder, config: RunConfig) -> int:
-    """The step of the result.
+def _summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """Of a run that has a result.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it has none.
     """
     result = run.model if config.adapter.method is AdapterMethod.none else run.adapter
     with suppress(OSError, ValueError, TypeError, KeyError):
-        summary = json.loads(run.summary.read_text(encoding="utf-8"))
-        if result.exists() and summary["status"] in ENDED:
-            return int(summary["steps"])
+        summary: dict[str, Any] = json.loads(run.summary.read_text(encoding="utf-8"))
+        if result.exists() and summary["status"] in ENDED and isinstance(summary["steps"], int):
+            return summary
     raise ConfigError(f"run={run.path} is not finished: start it again to go on")
 
 
@@ -200,14 +207,8 @@ def _base(config: AnalyzeConfig, stored: RunConfig) -> Path:
         raise ModelError(f"{error}{moved}") from None
 
 
-def _checkpoints(
-    run: RunFolder, config: RunConfig, fingerprint: str, base: Path
-) -> tuple[list[tuple[Path, Manifest]], list[str]]:
-    """The whole checkpoints of the run, and what to tell of the others.
-
-    Raises:
-        ConfigError: the run was trained over another base.
-    """
+def _checkpoints(run: RunFolder, config: RunConfig, fingerprint: str) -> tuple[list[tuple[Path, Manifest]], list[str]]:
+    """The whole checkpoints of the run over the base with the fingerprint, and what to tell of the others."""
     whole: list[tuple[Path, Manifest]] = []
     skipped: list[str] = []
     for path in checkpoint.complete(run.checkpoints):
@@ -219,11 +220,6 @@ def _checkpoints(
             reason = str(error)
         if reason is not None:
             skipped.append(f"{path.name} is left out: it is damaged ({reason})")
-    if whole and whole[-1][1].model_fingerprint != fingerprint:
-        raise ConfigError(
-            f"run={run.path} was trained over another model than the one in {base}: its weights differ. Give the right "
-            "one as model.path=DIR"
-        )
     ours = config_values(config)
     for path, manifest in [*whole]:
         different = [

@@ -1,5 +1,6 @@
 """The figures of the analysis: dM against dD as in figure 2 of the DoRA paper, and the layers in depth."""
 
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,46 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#B8860B", "#000000")  # apar
 MARKERS = "os^DvPX*"
 DEPTH = "cividis"
 """Colours of the blocks from first to last; also in grey, and for the colour-blind, from dark to light."""
-MAX_PANELS = 12
 MAX_COLUMNS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Some points and the line through them."""
+
+    name: str
+    points: list[Results]
+    summary: Results
 
 
 def draw_decomposition(results: Results, output: Path) -> None:
     """A panel a projection type and one of all: dM over dD of every layer (colour) at every step (marker)."""
-    figure, canvas = _figure(f"Change of magnitude (dM) over change of direction (dD)\n{title(results)}")
-    names = [*results["projections"]][: MAX_PANELS - 1]
-    panels = [*names, "all"] if len(results["projections"]) > 1 else names
-    columns = min(MAX_COLUMNS, len(panels))
-    grid = figure.subplots(ceil(len(panels) / columns), columns, squeeze=False).flatten()
-    steps = [state["step"] for state in results["states"]]
-    blocks = [point["block"] or 0 for point in results["points"]]
+    panels = [
+        Panel(name, [point for point in results["points"] if point["projection"] == name], summary)
+        for name, summary in results["projections"].items()
+    ]
+    if len(panels) > 1:
+        panels.append(Panel("all", results["points"], results["all"]))
+    _draw_panels(panels, [state["step"] for state in results["states"]], title(results), output)
+
+
+def draw_methods(runs: list[Results], heading: str, output: Path) -> None:
+    """A panel a run, of all its layers; `heading` says what the runs have in common, their steps among it."""
+    panels = [Panel(f"{run['method']} over {run['quant']}", run["points"], run["all"]) for run in runs]
+    _draw_panels(panels, [state["step"] for state in runs[0]["states"]], heading, output)
+
+
+def _draw_panels(panels: list[Panel], steps: list[int], heading: str, output: Path) -> None:
+    columns = 2 if len(panels) == 4 else min(MAX_COLUMNS, len(panels))
+    rows = ceil(len(panels) / columns)
+    heading = f"Change of magnitude (dM) over change of direction (dD)\n{heading}"
+    figure, canvas = _figure(heading, height_inches=max(SIZE_INCHES[1], 2.1 * rows))
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    blocks = [point["block"] or 0 for panel in panels for point in panel.points]
     scale = {"cmap": DEPTH, "vmin": min(blocks), "vmax": max(max(blocks), min(blocks) + 1)}
-    for axes, name in zip(grid, panels, strict=False):
-        points = [point for point in results["points"] if name in ("all", point["projection"])]
-        _scatter(axes, points, steps, scale)
-        _line(axes, name, results["all"] if name == "all" else results["projections"][name])
+    for axes, panel in zip(grid, panels, strict=False):
+        _scatter(axes, panel.points, steps, scale)
+        _line(axes, panel.name, panel.summary)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     colours = figure.colorbar(grid[0].collections[0], ax=grid.tolist(), label="block", fraction=0.03, pad=0.01)
@@ -121,8 +144,10 @@ def _range(group: list[int]) -> str:
     return f"{group[0]}" if len(group) == 1 else f"{group[0]}\N{EN DASH}{group[-1]}"
 
 
-def _figure(heading: str) -> tuple[Figure, FigureCanvasAgg]:
-    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+def _figure(heading: str, height_inches: float = SIZE_INCHES[1]) -> tuple[Figure, FigureCanvasAgg]:
+    figure = Figure(
+        figsize=(SIZE_INCHES[0], height_inches), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    )
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(heading, fontsize=12, fontweight="bold")
     return figure, canvas

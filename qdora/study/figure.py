@@ -16,6 +16,8 @@ TITLES = {
     "accuracy": ("Accuracy by likelihood of the choices", "share of right answers"),
 }
 MARKERS = {"none": "o", "nf4": "s"}
+SPREAD = 0.05
+"""Between the methods of one rank, whose points would lie on each other; ranks are 1 apart."""
 
 
 def draw(path: Path, values: dict[str, Any]) -> None:
@@ -38,6 +40,7 @@ def draw_by_rank(axes: Axes, values: dict[str, Any], measure: str) -> None:
     methods: dict[str, list[dict[str, Any]]] = {}
     for arm in values["arms"]:
         methods.setdefault(arm["method"], []).append(arm)
+    lines = [method for method, some in methods.items() if some[0]["rank"] is not None]
     for method, some in methods.items():
         options = values["config"]["methods"][method]
         adapter = "full" if options["adapter"] == "none" else options["adapter"]
@@ -46,7 +49,8 @@ def draw_by_rank(axes: Axes, values: dict[str, Any], measure: str) -> None:
         if some[0]["rank"] is None:
             axes.axhline(some[0][measure], label=method, **style)
             continue
-        places = [ranks.index(arm["rank"]) for arm in some]
+        aside = SPREAD * (lines.index(method) - (len(lines) - 1) / 2)
+        places = [ranks.index(arm["rank"]) + aside for arm in some]
         marker = MARKERS["nf4" if over_nf4 else "none"]
         axes.plot(places, [arm[measure] for arm in some], marker=marker, markersize=5, label=method, **style)
         for place, arm in zip(places, some, strict=True):
@@ -57,6 +61,7 @@ def draw_by_rank(axes: Axes, values: dict[str, Any], measure: str) -> None:
         if measure == "accuracy" and name in base:
             axes.axhline(base[name], color=GREY, linewidth=1.0, linestyle=line, label=name)
     axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
+    axes.set_xlim(-0.5, len(ranks) - 0.5)
     axes.set_xlabel("rank", fontsize=10)
 
 

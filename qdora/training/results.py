@@ -14,6 +14,7 @@ from qdora.config import AdapterMethod, RunConfig
 from qdora.device_memory import memory_gib
 from qdora.errors import CheckpointError
 from qdora.model import LoadedModel
+from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.export import export_model
 from qdora.reporting.curves import write_report
 from qdora.run_folder import RunFolder
@@ -68,6 +69,7 @@ def write_results(trainer: Trainer, status: str, base: Path) -> None:
                 "checkpoint_stall_s": trainer.checkpoints.total_stall_s,
                 "not_quantised": loaded.report.not_quantised,
                 "not_adapted": loaded.report.not_adapted,
+                "model_fingerprint": CheckpointFiles(base).fingerprint(),
                 "device": world.device.type,
                 "world_size": world.size,
                 "versions": versions(),

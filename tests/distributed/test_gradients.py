@@ -119,6 +119,12 @@ CASES += [
 ]  # fmt: skip
 REFERENCE = {case["name"]: case["name"].split("-")[0] for case in CASES}
 """The case of one rank that a case must equal."""
+SOAK = {"qdora-compiled-none", "qdora-compiled-selective", "some-compiled", "qdora-offloaded-ahead-compiled"}
+"""Compilations take long; `qdora-compiled-full` and `dvora-compiled-full` are always there."""
+
+
+def _names(cases: list[dict[str, Any]]) -> list[Any]:
+    return [pytest.param(case["name"], marks=[pytest.mark.soak] * (case["name"] in SOAK)) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +141,12 @@ Results = dict[int, tuple[dict[str, dict[str, float]], Path]]
 
 
 @pytest.fixture(scope="module")
-def results(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Losses and norms, and the folder of gradients, by number of ranks."""
+def results(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Losses and norms, and the folder of gradients, by number of ranks; of `SOAK` what is asked for."""
+    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    some = [case for case in CASES if case["name"] not in SOAK or case["name"] in asked]
     found: Results = {}
-    for ranks, cases in ((1, CASES), (2, CASES), (4, HSDP_CASES)):
+    for ranks, cases in ((1, some), (2, some), (4, HSDP_CASES)):
         output = tmp_path_factory.mktemp(f"ranks-{ranks}")
         values = run_ranks(SCRIPT, ranks, output, str(models), json.dumps(cases), timeout_s=PATIENCE_S)
         assert all(other == values[0] for other in values), "ranks differ in the loss or the norm they report"
@@ -160,7 +168,8 @@ def _assert_same(results: Results, ranks: int, name: str, reference: str, tolera
         assert (gradient - expected[parameter]).norm() <= tolerance * norm, parameter
 
 
-@pytest.mark.parametrize(("ranks", "name"), list(product((1, 2), (case["name"] for case in CASES))))
+@pytest.mark.parametrize("name", _names(CASES))
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_gradients_do_not_depend_on_the_division(results: Results, ranks: int, name: str) -> None:
     if name.endswith("-bfloat16"):
         _assert_same(results, ranks, name, name, BFLOAT16_TOLERANCE)

@@ -210,7 +210,8 @@ def test_moved_or_wrong_base_is_told(
 ) -> None:
     folder = run[1]
     other = make_model(tmp_path / "other", "llama", seed=5)
-    assert commands.run(["analyze", f"run={folder}", f"model.path={other}", f"output_dir={tmp_path / 'out'}"]) == 2
+    bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints"))
+    assert commands.run(["analyze", f"run={bare}", f"model.path={other}", f"output_dir={tmp_path / 'out'}"]) == 2
     assert "was trained over another model than the one in" in capsys.readouterr().err
     moved = shutil.copytree(model, tmp_path / "moved")
     assert commands.run(["analyze", f"run={folder}", f"model.path={moved}", f"output_dir={tmp_path / 'out'}"]) == 0

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.image import imread
 from safetensors.torch import load_file
 from torch import Tensor
 
 from qdora.adapter import peft_format
 from qdora.adapter.dora import adapted_layers
 from qdora.analysis.course import State, find_course
-from qdora.analysis.figures import _groups, draw_decomposition, draw_layers
+from qdora.analysis.figures import _groups, draw_decomposition, draw_layers, draw_methods
 from qdora.analysis.measures import fit, product_singular_values, ranks, row_changes
 from qdora.analysis.report import _summary
 from qdora.analysis.run import _block, analyze, measure_layer, measure_state, quantisation_error
@@ -403,7 +404,10 @@ def test_figures_are_drawn_of_odd_results(tmp_path: Path) -> None:
     }
     draw_decomposition(results, tmp_path / "decomposition.png")
     draw_layers(results, tmp_path / "layers.png")
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("decomposition.png", "layers.png"))
+    draw_methods([results] * 4, "two of each", tmp_path / "methods.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("decomposition", "layers", "methods"))
+    heights = {name: imread(tmp_path / f"{name}.png").shape[0] for name in ("decomposition", "methods")}
+    assert heights["decomposition"] > 1.5 * heights["methods"], "21 panels have room"
 
 
 @ONE
