@@ -10,8 +10,8 @@ if (($# == 0)); then
     if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         .venv/bin/python -m pytest tests/gpu
     fi
-    # Two at a time: what fails beside another is tried once more with the machine to itself.
-    .venv/bin/python -m pytest -n 2 --dist loadfile --durations 40 -m "not soak and not alone" ||
+    # Two at a time, the files with the short tests last; what fails beside another is tried once more by itself.
+    .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40 -m "not soak and not alone" ||
         .venv/bin/python -m pytest --last-failed --last-failed-no-failures none -m "not soak and not alone"
     set -- -m "not soak and alone"
 fi

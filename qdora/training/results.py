@@ -16,7 +16,6 @@ from qdora.errors import CheckpointError
 from qdora.model import LoadedModel
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.export import export_model
-from qdora.reporting.curves import write_report
 from qdora.run_folder import RunFolder
 from qdora.training.progress import summary_table
 from qdora.training.trainer import Trainer
@@ -75,11 +74,12 @@ def write_results(trainer: Trainer, status: str, base: Path) -> None:
                 "versions": versions(),
             }
         )
+        from qdora.reporting.curves import write_report  # here: their libraries are rank 0's alone
+        from qdora.reporting.run import write_run_page
+
         write_report(
             folder.metrics, folder.report, f"{config.run_id}: {config.adapter.method.name} on {config.model.path}"
         )
-        from qdora.reporting.run import write_run_page  # here: its libraries are rank 0's alone
-
         write_run_page(folder)
 
 

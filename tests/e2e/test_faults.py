@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,13 @@ def flip(file: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {"cut": cut, "flipped bit": flip, "missing": Path.unlink}
+FILES = ("__0_0.distcp", ".metadata", "manifest.json")
+ONCE = [*zip(FILES, DAMAGE, strict=True)]
+"""Each file and each damage; the other pairs are for `-m soak`."""
+REST = [pytest.param(*pair, marks=pytest.mark.soak) for pair in product(FILES, DAMAGE) if pair not in ONCE]
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
+@pytest.mark.parametrize(("name", "kind"), [*ONCE, *REST])
 def test_damaged_checkpoint_falls_back_to_the_one_before(
     uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
