@@ -17,7 +17,7 @@ from qdora.adapter import peft_format
 from qdora.checkpoint import Manifest
 from qdora.config import RunConfig
 from qdora.errors import CheckpointError, ConfigError
-from qdora.files import existing, lock, write_durably
+from qdora.files import existing, lock, read_json, write_durably
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -221,6 +221,21 @@ class RunFolder:
         with suppress(ValueError, TypeError, KeyError):  # damaged: made again
             return bool(json.loads(self.summary.read_text(encoding="utf-8"))["status"] == "finished")
         return False
+
+    def check_base(self, fingerprint: str, base: Path) -> None:
+        """Compares the base with the one that the run was trained over, where its summary knows that.
+
+        Args:
+            fingerprint: that of the weights in `base`.
+
+        Raises:
+            ConfigError: it is another one.
+        """
+        if read_json(self.summary).get("model_fingerprint", fingerprint) != fingerprint:
+            raise ConfigError(
+                f"run={self.path} was trained over another model than the one in {base}: its weights differ. Give the "
+                "right one as model.path=DIR"
+            )
 
     def finished_adapter(self) -> Path:
         """The folder of the run's adapter.

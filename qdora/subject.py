@@ -19,6 +19,7 @@ from qdora.config import (
 from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
 from qdora.model import LoadedModel, load_model
+from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.loss import check_token_loss
 from qdora.parallel import World
 from qdora.run_folder import RunFolder
@@ -39,7 +40,10 @@ class Subject:
 
         Raises:
             ModelError, AdapterError: the checkpoint, a layer, or the adapter does not fit.
+            ConfigError: the run was trained over another base.
         """
+        if self.run is not None and self.adapter.path is not None:
+            self.run.check_base(CheckpointFiles(base).fingerprint(), base)
         plan = ParallelConfig(plan=Plan.none)
         loaded = load_model(base, self.model, self.quant, self.adapter, plan, world, seed=0, trainable=False)
         loaded.model.eval()

@@ -157,11 +157,7 @@ def find_course(config: AnalyzeConfig, world: World) -> Course:
     model = overlaid(stored.model, config.model)
     base = _base(config, stored)
     fingerprint = CheckpointFiles(base).fingerprint()
-    if summary.get("model_fingerprint", fingerprint) != fingerprint:
-        raise ConfigError(
-            f"run={run.path} was trained over another model than the one in {base}: its weights differ. Give the right "
-            "one as model.path=DIR"
-        )
+    run.check_base(fingerprint, base)
     whole, skipped = _checkpoints(run, stored, fingerprint)
     if stored.adapter.method is AdapterMethod.none:
         full = replace(stored, model=model)

@@ -26,6 +26,7 @@ from qdora.config import AdapterConfig, AdapterMethod, QuantConfig, StudyConfig
 from qdora.config.commands import written
 from qdora.errors import EXIT_ERROR, EXIT_PREEMPTED, ConfigError
 from qdora.evaluation.tasks import find_tasks
+from qdora.files import read_json
 from qdora.model import model_folder
 from qdora.model.build import build_model
 from qdora.study.cells import (
@@ -74,7 +75,11 @@ def _is_told_to_stop(folder: Path) -> bool:
 
 
 def _run(config: StudyConfig, cells: Sequence[Cell], folder: Path, evaluation: list[str] | None = None) -> None:
-    """Trains (and scores) the cells through Hydra's launcher; what is there already is left alone."""
+    """Trains (and scores) the cells through Hydra's launcher; what is there already is left alone.
+
+    Raises:
+        ConfigError: a run cannot go on as it is asked to, as with options that it was not trained with.
+    """
     if _is_told_to_stop(folder):
         return
     shared = shared_options(config)
@@ -90,6 +95,8 @@ def _run(config: StudyConfig, cells: Sequence[Cell], folder: Path, evaluation: l
     fixed = frozenset(option.partition("=")[0] for option in shared)
     run_members(folder, [*shared, *config.launcher, search_path, chosen], fixed, options, evaluation)
     for cell in cells:
+        if message := read_json(folder / RECORDS / f"{cell.name}.json").get("message"):
+            raise ConfigError(f"{cell.name}: {message}")
         if measured(folder / cell.name):
             shutil.rmtree(folder / cell.name / "checkpoints", ignore_errors=True)
 

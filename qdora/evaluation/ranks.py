@@ -50,7 +50,7 @@ def score_all(
         for number in _shown(open_work[world.rank :: world.size], batch_size, world):
             name, batch = work[number]
             own[number] = jobs[name].score(loaded, batch)
-            file.write(json.dumps({"batch": number, "records": own[number]}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"batch": number, "records": own[number]}) + "\n")
             file.flush()
     for some in parallel.gather(world, own, world.patient_group):
         done |= some

@@ -56,6 +56,10 @@ def evaluate(config: EvaluateConfig) -> int:
     )
     header = _header(config, subject, list(sources.values()))
     header["identity"] = _identity(config, subject, base, jobs)
+    header["notes"] = [note for name, job in jobs.items() for note in _notes(name, job, base)]
+    if world.is_main:
+        for note in header["notes"]:
+            print(note, flush=True)
     kept = parallel.broadcast(world, read_json(output / RESULTS), world.patient_group)
     if kept.get("identity") == header["identity"]:
         if world.is_main:
@@ -165,6 +169,15 @@ def _job(config: EvaluateConfig, data: DataConfig, source: str, tokenizer: Any, 
     return generate_job(rows, data.format, tokenizer, config.max_new_tokens, ends)
 
 
+def _notes(name: str, job: Job, base: Path) -> Iterator[str]:
+    """What a reader of the scores should know of the rows."""
+    if job.told:
+        yield job.told
+    context = read_json(base / "config.json").get("max_position_embeddings")
+    if context and (longer := sum(length > context for length in job.lengths)):
+        yield f"{name}: {longer} of {len(job.lengths)} samples are longer than the model's context of {context} tokens"
+
+
 def _rows(source: str, limit: int | None) -> list[Row]:
     rows = list(load_rows(source, limit))
     if not rows:
@@ -174,7 +187,8 @@ def _rows(source: str, limit: int | None) -> list[Row]:
 
 def _write(output: Path, results: dict[str, Any]) -> int:
     output.mkdir(parents=True, exist_ok=True)
-    write_durably(output / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(results, indent=2, ensure_ascii=False).encode(errors="backslashreplace").decode()  # half a pair
+    write_durably(output / RESULTS, text + "\n")
     _show(results)
     print(f"written to {output / RESULTS}", flush=True)
     return 0

@@ -38,11 +38,13 @@ class Job:
     """Samples to score, and how."""
 
     lengths: list[int]
-    """Tokens of each sample."""
+    """Tokens of each sample, with those that may be generated."""
     fingerprint: str
     """Of all that is asked and how, token by token."""
     score: Callable[[LoadedModel, Sequence[int]], list[Record]]
     """The records of the samples with these numbers; several at a time."""
+    told: str = ""
+    """What became of the rows, where some are cut or left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,10 @@ def loss_job(data: DataConfig, source: str, tokenizer: Any, batch_size: int) -> 
             for number, likely in zip(numbers, values, strict=True)
         ]
 
-    return Job(dataset.lengths.tolist(), dataset.fingerprint, score)
+    report = dataset.report
+    changed = report.num_truncated + report.num_dropped_overlong + report.num_dropped_without_labels
+    told = f"{report.describe()} (data.max_length={data.max_length})" if changed else ""
+    return Job(dataset.lengths.tolist(), dataset.fingerprint, score, told)
 
 
 def _answer_with(row: Row, form: DataFormat, choice: str, gold: str) -> Row:
@@ -214,7 +219,9 @@ def generate_job(rows: list[Row], form: DataFormat, tokenizer: Any, max_new_toke
             records.append(record | ({"num_choices": len(question.choices)} if question else {}))
         return records
 
-    return Job([len(prompt) for prompt in prompts], _hash(prompts, golds, ends, max_new_tokens), score)
+    judged_by = [(question_of(row), "answer" in row.values) for row in rows]
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    return Job(lengths, _hash(prompts, golds, judged_by, ends, max_new_tokens), score)
 
 
 def _hash(*parts: Any) -> str:

@@ -93,6 +93,10 @@ def question_of(row: Row) -> Question | None:
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
         raise DataError(f"{row.where}: choices must be a list of texts, this is {choices!r:.60}")
     is_index = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices)
+    if is_index and str(answer) in choices and choices[answer] != str(answer):
+        raise DataError(
+            f"{row.where}: answer {answer} may be the choice {str(answer)!r} or a place in the list: write it as text"
+        )
     gold = choices[answer] if is_index else answer
     if gold not in choices:
         raise DataError(f"{row.where}: the answer {answer!r} is none of the choices {choices}")

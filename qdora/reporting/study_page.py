@@ -137,11 +137,12 @@ def _limits(values: Values, measures: list[str], num_findings: int) -> Iterator[
         yield f"Of {num_findings} such intervals about {chance:.1g} would leave zero out even if nothing differed."
     if edges := [arm["arm"] for arm in values["arms"] if arm["learning_rate_at_edge"]]:
         yield f"At the lowest or highest learning rate that was tried, a better one may lie beyond: {', '.join(edges)}."
-    majority = max((base.get("majority", 0.0) for base in values["bases"].values()), default=0.0)
-    if "accuracy" in measures and majority:
-        below = [arm["arm"] for arm in values["arms"] if arm["accuracy"] <= majority]
+    bases = values["bases"].values()
+    level = max((base.get(name, 0.0) for base in bases for name in ("chance", "majority")), default=0.0)
+    if "accuracy" in measures and level:
+        below = [arm["arm"] for arm in values["arms"] if arm["accuracy"] <= level]
         if below:
-            yield f"No more accurate than always the most frequent answer ({majority:.3f}): {', '.join(below)}."
+            yield f"No more accurate than guesses or the most frequent answer ({level:.3f}): {', '.join(below)}."
     if values["missing"]:
         yield f"Runs that have not ended or were not scored: {', '.join(values['missing'])}."
 

@@ -86,7 +86,10 @@ def conclude(config: StudyConfig, folder: Path, rates: dict[Arm, float]) -> bool
 
 def _asked(results: dict[str, Any]) -> list[tuple[Any, ...]]:
     """What pairs the samples of two runs."""
-    return [(sample["task"], sample["where"], sample["num_label_tokens"]) for sample in results["samples"]]
+    return [
+        (sample["task"], sample["where"].rpartition("/")[2], sample["num_label_tokens"])
+        for sample in results["samples"]
+    ]
 
 
 def _outcome(

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -124,6 +125,27 @@ def test_every_number_is_kept(finished: Path) -> None:
     assert [float(row["accuracy qlora r=2 seed 0"]) for row in rows] == [float(one["correct"]) for one in first]
     assert (finished / "study.png").read_bytes().startswith(b"\x89PNG")
     assert "| qdora r=2 - qlora r=2 |" in (finished / "study.md").read_text()
+
+
+def test_other_options_and_places_are_no_part_of_a_finished_study(
+    finished: Path, options: list[str], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(finished, tmp_path / "study")
+    before = read(copy)
+    longer = qdora(*options, f"output_dir={copy}", "train.num_steps=4", timeout_s=240)
+    assert longer.returncode == 2
+    assert "has train.num_steps=3 (now 4)" in longer.stderr.splitlines()[-1]
+    assert read(copy) == before
+    shutil.rmtree(copy / NAMES[-1] / "evaluation")
+    moved = shutil.copytree(options_value(options, "tasks_path"), tmp_path / "moved")
+    again = qdora(*options, f"output_dir={copy}", f"tasks_path={moved}", timeout_s=240)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert read(copy)["arms"] == before["arms"]
+
+
+def options_value(options: list[str], name: str) -> str:
+    """What an option is set to."""
+    return next(text.partition("=")[2] for text in options if text.startswith(f"{name}="))
 
 
 def test_finished_study_trains_nothing_again(finished: Path, options: list[str]) -> None:

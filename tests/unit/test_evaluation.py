@@ -34,6 +34,7 @@ from qdora.errors import ConfigError, DataError, ModelError
 from qdora.evaluation import evaluate
 from qdora.evaluation.tasks import Question, is_right, question_of
 from qdora.model import LoadedModel, load_model
+from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.parallel import start_alone
 from qdora.run_folder import RunFolder
 from tests.support import make_model
@@ -194,6 +195,13 @@ def test_run_is_scored_with_its_own_options_but_those_given(model: Path, tmp_pat
     assert (results["quant"], results["num_samples"]) == ("nf4", 5)
     assert results["loss"] == alone["loss"]
     assert longer["num_label_tokens"] > results["num_label_tokens"]
+    assert "4 truncated (data.max_length=4)" in results["notes"][0]
+
+    run.write_summary({"status": "finished", "model_fingerprint": CheckpointFiles(model).fingerprint()})
+    assert score(model, COMPLETIONS, tmp_path / "results", Protocol.loss, run=str(run.path))["num_samples"] == 5
+    run.write_summary({"status": "finished", "model_fingerprint": "another"})
+    with pytest.raises(ConfigError, match=r"was trained over another model than the one in .*: its weights differ"):
+        score(model, COMPLETIONS, tmp_path / "run", Protocol.loss, run=str(run.path))
 
 
 def test_fully_trained_run_has_no_base_to_move(tmp_path: Path) -> None:
@@ -249,6 +257,7 @@ def test_choices_are_found(values: dict[str, Any], expected: Any) -> None:
         ({"choices": ["false", "true"], "answer": True}, "line 3: the answer True is none of the choices"),
         ({"choices": [1, 2], "answer": 1}, "line 3: choices must be a list of texts"),
         ({"choices": "ab", "answer": "a"}, "line 3: choices must be a list of texts"),
+        ({"choices": ["1", "2"], "answer": 1}, "line 3: answer 1 may be the choice '1' or a place in the list"),
     ],
 )
 def test_answer_that_is_no_choice_is_told(values: dict[str, Any], message: str) -> None:
@@ -298,6 +307,28 @@ def test_scores_are_made_anew_where_anything_has_changed(
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     score(folder, rows, tmp_path, Protocol.likelihood)
     assert "written to" in capsys.readouterr().out
+
+
+def test_generated_answers_are_judged_anew_by_other_choices(model: Path, tmp_path: Path) -> None:
+    row = {"prompt": "1+1=", "completion": "2", "choices": ["2", "3"], "answer": "2"}
+    assert score(model, [row], tmp_path, Protocol.generate, max_new_tokens=2)["chance"] == 0.5
+    more = row | {"choices": ["2", "3", "4", "5"]}
+    assert score(model, [more], tmp_path, Protocol.generate, max_new_tokens=2)["chance"] == 0.25
+
+
+def test_rows_beyond_the_context_and_odd_characters_are_told_and_kept(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    rows = [
+        {"prompt": "a\u2028 5 \u2028b", "completion": "2", "answer": "\ud83d"},
+        {"prompt": "so " * (context // 3 + 5), "completion": "2", "answer": "2"},
+    ]
+    results = score(model, rows, tmp_path, Protocol.generate, max_new_tokens=2)
+    told = f"rows: 1 of 2 samples are longer than the model's context of {context} tokens"
+    assert results["notes"] == [told]
+    assert told in capsys.readouterr().out
+    assert results["samples"][0]["answer"] == "\ud83d"
 
 
 def test_folder_that_cannot_be_made_is_told_before_the_model_is_loaded(model: Path, tmp_path: Path) -> None:
