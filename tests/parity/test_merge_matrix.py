@@ -101,19 +101,10 @@ def served(output: Path, folder: Path, format: MergeFormat, quantise: bool) -> A
     return reload(request)
 
 
-METHODS = [
-    *(pytest.param(checkpoint, AdapterMethod.dora) for checkpoint in CHECKPOINTS),
-    *(
-        pytest.param(checkpoint, AdapterMethod.lora, marks=[pytest.mark.soak] * (checkpoint not in ("bias", "sharded")))
-        for checkpoint in CHECKPOINTS
-    ),
-]
-"""What LoRA merges into is DoRA's without the magnitudes, which two kinds of checkpoints show."""
-
-
+@pytest.mark.parametrize("method", [AdapterMethod.dora, AdapterMethod.lora])
 @pytest.mark.parametrize("base", [MergeBase.nf4, MergeBase.original])
 @pytest.mark.parametrize("format", MergeFormat)
-@pytest.mark.parametrize(("checkpoint", "method"), METHODS)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_what_is_written_is_the_adapted_model(
     checkpoint: str, format: MergeFormat, base: MergeBase, method: AdapterMethod, root: Path, tmp_path: Path
 ) -> None:
