@@ -62,18 +62,17 @@ def main() -> None:
     chosen = {
         arm["method"]: arm for arm in sorted(results["arms"], key=lambda arm: -(arm["rank"] or 0))
     }  # the last one stays
+    methods = [method for method in METHODS if method in chosen]
     with ThreadPoolExecutor(options.jobs) as pool:
         done = [
             pool.submit(partial(repeat, run_of(chosen[method], seed, options.study), options.output / method))
-            for method in METHODS
-            if method in chosen
+            for method in methods
         ]
         for one in done:
             one.result()
     analyses = [
         json.loads((options.output / method / "analysis/analysis.json").read_text(encoding="utf-8"))
-        for method in METHODS
-        if method in chosen
+        for method in methods
     ]
     lowest = min(arm["rank"] for arm in chosen.values() if arm["rank"] is not None)
     heading = f"{Path(results['config']['model']['path']).name}, rank {lowest}: all layers at {NUM_CHECKPOINTS} steps"

@@ -28,5 +28,6 @@ for method in lora dora qlora qdora; do
 done
 .venv/bin/qdora study +study=smollm2_commonsense '~methods.full' '~methods.full_nf4' "${rates[@]}" \
     ranks='[4]' seeds='[0,1]' train.num_steps=6 model.path=models/SmolLM2-135M-Instruct parallel=none \
-    data.train="$data/train_mix.jsonl" data.eval="$data/tune.jsonl" tasks_path="$data/small" output_dir=outputs/study "${launcher[@]}"
+    data.train="$data/train_mix.jsonl" data.eval="$data/tune.jsonl" tasks_path="$data/small" output_dir=outputs/study \
+    "${launcher[@]}"
 .venv/bin/qdora report study=outputs/study

@@ -223,7 +223,7 @@ class RunFolder:
         return False
 
     def check_base(self, fingerprint: str, base: Path) -> None:
-        """Compares the base with the one that the run was trained over, where its summary knows that.
+        """Compares the base with the one that the run was trained over, where its summary or a checkpoint knows that.
 
         Args:
             fingerprint: that of the weights in `base`.
@@ -231,7 +231,11 @@ class RunFolder:
         Raises:
             ConfigError: it is another one.
         """
-        if read_json(self.summary).get("model_fingerprint", fingerprint) != fingerprint:
+        known = read_json(self.summary).get("model_fingerprint")
+        for path in [] if known else checkpoint.complete(self.checkpoints):  # the newest is the last
+            with suppress(CheckpointError):
+                known = checkpoint.read_manifest(path).model_fingerprint
+        if known not in (None, fingerprint):
             raise ConfigError(
                 f"run={self.path} was trained over another model than the one in {base}: its weights differ. Give the "
                 "right one as model.path=DIR"

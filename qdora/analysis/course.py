@@ -6,11 +6,9 @@ master weight of full fine-tuning; its last one may be there only as the exporte
 A run that began with an older adapter (`adapter.path`) is measured from W_0 all the same.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,6 +27,7 @@ from qdora.checkpoint_reader import Reader
 from qdora.config import AdapterConfig, AdapterMethod, AnalyzeConfig, Dtype, QuantConfig, QuantMethod, RunConfig
 from qdora.config.commands import overlaid
 from qdora.errors import CheckpointError, ConfigError, ModelError, first_line
+from qdora.files import read_json
 from qdora.merging.parts import Parts
 from qdora.merging.weights import Weights
 from qdora.model import model_folder
@@ -152,8 +151,7 @@ def find_course(config: AnalyzeConfig, world: World) -> Course:
     """
     run = RunFolder(Path(str(config.run)))
     stored = run.read_config()
-    summary = _summary(run, stored)
-    last_step = int(summary["steps"])
+    last_step = _last_step(run, stored)
     model = overlaid(stored.model, config.model)
     base = _base(config, stored)
     fingerprint = CheckpointFiles(base).fingerprint()
@@ -181,18 +179,17 @@ def find_course(config: AnalyzeConfig, world: World) -> Course:
     return Course(run, stored, weights, layers, sorted(states, key=lambda state: state.step), skipped)
 
 
-def _summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
-    """Of a run that has a result.
+def _last_step(run: RunFolder, config: RunConfig) -> int:
+    """The step of the result.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: there is none.
     """
     result = run.model if config.adapter.method is AdapterMethod.none else run.adapter
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        summary: dict[str, Any] = json.loads(run.summary.read_text(encoding="utf-8"))
-        if result.exists() and summary["status"] in ENDED and isinstance(summary["steps"], int):
-            return summary
-    raise ConfigError(f"run={run.path} is not finished: start it again to go on")
+    summary = read_json(run.summary)
+    if not (result.exists() and summary.get("status") in ENDED and isinstance(summary.get("steps"), int)):
+        raise ConfigError(f"run={run.path} is not finished: start it again to go on")
+    return int(summary["steps"])
 
 
 def _base(config: AnalyzeConfig, stored: RunConfig) -> Path:

@@ -20,10 +20,12 @@ MARKERS = "os^DvPX*"
 DEPTH = "cividis"
 """Colours of the blocks from first to last; also in grey, and for the colour-blind, from dark to light."""
 MAX_COLUMNS = 4
+ROW_INCHES = 2.1
+"""The least that a row of panels has."""
 
 
 @dataclass(frozen=True, slots=True)
-class Panel:
+class _Panel:
     """Some points and the line through them."""
 
     name: str
@@ -34,25 +36,25 @@ class Panel:
 def draw_decomposition(results: Results, output: Path) -> None:
     """A panel a projection type and one of all: dM over dD of every layer (colour) at every step (marker)."""
     panels = [
-        Panel(name, [point for point in results["points"] if point["projection"] == name], summary)
+        _Panel(name, [point for point in results["points"] if point["projection"] == name], summary)
         for name, summary in results["projections"].items()
     ]
     if len(panels) > 1:
-        panels.append(Panel("all", results["points"], results["all"]))
+        panels.append(_Panel("all", results["points"], results["all"]))
     _draw_panels(panels, [state["step"] for state in results["states"]], title(results), output)
 
 
 def draw_methods(runs: list[Results], heading: str, output: Path) -> None:
     """A panel a run, of all its layers; `heading` says what the runs have in common, their steps among it."""
-    panels = [Panel(f"{run['method']} over {run['quant']}", run["points"], run["all"]) for run in runs]
+    panels = [_Panel(f"{run['method']} over {run['quant']}", run["points"], run["all"]) for run in runs]
     _draw_panels(panels, [state["step"] for state in runs[0]["states"]], heading, output)
 
 
-def _draw_panels(panels: list[Panel], steps: list[int], heading: str, output: Path) -> None:
+def _draw_panels(panels: list[_Panel], steps: list[int], heading: str, output: Path) -> None:
     columns = 2 if len(panels) == 4 else min(MAX_COLUMNS, len(panels))
     rows = ceil(len(panels) / columns)
     heading = f"Change of magnitude (dM) over change of direction (dD)\n{heading}"
-    figure, canvas = _figure(heading, height_inches=max(SIZE_INCHES[1], 2.1 * rows))
+    figure, canvas = _figure(heading, height_inches=max(SIZE_INCHES[1], ROW_INCHES * rows))
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     blocks = [point["block"] or 0 for panel in panels for point in panel.points]
     scale = {"cmap": DEPTH, "vmin": min(blocks), "vmax": max(max(blocks), min(blocks) + 1)}

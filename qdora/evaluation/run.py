@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig) -> int:
     )
     header = _header(config, subject, list(sources.values()))
     header["identity"] = _identity(config, subject, base, jobs)
-    header["notes"] = [note for name, job in jobs.items() for note in _notes(name, job, base)]
+    header["notes"] = [*_notes(jobs, base)]
     if world.is_main:
         for note in header["notes"]:
             print(note, flush=True)
@@ -169,13 +169,15 @@ def _job(config: EvaluateConfig, data: DataConfig, source: str, tokenizer: Any, 
     return generate_job(rows, data.format, tokenizer, config.max_new_tokens, ends)
 
 
-def _notes(name: str, job: Job, base: Path) -> Iterator[str]:
+def _notes(jobs: dict[str, Job], base: Path) -> Iterator[str]:
     """What a reader of the scores should know of the rows."""
-    if job.told:
-        yield job.told
     context = read_json(base / "config.json").get("max_position_embeddings")
-    if context and (longer := sum(length > context for length in job.lengths)):
-        yield f"{name}: {longer} of {len(job.lengths)} samples are longer than the model's context of {context} tokens"
+    for name, job in jobs.items():
+        if job.told:
+            yield job.told
+        if context and (longer := sum(length > context for length in job.lengths)):
+            count = f"{longer} of {len(job.lengths)} samples"
+            yield f"{name}: {count} are longer than the model's context of {context} tokens"
 
 
 def _rows(source: str, limit: int | None) -> list[Row]:

@@ -205,6 +205,7 @@ def generate_job(rows: list[Row], form: DataFormat, tokenizer: Any, max_new_toke
     form = detect(rows[0]) if form is DataFormat.auto else form
     prompts = [encode_prompt(row, form, tokenizer) for row in rows]
     golds = [gold_of(row, form) for row in rows]
+    questions = [question_of(row) for row in rows]
 
     def score(loaded: LoadedModel, numbers: Sequence[int]) -> list[Record]:
         device = next(loaded.model.parameters()).device
@@ -215,13 +216,13 @@ def generate_job(rows: list[Row], form: DataFormat, tokenizer: Any, max_new_toke
             row = rows[number]
             record: Record = {"where": row.where, "prompt": tokenizer.decode(prompts[number]), "answer": golds[number]}
             record |= {"prediction": text, "correct": is_right(row, form, text)}
-            question = question_of(row)
+            question = questions[number]
             records.append(record | ({"num_choices": len(question.choices)} if question else {}))
         return records
 
-    judged_by = [(question_of(row), "answer" in row.values) for row in rows]
+    named = ["answer" in row.values for row in rows]
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    return Job(lengths, _hash(prompts, golds, judged_by, ends, max_new_tokens), score)
+    return Job(lengths, _hash(prompts, golds, questions, named, ends, max_new_tokens), score)
 
 
 def _hash(*parts: Any) -> str:

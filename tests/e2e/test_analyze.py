@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from qdora import checkpoint, commands
+from qdora.run_folder import RunFolder
 from tests.support import make_model, qdora, write_sums
 
 METHODS = {
@@ -212,6 +213,10 @@ def test_moved_or_wrong_base_is_told(
     other = make_model(tmp_path / "other", "llama", seed=5)
     bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints"))
     assert commands.run(["analyze", f"run={bare}", f"model.path={other}", f"output_dir={tmp_path / 'out'}"]) == 2
+    assert "was trained over another model than the one in" in capsys.readouterr().err
+    old = RunFolder(Path(shutil.copytree(folder, tmp_path / "old")))  # its summary knew nothing of the base
+    old.write_summary({**json.loads(old.summary.read_text()), "model_fingerprint": None})
+    assert commands.run(["analyze", f"run={old.path}", f"model.path={other}", f"output_dir={tmp_path / 'out'}"]) == 2
     assert "was trained over another model than the one in" in capsys.readouterr().err
     moved = shutil.copytree(model, tmp_path / "moved")
     assert commands.run(["analyze", f"run={folder}", f"model.path={moved}", f"output_dir={tmp_path / 'out'}"]) == 0

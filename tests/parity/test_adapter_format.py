@@ -29,6 +29,9 @@ SEEN = 0.01
 """The adapter must change the logits by more than this, ten times the tolerance, else agreement says nothing."""
 
 
+SOME_TARGETS = "[qv]_proj|.*[.](q|v|up|down)_proj"
+
+
 @pytest.fixture(params=["llama", "qwen2"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, and one with a bias in q, k and v."""
@@ -108,7 +111,7 @@ def _take_theirs_here(folder: Path, to: Path, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("method", [AdapterMethod.dora, AdapterMethod.lora])
-@pytest.mark.parametrize("targets", ["all-linear", "[qv]_proj|.*[.](q|v|up|down)_proj"])
+@pytest.mark.parametrize("targets", ["all-linear", SOME_TARGETS])
 def test_our_adapter_gives_the_same_logits_in_peft(
     folder: Path, method: AdapterMethod, targets: str, tmp_path: Path
 ) -> None:
@@ -120,9 +123,20 @@ def test_peft_adapter_gives_the_same_logits_here(folder: Path, dora: bool, tmp_p
     _take_theirs_here(folder, tmp_path, use_dora=dora)
 
 
-def test_real_model_has_the_same_logits_in_both_directions(smollm2: Path, tmp_path: Path) -> None:
-    _give_ours_to_peft(smollm2, AdapterConfig(rank=4, target_modules="all-linear"), tmp_path / "ours")
-    _take_theirs_here(smollm2, tmp_path / "theirs", use_dora=True)
+@pytest.mark.parametrize(
+    ("method", "targets"),
+    [
+        (AdapterMethod.dora, "all-linear"),
+        pytest.param(AdapterMethod.lora, "all-linear", marks=pytest.mark.soak),
+        pytest.param(AdapterMethod.dora, SOME_TARGETS, marks=pytest.mark.soak),
+        pytest.param(AdapterMethod.lora, SOME_TARGETS, marks=pytest.mark.soak),
+    ],
+)
+def test_real_model_has_the_same_logits_in_both_directions(
+    smollm2: Path, method: AdapterMethod, targets: str, tmp_path: Path
+) -> None:
+    _give_ours_to_peft(smollm2, AdapterConfig(method=method, rank=4, target_modules=targets), tmp_path / "ours")
+    _take_theirs_here(smollm2, tmp_path / "theirs", use_dora=method is AdapterMethod.dora)
 
 
 @pytest.mark.parametrize("method", [AdapterMethod.dora, AdapterMethod.lora])
