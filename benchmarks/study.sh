@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # benchmarks/study.sh NAME DATA [options of qdora study]: a study of benchmarks/results, in outputs/study-NAME; the same
-# command goes on. NAME is commonsense or math (conf/study/smollm2_NAME.yaml); DATA has train_mix (.jsonl or .jsonl.gz),
-# test/ and maybe val_mix. PYTHON chooses the interpreter. Afterwards weights.py looks at what was learned.
+# command goes on. NAME is commonsense, math or operations (conf/study/smollm2_NAME.yaml); DATA has train_mix (.jsonl or
+# .jsonl.gz), test/ and maybe val_mix: launch/commonsense_data.py makes it of the first, word_problems.py of the last.
+# PYTHON chooses the interpreter. Afterwards weights.py looks at what was learned.
 set -euo pipefail
-name="${1:?give commonsense or math}" data="$(realpath "${2:?give the folder of the data}")"
+name="${1:?give commonsense, math or operations}" data="$(realpath "${2:?give the folder of the data}")"
 shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false

@@ -31,8 +31,8 @@ from qdora.parallel import World
 from qdora.subject import Subject, find_subject
 
 RESULTS = "results.json"
-VERSION = 1
-"""Counts up when the same samples would be scored otherwise."""
+VERSION = 2
+"""Counts up when the same samples would be scored, or recorded, otherwise."""
 
 
 def evaluate(config: EvaluateConfig) -> int:

@@ -148,6 +148,7 @@ def _judged(question: Question, each: list[list[float]], lengths: list[int]) -> 
         "correct": best == question.gold,
         "correct_normalised": best_normalised == question.gold,
         "num_choices": len(question.choices),
+        "place": question.choices.index(question.gold),
         "scores": scores,
         "loss": -sum(of_gold) / len(of_gold),
         "num_label_tokens": len(of_gold),
@@ -217,7 +218,9 @@ def generate_job(rows: list[Row], form: DataFormat, tokenizer: Any, max_new_toke
             record: Record = {"where": row.where, "prompt": tokenizer.decode(prompts[number]), "answer": golds[number]}
             record |= {"prediction": text, "correct": is_right(row, form, text)}
             question = questions[number]
-            records.append(record | ({"num_choices": len(question.choices)} if question else {}))
+            if question:
+                record |= {"num_choices": len(question.choices), "place": question.choices.index(question.gold)}
+            records.append(record)
         return records
 
     named = ["answer" in row.values for row in rows]

@@ -141,8 +141,8 @@ def gold_of(row: Row, form: DataFormat) -> str:
 def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """What the samples of a task come to; of several tasks, see `overall`.
 
-    Accuracy with its standard error; beside it what guessing and always the most frequent answer would reach. The loss
-    is that of the answers, a token.
+    Accuracy with its standard error; beside it what guessing and always the most frequent answer, by its text or its
+    place among the choices, would reach. The loss is that of the answers, a token.
     """
     scores: dict[str, Any] = {}
     count = len(samples)
@@ -156,7 +156,9 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
     choices = [sample["num_choices"] for sample in samples if "num_choices" in sample]
     if choices:
         scores["chance"] = sum(1 / number for number in choices) / len(choices)
-        golds = Counter(sample["answer"] for sample in samples if "num_choices" in sample)
+        golds = Counter(
+            (key, sample[key]) for sample in samples if "num_choices" in sample for key in ("answer", "place")
+        )
         scores["majority"] = max(golds.values()) / len(choices)
     if "loss" in samples[0]:
         num_label_tokens = sum(sample["num_label_tokens"] for sample in samples)

@@ -49,14 +49,14 @@ def test_task_that_two_files_could_be_is_told(folder: Path) -> None:
         find_tasks(["boolq"], folder)
 
 
-def sample(correct: bool, answer: str, loss: float, tokens: int) -> dict[str, Any]:
+def sample(correct: bool, answer: str, loss: float, tokens: int, place: int = 0) -> dict[str, Any]:
     """As `likelihood_job` records it."""
-    kept = {"correct": correct, "correct_normalised": not correct, "answer": answer, "num_choices": 2}
+    kept = {"correct": correct, "correct_normalised": not correct, "answer": answer, "num_choices": 2, "place": place}
     return kept | {"loss": loss, "num_label_tokens": tokens}
 
 
 def test_summary_is_that_of_a_computation_by_hand() -> None:
-    scores = summary([sample(True, "a", 1.0, 1), sample(False, "a", 2.0, 3), sample(True, "b", 0.5, 4)])
+    scores = summary([sample(True, "a", 1.0, 1), sample(False, "a", 2.0, 3, place=1), sample(True, "b", 0.5, 4)])
     assert scores["accuracy"] == pytest.approx(2 / 3)
     assert scores["accuracy_normalised"] == pytest.approx(1 / 3)
     assert scores["standard_error"] == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 3))
@@ -64,6 +64,14 @@ def test_summary_is_that_of_a_computation_by_hand() -> None:
     assert scores["loss"] == pytest.approx((1.0 + 6.0 + 2.0) / 8)
     assert scores["perplexity"] == pytest.approx(math.exp(9 / 8))
     assert (scores["num_samples"], scores["num_correct"], scores["num_label_tokens"]) == (3, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("answers", "places", "majority"), [("aab", (0, 1, 0), 2 / 3), ("abc", (1, 1, 1), 1.0), ("aaa", (0, 1, 2), 1.0)]
+)
+def test_majority_is_of_the_same_text_or_the_same_place(answers: str, places: tuple[int, ...], majority: float) -> None:
+    scores = summary([sample(True, answer, 1.0, 1, place) for answer, place in zip(answers, places, strict=True)])
+    assert scores["majority"] == pytest.approx(majority)
 
 
 def test_mean_of_tasks_is_not_weighted_by_their_size() -> None:

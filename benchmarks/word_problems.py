@@ -1,0 +1,60 @@
+"""benchmarks/word_problems.py DATA OUTPUT: word problems whose choices are the four operations, for a study.
+
+DATA has train/mawps, test/mawps and test/AddSub (.jsonl or .jsonl.gz) as rows of LLM-Adapters (arXiv:2304.01933) whose
+`output` is `70 - 27 = 43`, a new line and `The answer is 43.`. OUTPUT gets train_mix.jsonl, the training rows as they
+are, and test/TASK.jsonl: every question that one operation on two numbers answers. Its choices are what +, -, * and /
+make of the two numbers, in that order; its answer is the right one.
+"""
+
+import argparse
+import gzip
+import json
+import operator
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TASKS = ("mawps", "AddSub")
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+EQUATION = re.compile(r"(?P<first>[\d.]+) (?P<sign>[-+*/]) (?P<second>[\d.]+) = -?[\d.]+\nThe answer is -?[\d.]+\.")
+
+
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file, or of its packed form."""
+    packed = file.with_name(file.name + ".gz")
+    with gzip.open(packed, "rt", encoding="utf-8") if packed.exists() else file.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def with_choices(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The row with its choices, or None where its answer is not one operation on two numbers."""
+    found = EQUATION.fullmatch(row["output"])
+    if found is None or not float(found["second"]):
+        return None
+    texts = {}
+    for sign, operation in OPERATIONS.items():
+        value = f"{operation(float(found['first']), float(found['second'])):.6g}"
+        texts[sign] = f"{found['first']} {sign} {found['second']} = {value}\nThe answer is {value}."
+    texts[found["sign"]] = row["output"]
+    return row | {"choices": [*texts.values()], "answer": row["output"]}
+
+
+def main() -> None:
+    """Writes the files."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("data", type=Path, help="folder with train/ and test/")
+    parser.add_argument("output", type=Path, help="folder that the files go to")
+    options = parser.parse_args()
+    (options.output / "test").mkdir(parents=True, exist_ok=True)
+    files = {options.output / "train_mix.jsonl": [*read_rows(options.data / "train" / "mawps.jsonl")]}
+    for task in TASKS:
+        rows = [*map(with_choices, read_rows(options.data / "test" / f"{task}.jsonl"))]
+        files[options.output / "test" / f"{task}.jsonl"] = [row for row in rows if row is not None]
+    for path, rows in files.items():
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        print(f"{path}: {len(rows)} rows", flush=True)
+
+
+if __name__ == "__main__":
+    main()
