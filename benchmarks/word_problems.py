@@ -46,12 +46,16 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with train/ and test/")
     parser.add_argument("output", type=Path, help="folder that the files go to")
     options = parser.parse_args()
+    try:
+        files = {"train_mix.jsonl": [*read_rows(options.data / "train" / "mawps.jsonl")]}
+        for task in TASKS:
+            rows = [*map(with_choices, read_rows(options.data / "test" / f"{task}.jsonl"))]
+            files[f"test/{task}.jsonl"] = [row for row in rows if row is not None]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        parser.error(f"{options.data} has no such rows: {error}")
     (options.output / "test").mkdir(parents=True, exist_ok=True)
-    files = {options.output / "train_mix.jsonl": [*read_rows(options.data / "train" / "mawps.jsonl")]}
-    for task in TASKS:
-        rows = [*map(with_choices, read_rows(options.data / "test" / f"{task}.jsonl"))]
-        files[options.output / "test" / f"{task}.jsonl"] = [row for row in rows if row is not None]
-    for path, rows in files.items():
+    for name, rows in files.items():
+        path = options.output / name
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         print(f"{path}: {len(rows)} rows", flush=True)
 
