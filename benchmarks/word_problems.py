@@ -2,8 +2,8 @@
 
 DATA has train/mawps, test/mawps and test/AddSub (.jsonl or .jsonl.gz) as rows of LLM-Adapters (arXiv:2304.01933) whose
 `output` is `70 - 27 = 43`, a new line and `The answer is 43.`. OUTPUT gets train_mix.jsonl, the training rows as they
-are, and test/TASK.jsonl: every question that one operation on two numbers answers. Its choices are what +, -, * and /
-make of the two numbers, in that order; its answer is the right one.
+are, and test/TASK.jsonl: every question that one operation on two numbers answers, the second not 0. Its choices are what
++, -, * and / make of the two numbers, in that order; its answer is the right one.
 """
 
 import argparse
@@ -28,15 +28,17 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def with_choices(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The row with its choices, or None where its answer is not one operation on two numbers."""
+    """The row with its choices, or None where its answer is not one operation on two numbers, or cannot be divided."""
     found = EQUATION.fullmatch(row["output"])
     if found is None or not float(found["second"]):
         return None
     texts = {}
     for sign, operation in OPERATIONS.items():
-        value = f"{operation(float(found['first']), float(found['second'])):.6g}"
-        texts[sign] = f"{found['first']} {sign} {found['second']} = {value}\nThe answer is {value}."
-    texts[found["sign"]] = row["output"]
+        value = operation(float(found["first"]), float(found["second"]))
+        shown = f"{value:.6f}".rstrip("0").rstrip(".")  # as the rows have it: no choice is to be known by its form
+        texts[sign] = f"{found['first']} {sign} {found['second']} = {shown}\nThe answer is {shown}."
+    if texts[found["sign"]] != row["output"]:
+        raise ValueError(f"{row['output']!r} would be {texts[found['sign']]!r}")
     return row | {"choices": [*texts.values()], "answer": row["output"]}
 
 
@@ -47,17 +49,17 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder that the files go to")
     options = parser.parse_args()
     try:
-        files = {"train_mix.jsonl": [*read_rows(options.data / "train" / "mawps.jsonl")]}
-        for task in TASKS:
-            rows = [*map(with_choices, read_rows(options.data / "test" / f"{task}.jsonl"))]
-            files[f"test/{task}.jsonl"] = [row for row in rows if row is not None]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        train = [*read_rows(options.data / "train" / "mawps.jsonl")]
+        tests = {task: [*read_rows(options.data / "test" / f"{task}.jsonl")] for task in TASKS}
+        asked = {task: [*filter(None, map(with_choices, rows))] for task, rows in tests.items()}
+    except (OSError, ValueError, KeyError) as error:
         parser.error(f"{options.data} has no such rows: {error}")
     (options.output / "test").mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        path = options.output / name
+    for name, rows in {"train_mix": train, **{f"test/{task}": rows for task, rows in asked.items()}}.items():
+        path = options.output / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        print(f"{path}: {len(rows)} rows", flush=True)
+    for task, rows in asked.items():
+        print(f"{task}: {len(rows)} of {len(tests[task])} questions are one operation", flush=True)
 
 
 if __name__ == "__main__":

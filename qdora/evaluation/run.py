@@ -61,6 +61,7 @@ def evaluate(config: EvaluateConfig) -> int:
         for note in header["notes"]:
             print(note, flush=True)
     kept = parallel.broadcast(world, read_json(output / RESULTS), world.patient_group)
+    _keep_others(kept, output, config, list(sources))
     if kept.get("identity") == header["identity"]:
         if world.is_main:
             _show(kept)
@@ -83,6 +84,7 @@ def _evaluate_by_harness(config: EvaluateConfig, subject: Subject, output: Path,
     from qdora.evaluation.harness import find_harness_tasks, run_harness  # an extra
 
     manager = find_harness_tasks(config, world)
+    _keep_others(read_json(output / RESULTS), output, config, None)
     base = model_folder(subject.model)
     tokenizer = load_tokenizer(base, subject.model)
     scores = run_harness(subject.load(base, world), tokenizer, config, manager)
@@ -111,6 +113,20 @@ def _output(config: EvaluateConfig, subject: Subject) -> Path:
         return Path(config.output_dir)
     scored = Path(str(config.run or config.adapter or subject.model.path))
     return (scored if scored.is_dir() else Path("outputs", scored.name)) / "evaluation"
+
+
+def _keep_others(kept: dict[str, Any], output: Path, config: EvaluateConfig, tasks: list[str] | None) -> None:
+    """Scores of other tasks, or by another protocol, are not written over; None stands for any tasks.
+
+    Raises:
+        ConfigError: they are there.
+    """
+    found = [*kept.get("tasks", {})]
+    if kept and (kept.get("protocol") != config.protocol.name or tasks not in (None, found)):
+        raise ConfigError(
+            f"{output / RESULTS} has scores of {', '.join(found)} with protocol={kept.get('protocol')}: remove it, or "
+            f"give another folder, as output_dir={output}-{config.protocol.name}"
+        )
 
 
 @contextmanager

@@ -50,6 +50,8 @@ def run_page(folder: RunFolder, answers: Sequence[Answer]) -> Page:
     records = logged_steps(folder.metrics)
     found = {path.parent.name: read_json(path) for path in sorted(folder.path.glob("*/results.json"))}
     evaluations = {name: results for name, results in found.items() if {"protocol", "tasks"} <= {*results}}
+    for name in found.keys() - evaluations.keys():
+        print(f"{folder.path / name}/results.json holds no scores that can be read: it is left out", flush=True)
     facts = _facts(config, summary, records)
     told = [f"{name} {value}" for name, value in facts if name not in ("Run", "Seed")]
     sections = [
@@ -165,8 +167,11 @@ SCORES: dict[str, tuple[str, Any]] = {
 
 
 def _analysis(folder: RunFolder) -> list[Part]:
-    results = read_json(folder.path / "analysis" / "analysis.json")
+    path = folder.path / "analysis" / "analysis.json"
+    results = read_json(path)
     if "projections" not in results:
+        if path.exists():
+            print(f"{path} holds no analysis that can be read: it is left out", flush=True)
         return (
             [Text(f"Not analysed yet: qdora analyze {option('run', str(folder.path))}")] if folder.is_finished() else []
         )

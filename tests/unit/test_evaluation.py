@@ -309,6 +309,13 @@ def test_scores_are_made_anew_where_anything_has_changed(
     assert "written to" in capsys.readouterr().out
 
 
+def test_scores_by_another_protocol_are_kept(model: Path, tmp_path: Path) -> None:
+    before = score(model, QUESTIONS, tmp_path, Protocol.likelihood)
+    with pytest.raises(ConfigError, match=r"has scores of rows with protocol=likelihood: .* output_dir=.*results-loss"):
+        score(model, QUESTIONS, tmp_path, Protocol.loss)
+    assert json.loads((tmp_path / "results" / "results.json").read_text()) == before
+
+
 def test_generated_answers_are_judged_anew_by_other_choices(model: Path, tmp_path: Path) -> None:
     row = {"prompt": "1+1=", "completion": "2", "choices": ["2", "3"], "answer": "2"}
     assert score(model, [row], tmp_path, Protocol.generate, max_new_tokens=2)["chance"] == 0.5

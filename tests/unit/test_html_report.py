@@ -213,6 +213,16 @@ def test_run_page_has_the_numbers_of_its_files(tmp_path: Path) -> None:
         assert said in text, said
 
 
+def test_damaged_scores_and_analysis_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    finish(run)
+    for folder, name, left in (("evaluation", "results", "scores"), ("analysis", "analysis", "analysis")):
+        (run.path / folder).mkdir()
+        (run.path / folder / f"{name}.json").write_text('{"protocol": ')
+        run_page(run, [])
+        assert f"{run.path / folder / name}.json holds no {left} that can be read" in capsys.readouterr().out
+
+
 def test_scores_of_the_harness_keep_its_names(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     finish(run)

@@ -26,7 +26,7 @@ def test_questions_of_one_operation_get_four_choices(tmp_path: Path) -> None:
     outputs = [
         "70 - 27 = 43\nThe answer is 43.",
         "(1 + 2) - 3 = 0\nThe answer is 0.",
-        "3 / 0.5 = 6\nThe answer is 6.",
+        "3000000 / 0.5 = 6000000\nThe answer is 6000000.",
         "The answer is 5.",
     ]
     text = "".join(json.dumps(row(output)) + "\n" for output in outputs)
@@ -45,7 +45,7 @@ def test_questions_of_one_operation_get_four_choices(tmp_path: Path) -> None:
             "70 + 27 = 97\nThe answer is 97.",
             "70 - 27 = 43\nThe answer is 43.",
             "70 * 27 = 1890\nThe answer is 1890.",
-            "70 / 27 = 2.59259\nThe answer is 2.59259.",
+            "70 / 27 = 2.592593\nThe answer is 2.592593.",
         ]
         assert rows[1]["choices"][3] == outputs[2]
 
