@@ -2,8 +2,8 @@
 
 DATA has train/mawps, test/mawps and test/AddSub (.jsonl or .jsonl.gz) as rows of LLM-Adapters (arXiv:2304.01933) whose
 `output` is `70 - 27 = 43`, a new line and `The answer is 43.`. OUTPUT gets train_mix.jsonl, the training rows as they
-are, and test/TASK.jsonl: every question that one operation on two numbers answers, the second not 0. Its choices are what
-+, -, * and / make of the two numbers, in that order; its answer is the right one.
+are, and test/TASK.jsonl: every question that one operation on two numbers, the second not 0, answers. Its choices are
+what +, -, * and / make of the two numbers, in that order; its answer is the right one.
 """
 
 import argparse
