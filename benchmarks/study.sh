@@ -13,7 +13,9 @@ python="${PYTHON:-.venv/bin/python}" output="outputs/study-$name"
 # Rows that find the learning rates: some of val_mix, or a twentieth of train_mix, which is then not trained on.
 mkdir -p "$output-data"
 train="$output-data/train.jsonl" tune="$output-data/tune.jsonl"
-gzip -dcf "$data"/train_mix.jsonl* >"$output-data/all.jsonl"
+files=("$data"/train_mix.jsonl*)
+((${#files[@]} == 1)) || { echo "$0: one train_mix, please: ${files[*]}" >&2; exit 2; }
+gzip -dcf "${files[0]}" >"$output-data/all.jsonl"
 if compgen -G "$data/val_mix.jsonl*" >/dev/null; then
     mv "$output-data/all.jsonl" "$train"
     gzip -dcf "$data"/val_mix.jsonl* | awk 'NR % 10 == 1' >"$tune"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qdora.analysis.figures import draw_methods
+from qdora.analysis.report import Results
 from qdora.config.commands import written
 from qdora.reporting.reproduce import changed_options
 from qdora.run_folder import RunFolder
@@ -33,7 +34,11 @@ def run_of(arm: dict[str, Any], seed: int, study: Path) -> Path:
 
 
 def repeat(run: Path, output: Path) -> None:
-    """Trains with the options of `run` again, keeping checkpoints, and analyses."""
+    """Trains with the options of `run` again, keeping checkpoints, and analyses.
+
+    Raises:
+        SystemExit: the run is too short, or has not the checkpoints that it should, as after an interruption.
+    """
     config = RunFolder(run).read_config()
     if config.train.num_steps is None or config.train.num_steps < NUM_CHECKPOINTS:
         raise SystemExit(f"{run}: train.num_steps={config.train.num_steps} is not {NUM_CHECKPOINTS} at least")
@@ -48,6 +53,17 @@ def repeat(run: Path, output: Path) -> None:
     run_command([*command, "train", *given])
     if not (output / "analysis/analysis.json").exists():
         run_command([*command, "analyze", f"run={output}"])
+    steps = [state["step"] for state in analysis(output)["states"]]
+    if steps != [*range(every, config.train.num_steps + 1, every)]:
+        raise SystemExit(
+            f"{output} was analysed at the steps {steps}, not at every {every}th: remove it and start again"
+        )
+
+
+def analysis(run: Path) -> Results:
+    """What was found of the run."""
+    results: Results = json.loads((run / "analysis/analysis.json").read_text(encoding="utf-8"))
+    return results
 
 
 def main() -> None:
@@ -70,12 +86,10 @@ def main() -> None:
         ]
         for one in done:
             one.result()
-    analyses = [
-        json.loads((options.output / method / "analysis/analysis.json").read_text(encoding="utf-8"))
-        for method in methods
-    ]
-    lowest = min(arm["rank"] for arm in chosen.values() if arm["rank"] is not None)
-    heading = f"{Path(results['config']['model']['path']).name}, rank {lowest}: all layers at {NUM_CHECKPOINTS} steps"
+    analyses = [analysis(options.output / method) for method in methods]
+    ranks = sorted({chosen[method]["rank"] for method in methods} - {None})
+    told = f", rank {', '.join(map(str, ranks))}" if ranks else ""
+    heading = f"{Path(results['config']['model']['path']).name}{told}: all layers at all checkpoints"
     draw_methods(analyses, heading, options.output / "decomposition.png")
     with gzip.open(options.output / "weights.json.gz", "wt", encoding="utf-8") as file:
         json.dump(analyses, file)

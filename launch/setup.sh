@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# launch/setup.sh [dev]: makes .venv with every version pinned by constraints.txt, and the model of the examples in
-# models/. Does nothing where all that is there already. PYTHON=... chooses the interpreter (3.11 to 3.13).
+# launch/setup.sh [EXTRA]: makes .venv with every version pinned by constraints.txt (EXTRA: dev or sweep, of
+# pyproject.toml), and the model of the examples in models/. Does nothing where all that is there already.
+# PYTHON=... chooses the interpreter (3.11 to 3.13).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

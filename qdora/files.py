@@ -20,9 +20,12 @@ def sync(path: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replaces a file by one that outlasts a loss of power; never half of it under its name."""
+    """Replaces a file by one that outlasts a loss of power; never half of it under its name.
+
+    Half a character, which data and models may hold, is written as its escape.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     sync(partial)
     partial.replace(path)
     sync(path.parent)

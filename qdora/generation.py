@@ -18,7 +18,7 @@ from qdora.data.sources import Row
 from qdora.errors import ConfigError, DataError
 from qdora.files import output_may_close
 from qdora.model import LoadedModel, check_vocabulary, load_tokenizer, model_folder
-from qdora.model.folder import load_config
+from qdora.model.folder import context_length
 from qdora.model.generate import TextStream, end_tokens, generate_stream
 from qdora.subject import find_subject
 
@@ -111,8 +111,7 @@ class Speaker:
         self._base = model_folder(self._subject.model)
         self._tokenizer = load_tokenizer(self._base, self._subject.model)
         self._ends = end_tokens(self._tokenizer, self._base)
-        text_config = load_config(self._base, self._subject.model).get_text_config()
-        self._context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._context = context_length(self._base, self._subject.model)
         self._loaded: LoadedModel | None = None
 
     def load(self) -> None:

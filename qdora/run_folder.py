@@ -18,6 +18,7 @@ from qdora.checkpoint import Manifest
 from qdora.config import RunConfig
 from qdora.errors import CheckpointError, ConfigError
 from qdora.files import existing, lock, read_json, write_durably
+from qdora.model.checkpoint_files import CheckpointFiles
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -222,24 +223,26 @@ class RunFolder:
             return bool(json.loads(self.summary.read_text(encoding="utf-8"))["status"] == "finished")
         return False
 
-    def check_base(self, fingerprint: str, base: Path) -> None:
+    def check_base(self, base: Path) -> None:
         """Compares the base with the one that the run was trained over, where its summary or a checkpoint knows that.
-
-        Args:
-            fingerprint: that of the weights in `base`.
 
         Raises:
             ConfigError: it is another one.
+            ModelError: it is none.
         """
-        known = read_json(self.summary).get("model_fingerprint")
-        for path in [] if known else checkpoint.complete(self.checkpoints):  # the newest is the last
-            with suppress(CheckpointError):
-                known = checkpoint.read_manifest(path).model_fingerprint
-        if known not in (None, fingerprint):
+        known = read_json(self.summary).get("model_fingerprint") or self._newest_fingerprint()
+        if known not in (None, CheckpointFiles(base).fingerprint()):
             raise ConfigError(
                 f"run={self.path} was trained over another model than the one in {base}: its weights differ. Give the "
                 "right one as model.path=DIR"
             )
+
+    def _newest_fingerprint(self) -> str | None:
+        """Of the base, as the newest checkpoint that can be read has it."""
+        for path in reversed(checkpoint.complete(self.checkpoints)):
+            with suppress(CheckpointError):
+                return checkpoint.read_manifest(path).model_fingerprint
+        return None
 
     def finished_adapter(self) -> Path:
         """The folder of the run's adapter.

@@ -19,7 +19,6 @@ from qdora.config import (
 from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
 from qdora.model import LoadedModel, load_model
-from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.loss import check_token_loss
 from qdora.parallel import World
 from qdora.run_folder import RunFolder
@@ -43,7 +42,7 @@ class Subject:
             ConfigError: the run was trained over another base.
         """
         if self.run is not None and self.adapter.path is not None:
-            self.run.check_base(CheckpointFiles(base).fingerprint(), base)
+            self.run.check_base(base)
         plan = ParallelConfig(plan=Plan.none)
         loaded = load_model(base, self.model, self.quant, self.adapter, plan, world, seed=0, trainable=False)
         loaded.model.eval()

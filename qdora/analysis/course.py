@@ -154,9 +154,8 @@ def find_course(config: AnalyzeConfig, world: World) -> Course:
     last_step = _last_step(run, stored)
     model = overlaid(stored.model, config.model)
     base = _base(config, stored)
-    fingerprint = CheckpointFiles(base).fingerprint()
-    run.check_base(fingerprint, base)
-    whole, skipped = _checkpoints(run, stored, fingerprint)
+    run.check_base(base)
+    whole, skipped = _checkpoints(run, stored, CheckpointFiles(base).fingerprint())
     if stored.adapter.method is AdapterMethod.none:
         full = replace(stored, model=model)
         weights, layers = _full_weights(base, full, world)

@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from qdora.analysis.report import Results, shown, title
+from qdora.analysis.report import Results, method, shown, title
 from qdora.figures import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE, SIZE_INCHES, save, style
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#B8860B", "#000000")  # apart for the colour-blind
@@ -45,13 +45,13 @@ def draw_decomposition(results: Results, output: Path) -> None:
 
 
 def draw_methods(runs: list[Results], heading: str, output: Path) -> None:
-    """A panel a run, of all its layers; `heading` says what the runs have in common, their steps among it."""
-    panels = [_Panel(f"{run['method']} over {run['quant']}", run["points"], run["all"]) for run in runs]
-    _draw_panels(panels, [state["step"] for state in runs[0]["states"]], heading, output)
+    """A panel a run, of all its layers at all its steps; `heading` says what the runs have in common."""
+    panels = [_Panel(method(run), run["points"], run["all"]) for run in runs]
+    _draw_panels(panels, sorted({state["step"] for run in runs for state in run["states"]}), heading, output)
 
 
 def _draw_panels(panels: list[_Panel], steps: list[int], heading: str, output: Path) -> None:
-    columns = 2 if len(panels) == 4 else min(MAX_COLUMNS, len(panels))
+    columns = 2 if len(panels) == 4 else min(MAX_COLUMNS, len(panels))  # four in a row would be narrow
     rows = ceil(len(panels) / columns)
     heading = f"Change of magnitude (dM) over change of direction (dD)\n{heading}"
     figure, canvas = _figure(heading, height_inches=max(SIZE_INCHES[1], ROW_INCHES * rows))

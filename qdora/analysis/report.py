@@ -120,9 +120,13 @@ def show(results: Results, console: Console) -> None:
 
 def title(results: Results) -> str:
     """What was analysed."""
-    method = "full fine-tuning" if results["method"] == "none" else results["method"]
-    quant = "unquantised" if results["quant"] == "none" else results["quant"]
-    return f"{results['run_id']}: {method} over {quant} weights"
+    return f"{results['run_id']}: {method(results)}"
+
+
+def method(results: Results) -> str:
+    """How it was trained, as `dora over nf4`."""
+    trained = "full fine-tuning" if results["method"] == "full" else results["method"]
+    return f"{trained} over {'the weights' if results['quant'] == 'none' else results['quant']}"
 
 
 def shown(value: float | None, form: str) -> str:

@@ -204,8 +204,8 @@ def _is_done(path: Path, config: RunConfig) -> bool:
     if different and not config.allow_changes:
         pairs = ", ".join(f"{name}={theirs.get(name)} (now {ours[name]})" for name in different)
         raise ConfigError(
-            f"{path} is finished and has {pairs}: use those values, another output_dir, or allow_changes=true to let "
-            "it go on"
+            f"{path} is finished and has {pairs}: use those values or another output_dir (qdora train -m goes on with "
+            "it under allow_changes=true)"
         )
     return not different
 

@@ -2,7 +2,8 @@
 
     output_dir/
       METHOD-rank-4-rate-0.001-seed-0/    a run, with `evaluation/` where it is one of those that are compared
-      base-none/, base-nf4/               scores of what training started from
+      base-none/, base-nf4/, ...          scores of what training started from
+      dequantised/                        the base as NF4 has it, where a method starts from that
       study.json, study.md, study.png     what it has come to (`qdora.study.results`)
       runs.jsonl.gz, samples.csv.gz       every number behind it
 
@@ -96,7 +97,7 @@ def _run(config: StudyConfig, cells: Sequence[Cell], folder: Path, evaluation: l
     run_members(folder, [*shared, *config.launcher, search_path, chosen], fixed, options, evaluation)
     for cell in cells:
         if message := read_json(folder / RECORDS / f"{cell.name}.json").get("message"):
-            raise ConfigError(f"{cell.name}: {message}")
+            raise ConfigError(message)
         if measured(folder / cell.name):
             shutil.rmtree(folder / cell.name / "checkpoints", ignore_errors=True)
 

@@ -85,15 +85,23 @@ class StudyConfig:
         require(bool(self.tasks) and self.tasks_path is not None, "give tasks=[...] and tasks_path=DIR to compare on")
         for name in self.methods:
             require(re.fullmatch(r"[A-Za-z0-9_]+", name) is not None, f"methods.{name}: letters, digits and _ alone")
-        once = bool(self.seeds) and len({*self.seeds}) == len(self.seeds)
-        require(once, f"seeds={self.seeds}: give one or several, each once")
-        ranked = any(method.adapter is not AdapterMethod.none for method in self.methods.values())
-        require(bool(self.ranks) or not ranked, "ranks is empty: give one at least")
+        require(_each_once(self.seeds), f"seeds={self.seeds}: give one or several, each once")
+        ranks = {
+            name: method.ranks for name, method in self.methods.items() if method.adapter is not AdapterMethod.none
+        }
+        for name, own in ranks.items():
+            said = ("ranks", self.ranks) if own is None else (f"methods.{name}.ranks", own)
+            good = _each_once(said[1]) and min(said[1]) >= 1
+            require(good, f"{said[0]}={said[1]}: give one or several, each once and at least 1")
         scored = self.protocol in (Protocol.likelihood, Protocol.loss)
         require(scored, f"protocol={self.protocol.name}: a study takes likelihood or loss")
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}; it must be at least 1")
         require(self.output_dir != "", "output_dir is empty: give a folder, or leave it out")
-        own = {f"adapter.{name}" for name in changed(self.adapter, AdapterConfig())}
-        own &= {"adapter.method", "adapter.rank", "adapter.path"}
-        own |= {"optim.learning_rate"} & {f"optim.{name}" for name in changed(self.optim, OptimConfig())}
-        refuse(own, "methods, ranks and learning_rates of the study decide that")
+        given = {f"adapter.{name}" for name in changed(self.adapter, AdapterConfig())}
+        given |= {f"optim.{name}" for name in changed(self.optim, OptimConfig())}
+        decided = {"adapter.method", "adapter.rank", "adapter.path", "optim.learning_rate"}
+        refuse(given & decided, "methods, ranks and learning_rates of the study decide that")
+
+
+def _each_once(values: list[int]) -> bool:
+    return bool(values) and len({*values}) == len(values)

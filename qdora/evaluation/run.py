@@ -26,6 +26,7 @@ from qdora.evaluation.tasks import find_tasks, overall, summary
 from qdora.files import lock, read_json, write_durably
 from qdora.model import load_tokenizer, model_folder
 from qdora.model.checkpoint_files import CheckpointFiles
+from qdora.model.folder import context_length
 from qdora.model.generate import end_tokens
 from qdora.parallel import World
 from qdora.subject import Subject, find_subject
@@ -56,7 +57,7 @@ def evaluate(config: EvaluateConfig) -> int:
     )
     header = _header(config, subject, list(sources.values()))
     header["identity"] = _identity(config, subject, base, jobs)
-    header["notes"] = [*_notes(jobs, base)]
+    header["notes"] = [*_notes(jobs, context_length(base, subject.model))]
     if world.is_main:
         for note in header["notes"]:
             print(note, flush=True)
@@ -116,16 +117,20 @@ def _output(config: EvaluateConfig, subject: Subject) -> Path:
 
 
 def _keep_others(kept: dict[str, Any], output: Path, config: EvaluateConfig, tasks: list[str] | None) -> None:
-    """Scores of other tasks, or by another protocol, are not written over; None stands for any tasks.
+    """Scores of other tasks, or by another protocol, are not written over where the folder was not given.
+
+    Args:
+        tasks: None stands for any.
 
     Raises:
         ConfigError: they are there.
     """
-    found = [*kept.get("tasks", {})]
-    if kept and (kept.get("protocol") != config.protocol.name or tasks not in (None, found)):
+    found = {*kept.get("tasks", {})}
+    is_other = kept.get("protocol") != config.protocol.name or (tasks is not None and {*tasks} != found)
+    if config.output_dir is None and kept and is_other:
         raise ConfigError(
-            f"{output / RESULTS} has scores of {', '.join(found)} with protocol={kept.get('protocol')}: remove it, or "
-            f"give another folder, as output_dir={output}-{config.protocol.name}"
+            f"{output / RESULTS} has scores of {', '.join(sorted(found))} with protocol={kept.get('protocol')}: remove "
+            f"it, or give another folder, as output_dir={output}-{config.protocol.name}"
         )
 
 
@@ -185,12 +190,11 @@ def _job(config: EvaluateConfig, data: DataConfig, source: str, tokenizer: Any, 
     return generate_job(rows, data.format, tokenizer, config.max_new_tokens, ends)
 
 
-def _notes(jobs: dict[str, Job], base: Path) -> Iterator[str]:
-    """What a reader of the scores should know of the rows."""
-    context = read_json(base / "config.json").get("max_position_embeddings")
+def _notes(jobs: dict[str, Job], context: int | None) -> Iterator[str]:
+    """What a reader of the scores should know of the rows, in a model of so many tokens."""
     for name, job in jobs.items():
-        if job.told:
-            yield job.told
+        if job.note:
+            yield job.note
         if context and (longer := sum(length > context for length in job.lengths)):
             count = f"{longer} of {len(job.lengths)} samples"
             yield f"{name}: {count} are longer than the model's context of {context} tokens"
@@ -205,8 +209,7 @@ def _rows(source: str, limit: int | None) -> list[Row]:
 
 def _write(output: Path, results: dict[str, Any]) -> int:
     output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=2, ensure_ascii=False).encode(errors="backslashreplace").decode()  # half a pair
-    write_durably(output / RESULTS, text + "\n")
+    write_durably(output / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     _show(results)
     print(f"written to {output / RESULTS}", flush=True)
     return 0

@@ -43,7 +43,7 @@ class Job:
     """Of all that is asked and how, token by token."""
     score: Callable[[LoadedModel, Sequence[int]], list[Record]]
     """The records of the samples with these numbers; several at a time."""
-    told: str = ""
+    note: str = ""
     """What became of the rows, where some are cut or left out."""
 
 
@@ -95,8 +95,8 @@ def loss_job(data: DataConfig, source: str, tokenizer: Any, batch_size: int) -> 
 
     report = dataset.report
     changed = report.num_truncated + report.num_dropped_overlong + report.num_dropped_without_labels
-    told = f"{report.describe()} (data.max_length={data.max_length})" if changed else ""
-    return Job(dataset.lengths.tolist(), dataset.fingerprint, score, told)
+    note = f"{report.describe()} (data.max_length={data.max_length})" if changed else ""
+    return Job(dataset.lengths.tolist(), dataset.fingerprint, score, note)
 
 
 def _answer_with(row: Row, form: DataFormat, choice: str, gold: str) -> Row:

@@ -156,10 +156,9 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
     choices = [sample["num_choices"] for sample in samples if "num_choices" in sample]
     if choices:
         scores["chance"] = sum(1 / number for number in choices) / len(choices)
-        golds = Counter(
-            (key, sample[key]) for sample in samples if "num_choices" in sample for key in ("answer", "place")
-        )
-        scores["majority"] = max(golds.values()) / len(choices)
+        asked = [sample for sample in samples if "num_choices" in sample]
+        counts = [Counter(sample[key] for sample in asked) for key in ("answer", "place")]
+        scores["majority"] = max(max(count.values()) for count in counts) / len(choices)
     if "loss" in samples[0]:
         num_label_tokens = sum(sample["num_label_tokens"] for sample in samples)
         loss = sum(sample["loss"] * sample["num_label_tokens"] for sample in samples) / num_label_tokens

@@ -140,6 +140,16 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
         raise ModelError(f"transformers cannot read the config of {config.path}: {error}") from None
 
 
+def context_length(folder: Path, config: ModelConfig) -> int | None:
+    """Tokens that the model of a folder has places for, where its config says so.
+
+    Raises:
+        ModelError: as `load_config`.
+    """
+    length: int | None = getattr(load_config(folder, config).get_text_config(), "max_position_embeddings", None)
+    return length
+
+
 def _check_code_is_here(folder: Path) -> None:
     """Raises `ModelError` if a config names code of another repository, which transformers would fetch unpinned."""
     for file in (folder / "config.json", folder / "tokenizer_config.json"):

@@ -16,7 +16,7 @@ from qdora.errors import QdoraError
 from qdora.files import read_json, write_durably
 from qdora.model import check_vocabulary, load_tokenizer, model_folder
 from qdora.model.checkpoint_files import CheckpointFiles
-from qdora.model.folder import load_config
+from qdora.model.folder import context_length
 from qdora.model.generate import end_tokens, generate_batch
 from qdora.reporting.page import Answer
 from qdora.run_folder import RunFolder
@@ -63,7 +63,7 @@ def _make(folder: RunFolder, config: RunConfig, count: int) -> list[Answer]:
     tokenizer = load_tokenizer(base, config.model)
     check_vocabulary(base, tokenizer)
     ends = end_tokens(tokenizer, base)
-    rows, prompts, form = _prompts(config, tokenizer, count, _context(base, config))
+    rows, prompts, form = _prompts(config, tokenizer, count, context_length(base, config.model))
     if not rows:
         return []
 
@@ -84,12 +84,6 @@ def _make(folder: RunFolder, config: RunConfig, count: int) -> list[Answer]:
             before = answer(model)
     asked = [(_shown(row, form), reference(row, form)) for row in rows]
     return [Answer(*texts, *said) for texts, said in zip(asked, zip(before, after, strict=True), strict=True)]
-
-
-def _context(base: Any, config: RunConfig) -> int | None:
-    text_config = load_config(base, config.model).get_text_config()
-    context: int | None = getattr(text_config, "max_position_embeddings", None)
-    return context
 
 
 def _prompts(

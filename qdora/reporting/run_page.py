@@ -120,7 +120,7 @@ def _scores(evaluations: dict[str, Values]) -> list[Part]:
             ]
             for task, scores in lines
         ]
-        caption = f"{name}: protocol {results['protocol']}"
+        caption = ". ".join([f"{name}: protocol {results['protocol']}", *results.get("notes", [])])
         parts.append(Table(["task", *(SCORES[key][0] for key in columns), *others], rows, caption))
         intervals = [_interval(task, scores) for task, scores in lines if scores.get("standard_error") is not None]
         if intervals:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 import numpy as np
 
 from qdora.errors import ConfigError
-from qdora.figures import BLUE, GREEN, GREY, ORANGE
+from qdora.figures import GREEN, GREY, ORANGE
 from qdora.files import read_json
 from qdora.reporting.figures import Interval, by_rank, forest, search, training_curves
 from qdora.reporting.files import read_packed_lines
@@ -36,13 +36,12 @@ from qdora.reporting.reproduce import command, option, study_command
 from qdora.reporting.run_page import NAMES, shown
 from qdora.run_folder import flatten
 from qdora.study.cells import Arm, Cell
-from qdora.study.figure import COLORS
+from qdora.study.figure import TITLES, look
 from qdora.study.results import DIGITS
 from qdora.study.statistics import COVERAGE
 
 Values = dict[str, Any]
 LOWER_IS_BETTER = {"loss": True, "accuracy": False}
-UNITS = {"loss": "nats a token", "accuracy": "share of right answers"}
 
 
 def study_page(folder: Path, beside: Path) -> Page:
@@ -92,7 +91,7 @@ def _facts(values: Values) -> list[tuple[str, str]]:
 
 
 def findings(values: Values, measures: list[str]) -> list[Finding]:
-    """For each rank and start DoRA less LoRA, in words, and what limits them."""
+    """For each rank and start DoRA less LoRA (and DVoRA less VeRA), in words, and what limits them."""
     found = []
     for label, difference in dora_less_lora(values):
         found += [_finding(label, measure, difference[measure]) for measure in measures]
@@ -101,12 +100,12 @@ def findings(values: Values, measures: list[str]) -> list[Finding]:
 
 
 def dora_less_lora(values: Values) -> Iterator[tuple[str, Values]]:
-    """The differences of a DoRA and a LoRA arm that are the same otherwise."""
+    """The differences of a DoRA and a LoRA arm, or a DVoRA and a VeRA one, that are the same otherwise."""
     adapters = {name: method["adapter"] for name, method in values["config"]["methods"].items()}
     of = {arm["arm"]: adapters[arm["method"]] for arm in values["arms"]}
     for difference in values["differences"]:
         plus, _, minus = difference["label"].partition(" - ")
-        if (of.get(plus), of.get(minus)) == ("dora", "lora"):
+        if (of.get(plus), of.get(minus)) in (("dora", "lora"), ("dvora", "vera")):
             yield f"{plus} against {minus}", difference
 
 
@@ -164,8 +163,7 @@ def _results(values: Values, measures: list[str]) -> list[Part]:
             spread = f" \N{PLUS-MINUS SIGN} {np.std(seeds, ddof=1):{form}}" if len(seeds) > 1 else ""
             cells += [number(arm[measure], form) + spread, ", ".join(number(seed, form) for seed in seeds)]
         rows.append([*cells, *("" for _ in beside)])
-    titles = {"loss": "Held-out loss on the answers", "accuracy": "Accuracy by likelihood of the choices"}
-    figures = [by_rank(values, measure, titles[measure], UNITS[measure]) for measure in measures]
+    figures = [by_rank(values, measure, *TITLES[measure]) for measure in measures]
     caption = "Means over tasks and seeds; \N{PLUS-MINUS SIGN} is the standard deviation over seeds"
     return [Figures(figures), Table([*columns, *beside], rows, caption)]
 
@@ -210,7 +208,7 @@ def _search(values: Values) -> list[Part]:
             arms = found.setdefault(methods[tried["arm"]], {})
             arms.setdefault(tried["arm"], []).append((tried["learning_rate"], loss))
     figures = [
-        search(f"search-{place}", method, arms, _color(values, method))
+        search(f"search-{place}", method, arms, look(values, method)[0])
         for place, (method, arms) in enumerate(found.items())
         if max(map(len, arms.values())) > 1
     ]
@@ -220,16 +218,6 @@ def _search(values: Values) -> list[Part]:
         "The loss on data.eval after training with the first seed; the ringed learning rate was taken for all seeds."
     )
     return [Text(about), Figures(figures)]
-
-
-def _color(values: Values, method: str) -> str:
-    adapter = values["config"]["methods"][method]["adapter"]
-    return COLORS.get("full" if adapter == "none" else adapter, BLUE)
-
-
-def _style(values: Values, method: str) -> str:
-    own = values["config"]["methods"][method]
-    return "--" if own["quant"] == "nf4" or own["dequantised"] else "-"
 
 
 def _compared(values: Values) -> Iterator[tuple[Values, int, str]]:
@@ -244,7 +232,7 @@ def _curves(values: Values, runs: dict[str, Values]) -> list[Part]:
     figures: list[Figure] = []
     for rank in ranks:
         lines = [
-            (arm["arm"], _color(values, arm["method"]), _style(values, arm["method"]), runs[name]["metrics"])
+            (arm["arm"], *look(values, arm["method"]), runs[name]["metrics"])
             for arm, _, name in _compared(values)
             if arm["rank"] in (rank, None) and any("loss" in record for record in runs.get(name, {}).get("metrics", []))
         ]

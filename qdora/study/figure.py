@@ -15,7 +15,8 @@ TITLES = {
     "loss": ("Held-out loss on the answers", "nats a token"),
     "accuracy": ("Accuracy by likelihood of the choices", "share of right answers"),
 }
-MARKERS = {"none": "o", "nf4": "s"}
+MARKERS = {"-": "o", "--": "s"}
+"""By the style of the line."""
 SPREAD = 0.05
 """Between the methods of one rank, whose points would lie on each other; ranks are 1 apart."""
 
@@ -34,6 +35,13 @@ def draw(path: Path, values: dict[str, Any]) -> None:
     save(canvas, path)
 
 
+def look(values: dict[str, Any], method: str) -> tuple[str, str]:
+    """Colour of a method, by its adapter, and style of its lines: dashed over NF4."""
+    options = values["config"]["methods"][method]
+    adapter = "full" if options["adapter"] == "none" else options["adapter"]
+    return COLORS[adapter], "--" if options["quant"] == "nf4" or options["dequantised"] else "-"
+
+
 def draw_by_rank(axes: Axes, values: dict[str, Any], measure: str) -> None:
     """A line of means for each method, a point for each seed; a method without ranks is a level, and so is guessing."""
     ranks = sorted({arm["rank"] for arm in values["arms"] if arm["rank"] is not None})
@@ -42,20 +50,18 @@ def draw_by_rank(axes: Axes, values: dict[str, Any], measure: str) -> None:
         methods.setdefault(arm["method"], []).append(arm)
     lines = [method for method, some in methods.items() if some[0]["rank"] is not None]
     for method, some in methods.items():
-        options = values["config"]["methods"][method]
-        adapter = "full" if options["adapter"] == "none" else options["adapter"]
-        over_nf4 = options["quant"] == "nf4" or options["dequantised"]
-        style: dict[str, Any] = {"color": COLORS[adapter], "linestyle": "--" if over_nf4 else "-", "linewidth": 1.5}
+        color, line_style = look(values, method)
+        style: dict[str, Any] = {"color": color, "linestyle": line_style, "linewidth": 1.5}
         if some[0]["rank"] is None:
             axes.axhline(some[0][measure], label=method, **style)
             continue
         aside = SPREAD * (lines.index(method) - (len(lines) - 1) / 2)
         places = [ranks.index(arm["rank"]) + aside for arm in some]
-        marker = MARKERS["nf4" if over_nf4 else "none"]
+        marker = MARKERS[line_style]
         axes.plot(places, [arm[measure] for arm in some], marker=marker, markersize=5, label=method, **style)
         for place, arm in zip(places, some, strict=True):
             seeds = arm["seeds"][measure]
-            axes.plot([place] * len(seeds), seeds, marker, color=COLORS[adapter], markersize=3, alpha=0.45)
+            axes.plot([place] * len(seeds), seeds, marker, color=color, markersize=3, alpha=0.45)
     base: dict[str, Any] = next(iter(values["bases"].values()), {})
     for name, line in (("chance", ":"), ("majority", "--")):
         if measure == "accuracy" and name in base:

@@ -85,7 +85,7 @@ def conclude(config: StudyConfig, folder: Path, rates: dict[Arm, float]) -> bool
 
 
 def _asked(results: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """What pairs the samples of two runs."""
+    """What pairs the samples of two runs; by a file's name, as its folder may have moved."""
     return [
         (sample["task"], sample["where"].rpartition("/")[2], sample["num_label_tokens"])
         for sample in results["samples"]
@@ -169,7 +169,7 @@ def _squares(config: StudyConfig, by_arm: dict[tuple[str, int | None], Outcome])
     names = {(own.adapter.name, own.quant.name): name for name, own in config.methods.items() if not own.dequantised}
     wanted = [names.get(key) for key in (("dora", "nf4"), ("lora", "nf4"), ("dora", "none"), ("lora", "none"))]
     squares = []
-    for rank in config.ranks:
+    for rank in sorted({rank for _, rank in by_arm if rank is not None}):
         some = [by_arm.get((str(name), rank)) for name in wanted]
         if all(outcome is not None for outcome in some):
             squares.append(tuple(outcome for outcome in some if outcome is not None))
@@ -236,15 +236,15 @@ def _write_packed(path: Path, text: str) -> None:
 def _show(folder: Path, values: dict[str, Any]) -> None:
     """The arms, the bases, and the differences; on the terminal and in study.md."""
     measures = {name: digits for name, digits in DIGITS.items() if all(name in arm for arm in values["arms"])}
-    rows = [["", "learning rate", *measures, *(name for name in ("chance", "majority") if "accuracy" in measures)]]
+    beside = ["chance", "majority"] if "accuracy" in measures else []
+    rows = [["", "learning rate", *measures, *beside]]
     for name, base in values["bases"].items():
         scores = [f"{base[measure]:.{digits}f}" for measure, digits in measures.items()]
-        rows.append([name, "", *scores, *(f"{base[one]:.3f}" for one in rows[0][2 + len(measures) :])])
+        rows.append([name, "", *scores, *(f"{base[one]:.3f}" for one in beside)])
     for arm in values["arms"]:
         scores = [f"{arm[name]:.{digits}f}{_spread(arm['seeds'][name], digits)}" for name, digits in measures.items()]
         edge = " (edge)" if arm["learning_rate_at_edge"] else ""
-        cells = [arm["arm"], f"{arm['learning_rate']:g}{edge}", *scores]
-        rows.append(cells + [""] * (len(rows[0]) - len(cells)))
+        rows.append([arm["arm"], f"{arm['learning_rate']:g}{edge}", *scores, *[""] * len(beside)])
     pairs = [["difference", *(title for name in measures for title in (name, "interval"))]]
     for pair in values["differences"]:
         pairs.append([pair["label"]])

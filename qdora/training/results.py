@@ -14,7 +14,6 @@ from qdora.config import AdapterMethod, RunConfig
 from qdora.device_memory import memory_gib
 from qdora.errors import CheckpointError
 from qdora.model import LoadedModel
-from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.export import export_model
 from qdora.run_folder import RunFolder
 from qdora.training.progress import summary_table
@@ -28,8 +27,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
-def write_results(trainer: Trainer, status: str, base: Path) -> None:
-    """Writes the adapter (or the model), summary.json and report.png. *Collective*."""
+def write_results(trainer: Trainer, status: str, base: Path, model_fingerprint: str) -> None:
+    """Writes the adapter (or the model), summary.json and report.png. *Collective*.
+
+    Args:
+        base: the folder that the model came from.
+        model_fingerprint: that of its weights when training began.
+    """
     config, world, loaded, folder = trainer.config, trainer.world, trainer.loaded, trainer.folder
     parallel.reshard(loaded.model)
     ended = status in ("finished", "completed_without_last_checkpoint")
@@ -68,7 +72,7 @@ def write_results(trainer: Trainer, status: str, base: Path) -> None:
                 "checkpoint_stall_s": trainer.checkpoints.total_stall_s,
                 "not_quantised": loaded.report.not_quantised,
                 "not_adapted": loaded.report.not_adapted,
-                "model_fingerprint": CheckpointFiles(base).fingerprint(),
+                "model_fingerprint": model_fingerprint,
                 "device": world.device.type,
                 "world_size": world.size,
                 "versions": versions(),

@@ -144,7 +144,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
         if not settled.exceeds:
             print(settled.told)
         print(recomputation.told)
-    status = _to_the_end(trainer, recomputation, partial(_manifest, given, fingerprints), base)
+    status = _to_the_end(trainer, recomputation, partial(_manifest, given, fingerprints), base, fingerprints["model"])
     if world.is_main:
         conclude(config, folder, status, trainer.checkpoints.failure, trainer.tracker.location)
     return EXIT_PREEMPTED if status == "preempted" else 0
@@ -195,7 +195,11 @@ def _find_checkpoint(config: RunConfig, folder: RunFolder, world: World) -> tupl
 
 
 def _to_the_end(
-    trainer: Trainer, recomputation: Recomputation, manifest: Callable[[Trainer], Manifest], base: Path
+    trainer: Trainer,
+    recomputation: Recomputation,
+    manifest: Callable[[Trainer], Manifest],
+    base: Path,
+    model_fingerprint: str,
 ) -> str:
     """Trains, writes the results and ends the record; returns the status. *Collective*."""
     world, folder = trainer.world, trainer.folder
@@ -203,13 +207,13 @@ def _to_the_end(
     try:
         with explaining_shortage(lambda: _does_not_fit(trainer, recomputation)):
             ended = trainer.run(manifest)
-        write_results(trainer, ended, base)
+        write_results(trainer, ended, base, model_fingerprint)
         if world.is_main and ended != "preempted" and folder.adapter.exists():
             trainer.tracker.log_adapter(folder.adapter)
         status = ended
     except TrainingError as error:
         trainer.checkpoints.wait()
-        write_results(trainer, status, base)
+        write_results(trainer, status, base, model_fingerprint)
         told = checkpoint.set_aside(folder.checkpoints, trainer.step) if world.is_main else ""
         raise TrainingError(f"{error}. {parallel.broadcast(world, told)}") from None
     finally:

@@ -404,10 +404,31 @@ def test_figures_are_drawn_of_odd_results(tmp_path: Path) -> None:
     }
     draw_decomposition(results, tmp_path / "decomposition.png")
     draw_layers(results, tmp_path / "layers.png")
-    draw_methods([results] * 4, "two of each", tmp_path / "methods.png")
-    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("decomposition", "layers", "methods"))
+    draw_methods([results] * 4, "four alike", tmp_path / "methods.png")
     heights = {name: imread(tmp_path / f"{name}.png").shape[0] for name in ("decomposition", "methods")}
     assert heights["decomposition"] > 1.5 * heights["methods"], "21 panels have room"
+
+
+def test_every_point_of_every_run_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where runs have other steps, as after an interruption."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("qdora.analysis.figures.save", lambda canvas, output: drawn.append(canvas.figure))
+    summary = {"correlation": None, "slope": None, "intercept": None}
+    runs = [
+        {
+            "method": "lora",
+            "quant": "none",
+            "states": [{"step": step} for step in steps],
+            "points": [{"step": step, "block": 0, "magnitude_change": 1.0, "direction_change": 1.0} for step in steps],
+            "all": summary,
+        }
+        for steps in ([6, 12, 30], [8, 12, 24, 30])
+    ]
+    draw_methods(runs, "two", tmp_path / "methods.png")
+    panels = [axes for axes in drawn[0].axes if axes.get_title(loc="left") == "lora over the weights"]
+    counts = [sum(len(points.get_offsets()) for points in axes.collections) for axes in panels]
+    assert counts == [3, 4]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [f"step {n}" for n in (6, 8, 12, 24, 30)]
 
 
 @ONE

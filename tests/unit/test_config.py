@@ -89,6 +89,14 @@ def test_full_fine_tuning_composes_without_quantisation() -> None:
     assert (made.adapter.method.name, made.quant.method.name) == ("none", "none")
 
 
+@pytest.mark.parametrize("name", [file.stem for file in sorted((CONF / "study").glob("*.yaml"))])
+def test_study_composes(name: str) -> None:
+    given = ["model.path=m", "data.train=d", "data.eval=e", "tasks=[t]", "tasks_path=p"]
+    made = composed("study", f"+study={name}", *given)
+    assert {"full", "lora", "dora", "full_nf4", "qlora", "qdora"} <= made.methods.keys()
+    assert made.tasks == ["t"]
+
+
 @pytest.mark.parametrize("name", [file.stem for file in sorted((CONF / "experiment").glob("*.yaml"))])
 def test_experiment_composes_and_overlays(name: str) -> None:
     plain = config_values(composed("train", "model.path=m", "data.train=d"))

@@ -309,11 +309,20 @@ def test_scores_are_made_anew_where_anything_has_changed(
     assert "written to" in capsys.readouterr().out
 
 
-def test_scores_by_another_protocol_are_kept(model: Path, tmp_path: Path) -> None:
-    before = score(model, QUESTIONS, tmp_path, Protocol.likelihood)
-    with pytest.raises(ConfigError, match=r"has scores of rows with protocol=likelihood: .* output_dir=.*results-loss"):
-        score(model, QUESTIONS, tmp_path, Protocol.loss)
-    assert json.loads((tmp_path / "results" / "results.json").read_text()) == before
+def test_scores_by_another_protocol_are_kept_but_where_the_folder_is_given(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama", dtype=torch.float32)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    options = {"model": ModelConfig(path=str(model), dtype=Dtype.float32), "data": DataConfig(eval=str(rows))}
+    assert evaluate(EvaluateConfig(**options, protocol=Protocol.likelihood)) == 0
+    before = (model / "evaluation" / "results.json").read_text()
+    message = r"has scores of rows with protocol=likelihood: .* output_dir=.*evaluation-loss"
+    with pytest.raises(ConfigError, match=message):
+        evaluate(EvaluateConfig(**options, protocol=Protocol.loss))
+    assert (model / "evaluation" / "results.json").read_text() == before
+    there = EvaluateConfig(**options, protocol=Protocol.loss, output_dir=str(model / "evaluation"))
+    assert evaluate(there) == 0
+    assert json.loads((model / "evaluation" / "results.json").read_text())["protocol"] == "loss"
 
 
 def test_generated_answers_are_judged_anew_by_other_choices(model: Path, tmp_path: Path) -> None:

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from qdora.files import let_others_read
+from qdora.files import let_others_read, write_durably
+
+
+def test_half_a_character_is_written_as_its_escape(tmp_path: Path) -> None:
+    write_durably(tmp_path / "page.html", "whole \N{SNOWMAN}, half \ud83d")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "whole \N{SNOWMAN}, half \\ud83d"
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])

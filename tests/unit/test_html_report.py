@@ -366,6 +366,9 @@ def test_reading_says_what_differs_and_what_limits_it(study: dict[str, Any]) -> 
     assert "The first seed also found the learning rates" in notes
     assert "may lie beyond: dora r=4." in notes
     assert "most frequent answer (0.450): lora r=4." in notes
+    dvora = copy.deepcopy(study)
+    dvora["config"]["methods"] |= {"dora": {"adapter": "dvora"}, "lora": {"adapter": "vera"}}
+    assert findings(dvora, ["loss"])[0].text == told[0][1], "DVoRA against VeRA is told, too"
     unclear = copy.deepcopy(study)
     unclear["differences"] = [pair("dora r=4 - lora r=4", -0.15, 0.5)]
     unclear["missing"] = ["lora-rank-4-rate-0.003-seed-1"]
