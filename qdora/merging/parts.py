@@ -7,6 +7,7 @@ from pathlib import Path
 from qdora.adapter import peft_format
 from qdora.config import AdapterConfig, DataConfig, MergeConfig, ModelConfig, QuantConfig
 from qdora.config.commands import overlaid
+from qdora.errors import ConfigError
 from qdora.model import model_folder
 from qdora.run_folder import RunFolder
 
@@ -47,4 +48,12 @@ class Parts:
             stored = run.read_config()
             model, quant, data = overlaid(stored.model, config.model), stored.quant, stored.data
             folder = run.finished_adapter()
-        return cls(model_folder(model), model, quant, folder, peft_format.read_config(folder), run, data)
+        base = model_folder(model)
+        if run is not None:
+            try:
+                run.check_base(base)
+            except ConfigError as error:
+                if config.model.path is None:
+                    raise
+                print(f"{error} (right where that one was stored in 4 bits and this one is what it was made from)")
+        return cls(base, model, quant, folder, peft_format.read_config(folder), run, data)

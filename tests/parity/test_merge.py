@@ -230,6 +230,21 @@ def test_run_whose_base_was_moved_is_merged_and_the_record_says_with_what(tmp_pa
     assert (record["base"], record["quantised"], record["base_weights"]) == (str(tmp_path / "moved"), "nf4", "nf4")
 
 
+def test_run_is_merged_into_another_base_only_where_that_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    run = saved_run(folder, tmp_path / "run")
+    summary = run / "summary.json"
+    summary.write_text(json.dumps({"status": "finished", "model_fingerprint": "that of another"}))
+    with pytest.raises(ConfigError, match="was trained over another model than the one in"):
+        merge(MergeConfig(run=str(run), output=str(tmp_path / "merged"), verify=False))
+    assert not (tmp_path / "merged").exists()
+    given = ModelConfig(path=str(folder))
+    merge(MergeConfig(run=str(run), output=str(tmp_path / "merged"), model=given, verify=False))
+    assert "right where that one was stored in 4 bits" in capsys.readouterr().out
+
+
 def test_merge_into_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "llama")
     adapted(folder, tmp_path / "adapter", QuantMethod.nf4, AdapterConfig(rank=4))
