@@ -90,7 +90,7 @@ def run_step(job: Job, arms: tuple[str, ...], steps: int) -> dict[str, Any] | No
         command += [str(HERE / "step.py"), "--arms", *arms]
         command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
         threads = str(max(1, (os.cpu_count() or 1) // job.ranks))
-        environment = os.environ | {"GOMP_SPINCOUNT": "10000", "OMP_NUM_THREADS": threads}  # as launch/train.sh
+        environment = os.environ | {"GOMP_SPINCOUNT": "10000", "OMP_NUM_THREADS": threads}  # as qdora
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         if done.returncode and "OutOfMemoryError" in done.stderr:
             return None

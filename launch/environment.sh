@@ -16,10 +16,8 @@ fi
 
 if ((gpus == 0)); then
     cores="$(nproc)"
-    # One thread a core and rank: spinning threads of several ranks on the same cores cost ten times the work. Threads
-    # that wait a tenth of a millisecond before they sleep make a step a tenth shorter than ones that sleep at once.
+    # One thread a core and rank: threads of several ranks on the same cores cost ten times the work.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}"
-    export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
 else
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
     export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"

@@ -69,7 +69,9 @@ def _converse(speaker: "Speaker", seed: int) -> None:
 
         print(f"{speaker.name}: an empty line or Ctrl-D ends, {NEW} starts over, Ctrl-C stops an answer")
     turns: list[Turn] = []
+    asked = False
     while line := _next_line("> " if by_hand else ""):
+        asked = True
         if line == NEW:
             turns = []
             continue
@@ -87,6 +89,8 @@ def _converse(speaker: "Speaker", seed: int) -> None:
             turns.append(_said("assistant", answer))
         else:
             turns.pop()  # most templates want an answer after each question
+    if not (asked or by_hand):
+        raise ConfigError("qdora chat reads standard input, which is empty: pipe questions into it, or use a terminal")
 
 
 class Speaker:
@@ -117,6 +121,7 @@ class Speaker:
     def load(self) -> None:
         """Loads the model."""
         check_vocabulary(self._base, self._tokenizer)
+        print(f"loading {self.name}", file=sys.stderr, flush=True)
         self._loaded = self._subject.load(self._base, self._world)
 
     def encode(self, turns: list[Turn]) -> list[int]:

@@ -326,8 +326,9 @@ def _check_identity(config: RunConfig, stored: dict[str, Any], where: str) -> No
     theirs = flatten({key: usual[key] for key in _IDENTITY}) | flatten({key: stored.get(key) for key in _IDENTITY})
     different = [name for name in ours if name not in _HARMLESS and ours[name] != theirs.get(name)]
     if different:
+        different += [name for name in ("data.train", "model.path") if ours[name] != theirs.get(name)]
         pairs = ", ".join(f"{name}={theirs.get(name)} (now {ours[name]})" for name in different)
         raise ConfigError(
-            f"{where} belongs to another run: it has {pairs}. Use those values, another output_dir, or "
+            f"{where} belongs to another run: it has {pairs}. Use another output_dir, those values, or "
             "allow_changes=true to go on all the same"
         )

@@ -33,11 +33,15 @@ def describe(name: str, config_class: type, values: DictConfig, conf: Path) -> s
         added = f"+{RECIPES[name]}"
         lines += ["", f"Recipes; {added}=NAME sets options of several groups, and what follows overrides it:", ""]
         for file in recipes:
-            comments = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
-            about = next((comment[2:] for comment in comments if "@package" not in comment), "")
-            lines += [f"  {added}={file.stem}", *_paragraph(about, "      ")]
+            lines += [f"  {added}={file.stem}", *_paragraph(_about(file), "      ")]
     lines += ["", "--cfg job prints the configuration as YAML instead of running."]
     return "\n".join(lines)
+
+
+def _about(recipe: Path) -> str:
+    """What a recipe says of itself before it names its sources."""
+    head = recipe.read_text(encoding="utf-8").partition("\n# Source")[0].splitlines()
+    return " ".join(line[2:] for line in head if line.startswith("# ") and "@package" not in line)
 
 
 def field_docs(config_class: type) -> dict[str, str]:

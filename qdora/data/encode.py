@@ -141,6 +141,8 @@ def conversation(row: Row, form: DataFormat) -> list[dict[str, str]]:
         return [{"role": "user", "content": user}, {"role": "assistant", "content": _text(row, "output", form)}]
     turns = row.values.get("messages", row.values.get("conversations"))
     if not isinstance(turns, list) or not turns:
+        if turns is None:
+            raise DataError(f"{row.where} has no messages, as data.format={form.name} wants; it has {[*row.values]}")
         raise DataError(f"{row.where}: messages must be a list of turns and not empty, this is {turns!r:.60}")
     messages = []
     for turn in turns:

@@ -55,7 +55,8 @@ def find_tasks(names: Sequence[str], folder: Path) -> dict[str, Path]:
         own = files.get(_plain(name), [])
         if not own:
             raise ConfigError(
-                f"tasks: there is no file for {name!r} in {folder}{nearest(name, files)}; it has {', '.join(files)}"
+                f"tasks: there is no file for {name!r} in {folder}, such as {name}.jsonl or {name}/test.json"
+                f"{nearest(name, files)}; it has {', '.join(files) or 'no such file at all'}"
             )
         if len(own) > 1:
             raise ConfigError(f"tasks: {name!r} may be {own[0]} or {own[1]}; give a tasks_path that has one of them")

@@ -66,6 +66,7 @@ def _make(folder: RunFolder, config: RunConfig, count: int) -> list[Answer]:
     rows, prompts, form = _prompts(config, tokenizer, count, context_length(base, config.model))
     if not rows:
         return []
+    print(f"answering {len(rows)} prompts before and after training; num_answers=0 does without", flush=True)
 
     def answer(model: Any) -> list[str]:
         return generate_batch(model, prompts, tokenizer, MAX_NEW_TOKENS, ends, world.device)

@@ -499,6 +499,11 @@ def test_standard_input_that_cannot_be_used_is_told(tiny: Path, monkeypatch: pyt
         chat(ChatConfig(model=model_of(tiny)))
 
 
+def test_chat_with_nothing_to_answer_is_no_success(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="reads standard input, which is empty"):
+        converse(monkeypatch, "", tiny, model=model_of(tiny))
+
+
 def test_run_that_trained_every_weight_answers_but_has_no_base_to_compare(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,6 +125,21 @@ def test_cfg_job_prints_the_configuration_instead_of_running(capsys: pytest.Capt
     assert "rank: 5" in capsys.readouterr().out
 
 
+def test_help_has_all_that_a_recipe_says_of_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "LLaMA-7B, or model=llama_13b, llama2_7b, llama3_8b: one learning rate for all; give data.train" in shown
+    assert "AGI-Edgerunners" not in shown
+
+
+def test_waiting_threads_sleep_however_qdora_was_started() -> None:
+    arguments = [sys.executable, "-m", "qdora", "generate", "run=nowhere", "prompt=x"]
+    passive = run_process(arguments, OMP_DISPLAY_ENV="VERBOSE")
+    assert "GOMP_SPINCOUNT = '10000'" not in passive.stderr, "the user's own choice"
+    plain = run_process(["env", "-u", "OMP_WAIT_POLICY", *arguments], OMP_DISPLAY_ENV="VERBOSE")
+    assert "GOMP_SPINCOUNT = '10000'" in plain.stderr
+
+
 def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 2
     assert "evaluate" in capsys.readouterr().out

@@ -208,6 +208,11 @@ def test_unknown_keys_are_told_with_what_is_accepted() -> None:
         ({"instruction": "a", "input": 3, "output": "b"}, DataFormat.instruction, "line 7: input must be a text"),
         ({"messages": TURNS, "tools": [3]}, DataFormat.messages, "line 7: tools must be a list of objects"),
         ({"messages": []}, DataFormat.messages, "line 7: messages must be a list"),
+        (
+            {"prompt": "a"},
+            DataFormat.messages,
+            r"line 7 has no messages, as data.format=messages wants; it has \['prompt'",
+        ),
         ({"messages": [{"role": "boss", "content": "a"}]}, DataFormat.messages, "line 7: a turn has role"),
         ({"messages": TURNS[:1]}, DataFormat.messages, "line 7 has no assistant turn"),
         ({"messages": TURNS, "tools": "{"}, DataFormat.messages, "line 7: tools is not JSON"),
