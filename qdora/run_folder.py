@@ -256,7 +256,9 @@ class RunFolder:
             raise ConfigError(
                 f"run={self.path} trained every weight: model.path={self.model} is an ordinary checkpoint already"
             )
-        raise ConfigError(f"run={self.path} has no adapter: it is not finished; start it again to go on")
+        raise ConfigError(
+            f"run={self.path} has no adapter: it is not finished; wait for its end, or start it again to go on"
+        )
 
     def start(self, config: RunConfig, first_step: int) -> None:
         """Takes the folder and writes config.yaml; the summary goes, and of steps after `first_step` the metrics, too.

@@ -69,7 +69,9 @@ def find_subject(config: EvaluateConfig | ChatConfig, used: str, hints: TextIO |
         if config.model.path is not None:
             raise ConfigError(f"run={config.run} trained every weight: leave out model.path, it has no base")
         if not folder.model.exists():
-            raise ConfigError(f"run={config.run} has no model: it is not finished; start it again to go on")
+            raise ConfigError(
+                f"run={config.run} has no model: it is not finished; wait for its end, or start it again to go on"
+            )
         return Subject(replace(run.model, path=str(folder.model)), run.quant, run.adapter, folder)
     if config.adapter is None:
         return Subject(config.model, config.quant, AdapterConfig(method=AdapterMethod.none))

@@ -187,7 +187,7 @@ def _last_step(run: RunFolder, config: RunConfig) -> int:
     result = run.model if config.adapter.method is AdapterMethod.none else run.adapter
     summary = read_json(run.summary)
     if not (result.exists() and summary.get("status") in ENDED and isinstance(summary.get("steps"), int)):
-        raise ConfigError(f"run={run.path} is not finished: start it again to go on")
+        raise ConfigError(f"run={run.path} is not finished: wait for its end, or start it again to go on")
     return int(summary["steps"])
 
 

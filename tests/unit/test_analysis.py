@@ -446,7 +446,7 @@ def test_mistakes_are_told(run: RunFolder, model: Path, tmp_path: Path) -> None:
         analyze(AnalyzeConfig(run=str(moved.path)))
     assert analyze(AnalyzeConfig(run=str(moved.path), model=ModelConfig(path=str(model)))) == 0
     moved.write_summary({"status": "preempted", "steps": 4})
-    with pytest.raises(ConfigError, match=r"is not finished: start it again to go on"):
+    with pytest.raises(ConfigError, match=r"is not finished: wait for its end, or start it again to go on"):
         analyze(AnalyzeConfig(run=str(moved.path)))
 
 
