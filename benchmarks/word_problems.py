@@ -7,24 +7,24 @@ what +, -, * and / make of the two numbers, in that order; its answer is the rig
 """
 
 import argparse
-import gzip
 import json
 import operator
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from qdora.data.sources import load_rows
+from qdora.errors import DataError
 
 TASKS = ("mawps", "AddSub")
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 EQUATION = re.compile(r"(?P<first>[\d.]+) (?P<sign>[-+*/]) (?P<second>[\d.]+) = -?[\d.]+\nThe answer is -?[\d.]+\.")
 
 
-def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of a file, or of its packed form."""
     packed = file.with_name(file.name + ".gz")
-    with gzip.open(packed, "rt", encoding="utf-8") if packed.exists() else file.open(encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+    return [row.values for row in load_rows(str(packed if packed.exists() else file))]
 
 
 def with_choices(row: dict[str, Any]) -> dict[str, Any] | None:
@@ -49,10 +49,10 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder that the files go to")
     options = parser.parse_args()
     try:
-        train = [*read_rows(options.data / "train" / "mawps.jsonl")]
-        tests = {task: [*read_rows(options.data / "test" / f"{task}.jsonl")] for task in TASKS}
+        train = read_rows(options.data / "train" / "mawps.jsonl")
+        tests = {task: read_rows(options.data / "test" / f"{task}.jsonl") for task in TASKS}
         asked = {task: [*filter(None, map(with_choices, rows))] for task, rows in tests.items()}
-    except (OSError, ValueError, KeyError) as error:
+    except (DataError, ValueError, KeyError) as error:
         parser.error(f"{options.data} has no such rows: {error}")
     (options.output / "test").mkdir(parents=True, exist_ok=True)
     for name, rows in {"train_mix": train, **{f"test/{task}": rows for task, rows in asked.items()}}.items():

@@ -11,7 +11,6 @@ qdora=.venv/bin/qdora
 model=models/SmolLM2-135M-Instruct
 run=outputs/quickstart
 test=data/identity_test.jsonl
-export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"  # as launch/train.sh
 
 gpus="$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')"
 export NPROC="${NPROC:-$((gpus > 8 ? 8 : gpus > 0 ? gpus : 2))}"

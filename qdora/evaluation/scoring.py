@@ -140,7 +140,7 @@ def _judged(question: Question, each: list[list[float]], lengths: list[int]) -> 
     """What the log-probabilities of each choice's tokens, and the characters of each answer, come to."""
     scores = dict(zip(question.choices, map(sum, each), strict=True))
     normalised = {choice: scores[choice] / length for choice, length in zip(question.choices, lengths, strict=True)}
-    of_gold = each[question.choices.index(question.gold)]
+    of_gold = each[question.place]
     best, best_normalised = (max(some, key=lambda one: some[one]) for some in (scores, normalised))
     return {
         "answer": question.gold,
@@ -148,7 +148,7 @@ def _judged(question: Question, each: list[list[float]], lengths: list[int]) -> 
         "correct": best == question.gold,
         "correct_normalised": best_normalised == question.gold,
         "num_choices": len(question.choices),
-        "place": question.choices.index(question.gold),
+        "place": question.place,
         "scores": scores,
         "loss": -sum(of_gold) / len(of_gold),
         "num_label_tokens": len(of_gold),
@@ -219,7 +219,7 @@ def generate_job(rows: list[Row], form: DataFormat, tokenizer: Any, max_new_toke
             record |= {"prediction": text, "correct": is_right(row, form, text)}
             question = questions[number]
             if question:
-                record |= {"num_choices": len(question.choices), "place": question.choices.index(question.gold)}
+                record |= {"num_choices": len(question.choices), "place": question.place}
             records.append(record)
         return records
 

@@ -76,6 +76,11 @@ class Question:
     choices: list[str]
     gold: str
 
+    @property
+    def place(self) -> int:
+        """Of the gold one among the choices."""
+        return self.choices.index(self.gold)
+
 
 def question_of(row: Row) -> Question | None:
     """The choices of a row and the gold one, or None where it is not multiple choice.
