@@ -23,7 +23,6 @@ ranks; both directions run in bitsandbytes' kernels.
 """
 
 import ctypes
-import logging
 import threading
 from collections.abc import Iterator
 from functools import cache
@@ -32,9 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # asks for a package that is not needed
-import bitsandbytes.functional as bnb  # noqa: E402
-from bitsandbytes.cextension import lib  # noqa: E402
+from qdora.kernels import bnb, lib
 
 BLOCK_SIZE = 64
 """Values a block; bitsandbytes' CPU kernels are wrong for rows that do not hold whole blocks."""

@@ -14,11 +14,11 @@ import threading
 from functools import partial
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
 from qdora import nf4
+from qdora.kernels import bnb
 from qdora.model.writer import CHUNK_NUMEL, Job, Rows
 
 STATE_BYTES = 256

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch._dynamo.config
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -167,6 +166,8 @@ def compile_blocks(blocks: Sequence[nn.Module], device: torch.device) -> None:
             f"train.compile=true needs a C++ compiler on a CPU, and there is no {compiler}: install it, name another "
             "in CXX, or set train.compile=false"
         )
+    import torch._dynamo.config  # takes a second, and is not needed elsewhere
+
     # Blocks share their code, and each kind of block, call and shape is a graph of it: 8 are too few.
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for block in blocks:
