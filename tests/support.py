@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -70,6 +71,18 @@ def make_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     )
     fast.chat_template = chat_template
     return fast
+
+
+def soak(*cases: Any) -> list[Any]:
+    """Cases of `parametrize` (several values of one are a tuple) that only `launch/test.sh -m soak` runs."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.soak) for case in cases]
+
+
+def asked(request: pytest.FixtureRequest, name: str) -> list[Any]:
+    """The values of parameter `name` in the tests that are run, for a fixture that computes all of them at once."""
+    items = [item for item in request.session.items if item.path == request.path]
+    of_tests = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    return list(dict.fromkeys(values[name] for values in of_tests if name in values))
 
 
 def run(arguments: list[str], *, timeout_s: float = 180, cwd: Path = ROOT, **environment: str) -> Any:

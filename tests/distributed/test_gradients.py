@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import make_model, run_ranks
+from tests.support import asked, make_model, run_ranks, soak
 
 SCRIPT = Path(__file__).with_name("ranks_gradients.py")
 FLOAT32_TOLERANCE = 2e-5
@@ -119,12 +119,15 @@ CASES += [
 ]  # fmt: skip
 REFERENCE = {case["name"]: case["name"].split("-")[0] for case in CASES}
 """The case of one rank that a case must equal."""
-SOAK = {"qdora-compiled-none", "qdora-compiled-selective", "some-compiled", "qdora-offloaded-ahead-compiled"}
-"""Compilations take long; `qdora-compiled-full` and `dvora-compiled-full` are always there."""
+ALWAYS = {*REFERENCE.values(), "qdora-one-batch", "qdora-bfloat16", "qdora-ddp", "qdora-no-reshard", "qdora-offload"}
+ALWAYS |= {"qdora-selective", "full-full", "qdora-compiled-full", "ends-offload", "untied_ends-no-reshard"}
+ALWAYS |= {"qdora-block-none", "untied_ends-part-full", "full-part-selective", "dvora-part", "qdora-offloaded-part"}
+ALWAYS |= {"qdora-hsdp", "full-hsdp"}
+"""The references, and each way to divide or recompute once; the other pairs are for `-m soak`."""
 
 
 def _names(cases: list[dict[str, Any]]) -> list[Any]:
-    return [pytest.param(case["name"], marks=[pytest.mark.soak] * (case["name"] in SOAK)) for case in cases]
+    return [name if name in ALWAYS else soak(name)[0] for name in (case["name"] for case in cases)]
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +145,11 @@ Results = dict[int, tuple[dict[str, dict[str, float]], Path]]
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Losses and norms, and the folder of gradients, by number of ranks; of `SOAK` what is asked for."""
-    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
-    some = [case for case in CASES if case["name"] not in SOAK or case["name"] in asked]
+    """Losses and norms, and the folder of gradients, by number of ranks; beside `ALWAYS` of what is asked for."""
+    names = ALWAYS.union(asked(request, "name"))
     found: Results = {}
-    for ranks, cases in ((1, some), (2, some), (4, HSDP_CASES)):
+    for ranks, of_ranks in ((1, CASES), (2, CASES), (4, HSDP_CASES)):
+        cases = [case for case in of_ranks if case["name"] in names]
         output = tmp_path_factory.mktemp(f"ranks-{ranks}")
         values = run_ranks(SCRIPT, ranks, output, str(models), json.dumps(cases), timeout_s=PATIENCE_S)
         assert all(other == values[0] for other in values), "ranks differ in the loss or the norm they report"
@@ -177,7 +180,7 @@ def test_gradients_do_not_depend_on_the_division(results: Results, ranks: int, n
         _assert_same(results, ranks, name, REFERENCE[name], FLOAT32_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in HSDP_CASES])
+@pytest.mark.parametrize("name", _names(HSDP_CASES))
 def test_gradients_of_hsdp_are_those_of_one_rank(results: Results, name: str) -> None:
     _assert_same(results, 4, name, name.split("-")[0], FLOAT32_TOLERANCE)
 
@@ -193,7 +196,7 @@ def test_norm_is_that_of_all_gradients_and_clipped_as_one(results: Results, rank
         assert found["clipped_norm"] == pytest.approx(CLIPPED_NORM, rel=1e-3), name  # the divisor has 1e-6 added
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in CASES if case["plan"] == "fsdp" and "compiled" not in case])
+@pytest.mark.parametrize("name", _names([case for case in CASES if case["plan"] == "fsdp" and "compiled" not in case]))
 def test_a_step_receives_the_bytes_that_the_formula_says(results: Results, name: str) -> None:
     found = results[2][0][name]
     assert found["received_bytes"] == found["expected_bytes"] > 0

@@ -60,12 +60,17 @@ def planned(folder: Path, nproc: int, case: Case) -> int:
 
 
 TIED: list[Case] = [(2, 1, [FULL]), (2, 1, [FULL, "quant.embeddings=true"])]
+SOME: list[Case] = [(4, 1, [SELECTIVE, "adapter.rank=64"]), (2, 2, [NONE, "adapter=none", "quant=none"])]
 
 
 @pytest.mark.parametrize(
     ("family", "nproc", "cases"),
-    [("llama", 1, ON_ONE_RANK), ("llama", 2, ON_TWO_RANKS), ("llama-tied", 2, TIED)],
-    ids=["1 rank", "2 ranks", "2 ranks, a tied head"],
+    [
+        pytest.param("llama", 1, ON_ONE_RANK, id="1 rank", marks=pytest.mark.soak),
+        pytest.param("llama", 2, ON_TWO_RANKS, id="2 ranks", marks=pytest.mark.soak),
+        pytest.param("llama", 1, SOME, id="1 rank, some"),
+        pytest.param("llama-tied", 2, TIED, id="2 ranks, a tied head"),
+    ],
 )
 def test_peak_is_within_a_tenth_of_what_a_step_takes(
     family: str, nproc: int, cases: list[Case], tmp_path: Path

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, run
+from tests.support import ROOT, run, soak
 
 TOLERANCE = 0.1
 LAYERS = 2
@@ -21,7 +21,7 @@ CASES = {
 """Ranks and options, by what is gathered at a time."""
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["ahead", "part", *soak("block", "cpu-offload")])
 def test_plan_is_within_a_tenth_of_what_a_step_takes(name: str, tmp_path: Path) -> None:
     ranks, overrides = CASES[name]
     output = tmp_path / "simulation.json"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import make_model, run_ranks
+from tests.support import make_model, run_ranks, soak
 
 SCRIPT = Path(__file__).with_name("ranks_training.py")
 NORM_TOLERANCE = 1e-5
@@ -34,7 +34,7 @@ def _run(ranks: int, model: Path, data: Path, output: Path, **options: Any) -> l
     return run_ranks(SCRIPT, ranks, output, str(model), str(data), json.dumps(settings))
 
 
-@pytest.mark.parametrize(("ranks", "method"), [(1, "dora"), (2, "dora"), (2, "dvora")])
+@pytest.mark.parametrize(("ranks", "method"), [(2, "dora"), *soak((1, "dora"), (2, "dvora"))])
 def test_norm_is_fresh_after_every_step_and_after_resuming(
     ranks: int, method: str, model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -51,7 +51,7 @@ def test_norm_is_computed_once_a_step(model: Path, data: Path, tmp_path: Path) -
         assert found["norm_calls"] == 3 * found["layers"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [2, *soak(1)])
 def test_magnitudes_move_in_bfloat16_at_a_small_learning_rate(
     ranks: int, model: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from qdora import checkpoint, commands
 from qdora.run_folder import RunFolder
-from tests.support import make_model, qdora, write_sums
+from tests.support import make_model, qdora, soak, write_sums
 
 METHODS = {
     "qdora": ["adapter=dora", "quant=nf4"],
@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), "llama")
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=["qdora", "full", *soak("lora")])
 def run(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A method, and the folder of its run with three checkpoints, which has been analysed."""
     folder = tmp_path_factory.mktemp(request.param) / "run"

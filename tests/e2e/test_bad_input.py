@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, make_model, qdora, run
+from tests.support import ROOT, make_model, qdora, run, soak
 
 GOOD = {"prompt": "a", "completion": "b"}
 Mistakes = dict[str, tuple[list[str], str]]
@@ -93,8 +93,9 @@ NAMES = [
     "foreign folder",
     "no checkpoint",
 ]
-UNDER_TORCHRUN = ["unknown option", "broken line", "truncated", "no layer", "foreign folder"]
-"""The kinds: before the ranks meet, on rank 0's turn, on every rank while loading, and rank 0's decision."""
+KINDS = ["unknown option", "broken line", "truncated"]
+"""Before the ranks meet, on rank 0's turn, and on every rank while loading; the rest by itself is for `-m soak`."""
+REST = soak(*(name for name in NAMES if name not in KINDS))
 
 
 def is_noise(line: str) -> bool:
@@ -121,7 +122,7 @@ def _run(arguments: list[str], nproc: int, output: Path) -> str:
     return str(done.stderr)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*KINDS, *REST])
 def test_mistake_is_told_in_one_line(name: str, mistakes: Mistakes, tmp_path: Path) -> None:
     assert sorted(NAMES) == sorted(mistakes)
     arguments, words = mistakes[name]
@@ -152,7 +153,7 @@ def test_mistake_on_two_ranks_is_told_once_and_none_hangs(name: str, mistakes: M
     assert not list(ranks.glob("run-*"))
 
 
-@pytest.mark.parametrize("name", UNDER_TORCHRUN)
+@pytest.mark.parametrize("name", ["broken line", *soak("unknown option", "truncated", "no layer", "foreign folder")])
 def test_mistake_under_torchrun_is_told_once(name: str, mistakes: Mistakes, tmp_path: Path) -> None:
     arguments, words = mistakes[name]
     _assert_told(_run(arguments, 2, tmp_path / "run"), words)
@@ -188,6 +189,7 @@ def test_foreign_files_are_not_touched(mistakes: Mistakes, ranks: Path, folder: 
     assert [file.name for file in (folder / "other").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.soak
 def test_single_rank_plan_on_two_ranks_is_told(options: list[str]) -> None:
     done = qdora("train", *options, "parallel=none", nproc=2, timeout_s=60)
     assert done.returncode == 2

@@ -11,7 +11,7 @@ import torch
 from qdora.doctor import machine, ranks
 from qdora.doctor.finding import Finding, Verdict, joined
 from tests.e2e.test_faults import fill, small_disk
-from tests.support import launcher, qdora, run
+from tests.support import launcher, qdora, run, soak
 
 CHECKS = {"Python", "libraries", "torch", "CPU", "GPU", "NF4 kernel", "speed", "disk", "shared memory", "W&B", "hub"}
 GATHERS = ["all-gather", "all-gather, uneven"]
@@ -29,7 +29,7 @@ def findings(done: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [2, *soak(1)])
 def test_report_on_this_machine(tiny: Path, tmp_path: Path, nproc: int) -> None:
     done = qdora("doctor", f"model.path={tiny}", f"output_dir={tmp_path}", "report=json", nproc=nproc)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -84,7 +84,7 @@ def damaged(tiny: Path, folder: Path, kind: str) -> str:
     return "tokenizer"
 
 
-@pytest.mark.parametrize("kind", ["cut", "no weights", "a shard is missing", "unknown", "no tokenizer"])
+@pytest.mark.parametrize("kind", ["cut", *soak("no weights", "a shard is missing", "unknown", "no tokenizer")])
 def test_model_that_cannot_be_trained_is_told(tiny: Path, tmp_path: Path, kind: str) -> None:
     words = damaged(tiny, tmp_path / "model", kind)
     done = qdora("doctor", f"model.path={tmp_path}/model", f"output_dir={tmp_path}", "report=json")
@@ -94,6 +94,7 @@ def test_model_that_cannot_be_trained_is_told(tiny: Path, tmp_path: Path, kind: 
     assert words in finding["found"]
 
 
+@pytest.mark.soak
 def test_model_that_is_neither_here_nor_to_be_had(tmp_path: Path) -> None:
     done = qdora("doctor", "model.path=someone/model", f"output_dir={tmp_path}", "report=json")
     assert done.returncode == 1

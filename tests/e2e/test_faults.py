@@ -29,7 +29,7 @@ from tests.e2e.test_run import (
     start_command,
     wait_for_steps,
 )
-from tests.support import launcher, long_run, qdora, run
+from tests.support import launcher, long_run, qdora, run, soak
 
 STEPS = 30
 
@@ -83,7 +83,7 @@ def sweep(arguments: list[str], folder: Path, nproc: int, points: int, seed: int
     return inside
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [2, *soak(1)])
 def test_run_killed_anywhere_ends_the_same(
     uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
@@ -121,7 +121,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {"cut": cut, "flipped bit": flip, "mi
 FILES = ("__0_0.distcp", ".metadata", "manifest.json")
 ONCE = [*zip(FILES, DAMAGE, strict=True)]
 """Each file and each damage; the other pairs are for `-m soak`."""
-REST = [pytest.param(*pair, marks=pytest.mark.soak) for pair in product(FILES, DAMAGE) if pair not in ONCE]
+REST = soak(*(pair for pair in product(FILES, DAMAGE) if pair not in ONCE))
 
 
 @pytest.mark.parametrize(("name", "kind"), [*ONCE, *REST])
@@ -207,7 +207,7 @@ def test_run_on_a_full_disk_ends_without_its_last_checkpoint(
     assert_same(full_disk, uninterrupted[1])
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [1, *soak(2)])
 def test_run_whose_whole_folder_is_on_a_full_disk_goes_on_when_there_is_room(
     uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
@@ -264,7 +264,7 @@ def test_checkpoint_is_tried_again_when_there_is_room(
     assert_same(full_disk, uninterrupted[1])
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), *soak((1, 2), (2, 4))])
 def test_another_number_of_ranks_goes_on_with_the_same_rows(
     tiny: Path, data: Path, tmp_path: Path, before: int, after: int
 ) -> None:
@@ -366,7 +366,7 @@ def test_rank_that_raises_ends_all_with_its_message_once(tiny: Path, data: Path,
     assert seconds < TIMEOUT_S
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [1, *soak(2)])
 def test_batch_that_does_not_fit_names_what_lowers_memory(tiny: Path, tmp_path: Path, nproc: int) -> None:
     data = tmp_path / "long.jsonl"
     data.write_text((json.dumps({"prompt": "so", "completion": " so" * 1000}) + "\n") * 256)
@@ -393,6 +393,7 @@ def test_rank_that_hangs_ends_all_and_says_where_each_was(tiny: Path, data: Path
     assert seconds < TIMEOUT_S + 5
 
 
+@pytest.mark.soak
 def test_rank_that_is_stopped_does_not_answer(tiny: Path, data: Path, tmp_path: Path) -> None:
     """Nothing in a stopped process can tell; the others are told of."""
     process = start([*long_run(tiny, data), f"output_dir={tmp_path}/run", f"parallel.timeout_s={TIMEOUT_S}"], 2)
@@ -408,7 +409,7 @@ def test_rank_that_is_stopped_does_not_answer(tiny: Path, data: Path, tmp_path: 
     assert "(trainer.py" in told
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [2, *soak(1)])
 def test_second_signal_ends_at_once_even_in_a_step_that_never_ends(
     tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
@@ -429,7 +430,7 @@ def test_second_signal_ends_at_once_even_in_a_step_that_never_ends(
     assert "Traceback" not in told
 
 
-@pytest.mark.parametrize("module", ["qdora.commands.launch", "torch.distributed.run"])
+@pytest.mark.parametrize("module", ["qdora.commands.launch", *soak("torch.distributed.run")])
 def test_torchrun_restarts_pick_the_run_up(
     uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, module: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""`qdora report` on a run and a study that were trained for it, looked at by a real browser."""
+"""`qdora report` on a run that was trained for it and a study of the project, looked at by a real browser."""
 
 import base64
 import fcntl

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from qdora.config import OptimConfig
 from qdora.optim import learning_rate
-from tests.support import make_model, qdora
+from tests.support import make_model, qdora, soak
 
 METHODS = {
     "qdora": ["adapter=dora", "quant=nf4"],
@@ -51,7 +51,7 @@ METRICS = {
 }
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=["qdora", "full", *soak("dora", "qlora", "lora")])
 def runs(
     request: pytest.FixtureRequest, tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[int, Path]]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import ROOT, launcher, long_run, make_model, make_tokenizer, qdora, run
+from tests.support import ROOT, launcher, long_run, make_model, make_tokenizer, qdora, run, soak
 
 DIVERGING = ["adapter=lora", "optim.learning_rate=1e25", "optim.max_grad_norm=0", "optim.warmup_ratio=0"]
 """DoRA's norm keeps its outputs finite at any learning rate; LoRA's overflow."""
@@ -78,7 +78,7 @@ def copy_without_result(run_folder: Path, copy: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [2, *soak(1)])
 def test_killed_run_goes_on_as_if_it_had_not_been(
     uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
@@ -103,13 +103,12 @@ def test_killed_run_goes_on_as_if_it_had_not_been(
 @pytest.mark.parametrize(
     ("nproc", "number", "group"),
     [
-        (1, signal.SIGINT, False),
-        (1, signal.SIGUSR1, False),
-        (2, signal.SIGINT, True),
-        (2, signal.SIGTERM, False),
-        (2, signal.SIGUSR1, False),
+        pytest.param(1, signal.SIGINT, False, id="ctrl-c"),
+        pytest.param(1, signal.SIGUSR1, False, id="sigusr1", marks=pytest.mark.soak),
+        pytest.param(2, signal.SIGINT, True, id="ctrl-c-ranks"),
+        pytest.param(2, signal.SIGTERM, False, id="sigterm-launcher", marks=pytest.mark.soak),
+        pytest.param(2, signal.SIGUSR1, False, id="sigusr1-launcher"),
     ],
-    ids=["ctrl-c", "sigusr1", "ctrl-c-ranks", "sigterm-launcher", "sigusr1-launcher"],
 )
 def test_interrupted_run_saves_says_how_to_go_on_and_does(
     uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int, number: int, group: bool
@@ -134,7 +133,7 @@ def test_interrupted_run_saves_says_how_to_go_on_and_does(
     assert losses_of(tmp_path / "run") == losses_of(uninterrupted[nproc])
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [2, *soak(1)])
 def test_full_fine_tuning_with_evaluations_resumes_bit_for_bit(
     tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
@@ -249,7 +248,7 @@ def test_seed_fixes_the_run(
     assert losses_of(tmp_path / "other") != losses_of(uninterrupted[1])
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [2, *soak(1)])
 def test_loss_that_is_not_finite_stops_and_goes_on_from_the_last_good_checkpoint(
     options: list[str], data: Path, tmp_path: Path, nproc: int
 ) -> None:
@@ -287,7 +286,7 @@ def broken_row(options: list[str], tiny: Path, tmp_path: Path) -> list[str]:
     return [*arguments, "train.micro_batch_size=1"]
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [2, *soak(1)])
 def test_row_that_breaks_the_loss_is_named(broken_row: list[str], tmp_path: Path, nproc: int) -> None:
     done = qdora("train", *broken_row, f"train.num_accumulation_steps={16 // nproc}", nproc=nproc)
     assert done.returncode == 2, done.stderr
@@ -295,7 +294,7 @@ def test_row_that_breaks_the_loss_is_named(broken_row: list[str], tmp_path: Path
     assert "There is no earlier checkpoint" in done.stderr
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [2, *soak(1)])
 def test_bad_step_is_left_out_if_wanted(broken_row: list[str], tmp_path: Path, nproc: int) -> None:
     """Of the four steps of each epoch one has the row; the run ends, and so does one that was resumed in between."""
     arguments = [*broken_row, "train.on_bad_step=skip", f"train.num_accumulation_steps={4 // nproc}"]

@@ -127,6 +127,7 @@ def test_every_number_is_kept(finished: Path) -> None:
     assert "| qdora r=2 - qlora r=2 |" in (finished / "study.md").read_text()
 
 
+@pytest.mark.soak
 def test_other_options_and_places_are_no_part_of_a_finished_study(
     finished: Path, options: list[str], tmp_path: Path
 ) -> None:

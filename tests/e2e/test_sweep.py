@@ -112,6 +112,7 @@ def test_sweep_does_not_take_a_run_of_other_options_for_its_own(grid: tuple[Path
     assert [(one["status"], one["exit_status"]) for one in members_of(folder)] == [("failed", 2)] * 2
 
 
+@pytest.mark.soak
 def test_each_run_has_the_ranks_of_train_sh_and_all_are_a_group_in_wandb(options: list[str], tmp_path: Path) -> None:
     arguments = [*options, "train.num_accumulation_steps=2", "tracker=wandb", "seed=0,1", f"output_dir={tmp_path}/s"]
     done = sweep(*arguments, nproc=2)
@@ -169,6 +170,7 @@ def test_ctrl_c_saves_the_run_under_way_and_the_same_command_goes_on(
     assert losses_of(first) == losses_of(uninterrupted[1])
 
 
+@pytest.mark.soak
 def test_run_of_a_killed_sweep_saves_and_ends(tiny: Path, data: Path, tmp_path: Path) -> None:
     process = start_sweep(*long_run(tiny, data), "seed=0,1", f"output_dir={tmp_path}/s")
     first = tmp_path / "s" / "seed-0"
@@ -183,6 +185,7 @@ def test_run_of_a_killed_sweep_saves_and_ends(tiny: Path, data: Path, tmp_path: 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("joblib") is None, reason="hydra-joblib-launcher is not installed")
+@pytest.mark.soak
 def test_joblib_trains_side_by_side_and_ctrl_c_reaches_all(tiny: Path, data: Path, tmp_path: Path) -> None:
     arguments = [*long_run(tiny, data), "seed=0,1,2", *JOBLIB, f"output_dir={tmp_path}/s"]
     process = start_sweep(*arguments)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import make_model, qdora
+from tests.support import make_model, qdora, soak
 
 TIGHT = [
     *("parallel.gather=part", "parallel.offload_activations=true", "parallel.cpu_offload=true"),
@@ -78,6 +78,7 @@ def test_it_resumes_bit_for_bit(tight: tuple[Path, list[str]], tmp_path: Path) -
     assert "quant.embeddings=True (now False)" in other.stderr
 
 
+@pytest.mark.soak
 def test_one_rank_trains_from_host_memory_as_without(tight: tuple[Path, list[str]], tmp_path: Path) -> None:
     """In float32: in bfloat16 FSDP2 rounds a gradient that is not rounded where nothing is wrapped."""
     options = [option for option in tight[1] if option not in TIGHT] + USUAL + ["model.dtype=float32"]
@@ -97,7 +98,9 @@ def test_its_result_is_evaluated_and_merged(tight: tuple[Path, list[str]], data:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("options", [["format=hf"], ["format=hf", "base=original"], ["format=gguf"], ["format=lora"]])
+@pytest.mark.parametrize(
+    "options", [["format=hf"], *soak(["format=hf", "base=original"], ["format=gguf"], ["format=lora"])]
+)
 def test_its_merge_is_verified(tight: tuple[Path, list[str]], untied: Path, options: list[str], tmp_path: Path) -> None:
     """The dequantised embedding and head are written, or over the original weights those."""
     done = qdora("merge", f"run={tight[0]}", f"output={tmp_path}/merged", *options)

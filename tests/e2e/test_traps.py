@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e.test_faults import assert_same, fill, small_disk, status_of
 from tests.e2e.test_run import losses_of, start, start_command, wait_for_steps
-from tests.support import launcher, long_run, qdora, run, wandb_records
+from tests.support import launcher, long_run, qdora, run, soak, wandb_records
 
 KILLED_AT_EXPORT = """
 import os, signal
@@ -70,7 +70,7 @@ def test_second_run_in_a_folder_is_refused(tiny: Path, data: Path, tmp_path: Pat
     assert process.returncode == 75, told
 
 
-@pytest.mark.parametrize("resume", ["path", "never"])
+@pytest.mark.parametrize("resume", ["path", *soak("never")])
 def test_same_command_goes_on_whatever_it_resumed_from(
     uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, resume: str
 ) -> None:
@@ -124,7 +124,7 @@ def test_start_on_a_full_disk_can_be_made_again(tiny: Path, data: Path, tmp_path
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [2, *soak(1)])
 def test_terminal_that_closes_saves_the_run_and_under_nohup_does_nothing(
     tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
@@ -140,7 +140,7 @@ def test_terminal_that_closes_saves_the_run_and_under_nohup_does_nothing(
         assert status_of(folder) == ("preempted" if expected else "finished")
 
 
-@pytest.mark.parametrize("with_wandb", [True, False])
+@pytest.mark.parametrize("with_wandb", [True, *soak(False)])
 def test_offline_history_of_a_killed_run_has_every_step_once(
     tiny: Path, data: Path, tmp_path: Path, with_wandb: bool
 ) -> None:

@@ -56,6 +56,7 @@ def test_machine_that_is_lost_comes_back(
     assert_same(folder, one_machine)
 
 
+@pytest.mark.soak
 def test_machine_that_hosts_the_rendezvous_is_lost_and_the_same_command_goes_on(
     machines: tuple[Machine, Machine], overrides: list[str], one_machine: Path, tmp_path: Path
 ) -> None:
@@ -73,6 +74,7 @@ def test_machine_that_hosts_the_rendezvous_is_lost_and_the_same_command_goes_on(
     assert_same(folder, one_machine)
 
 
+@pytest.mark.soak
 def test_machine_that_is_cut_off_goes_on_when_the_link_is_back(
     machines: tuple[Machine, Machine], overrides: list[str], one_machine: Path, tmp_path: Path
 ) -> None:
@@ -90,6 +92,7 @@ def test_machine_that_is_cut_off_goes_on_when_the_link_is_back(
     assert_same(folder, one_machine)
 
 
+@pytest.mark.soak
 def test_slow_link_that_is_cut_for_a_moment_still_trains(
     machines: tuple[Machine, Machine], overrides: list[str], one_machine: Path, tmp_path: Path
 ) -> None:
@@ -107,6 +110,7 @@ def test_slow_link_that_is_cut_for_a_moment_still_trains(
     assert_same(folder, one_machine)
 
 
+@pytest.mark.soak
 def test_run_goes_on_with_one_machine_and_takes_another_that_comes_later(
     machines: tuple[Machine, Machine], overrides: list[str], tmp_path: Path
 ) -> None:
@@ -158,6 +162,7 @@ def tokens_dealt(overrides: list[str], num_steps: int) -> list[int]:
     return list(itertools.accumulate(sum(batch.num_tokens for batch in batches) for batches in steps))
 
 
+@pytest.mark.soak
 def test_machine_that_is_told_to_stop_saves_and_comes_back(
     machines: tuple[Machine, Machine], overrides: list[str], one_machine: Path, tmp_path: Path
 ) -> None:
