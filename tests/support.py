@@ -1,16 +1,22 @@
 """What several tests need: tiny random models of real families, and ranks started as a user starts them."""
 
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from qdora import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,8 +114,27 @@ def launcher(nproc: int, torchrun: bool = False) -> list[str]:
 
 
 def qdora(*arguments: str, nproc: int = 1, **options: Any) -> Any:
-    """`qdora ...` as a user runs it: alone, or under torchrun on `nproc` ranks."""
+    """`qdora ...` as a user runs it: under torchrun on `nproc` ranks, or alone with `options` of `run`.
+
+    Alone and without them it runs in this process, which has everything imported: a start takes six seconds of a core.
+    """
+    if nproc == 1 and not options:
+        return _here([*arguments])
     return run([*launcher(nproc), "-m", "qdora", *arguments], **options)
+
+
+def _here(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    stdout, stderr = io.StringIO(), io.StringIO()
+    told = logging.StreamHandler(stderr)  # pytest has handlers, so that Python's own for warnings has nothing to do
+    told.setLevel(logging.WARNING)
+    logging.root.addHandler(told)
+    try:
+        # W&B names its process in the environment, for the processes that this one starts.
+        with redirect_stdout(stdout), redirect_stderr(stderr), mock.patch.dict(os.environ):
+            status = commands.run(arguments)
+    finally:
+        logging.root.removeHandler(told)
+    return subprocess.CompletedProcess(arguments, status, stdout.getvalue(), stderr.getvalue())
 
 
 def run_ranks(script: Path, nproc: int, output: Path, *arguments: str, timeout_s: float = 180) -> list[Any]:

@@ -36,12 +36,18 @@ def options(tiny: Path, data: Path) -> list[str]:
     ]
 
 
+class _Uninterrupted(dict[int, Path]):
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        self._arguments, self._folder = arguments, folder
+
+    def __missing__(self, nproc: int) -> Path:
+        self[nproc] = folder = self._folder / f"ranks-{nproc}"
+        done = qdora("train", *self._arguments, f"output_dir={folder}", nproc=nproc)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return folder
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The run of 30 steps that was never stopped, on one rank and two."""
-    folders = {}
-    for nproc in (1, 2):
-        folders[nproc] = tmp_path_factory.mktemp("whole") / "run"
-        done = qdora("train", *long_run(tiny, data), f"output_dir={folders[nproc]}", nproc=nproc)
-        assert done.returncode == 0, done.stderr[-3000:]
-    return folders
+    """The run of 30 steps that was never stopped, by number of ranks; made when it is first asked for."""
+    return _Uninterrupted(long_run(tiny, data), tmp_path_factory.mktemp("whole"))

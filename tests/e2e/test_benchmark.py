@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import make_model, run
+from tests.support import make_model, run, soak
 
 pytestmark = pytest.mark.alone
 
 ARMS = {"peft-qlora", "peft-qdora", "qlora", "qdora", "qdora-compiled"}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, *soak(2)])
 def test_arms_take_the_same_steps(tmp_path: Path, root: Path, ranks: int) -> None:
     model, output = make_model(tmp_path / "model", "llama", num_hidden_layers=1), tmp_path / "steps.json"
     arms = ARMS | ({"peft-lora", "dora"} if ranks == 1 else set())

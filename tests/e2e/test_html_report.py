@@ -170,7 +170,7 @@ def options(model: Path, data: dict[str, Path], *others: str) -> list[str]:
 
 def done(command: str, *arguments: str) -> str:
     """What a command that ends well says."""
-    ended = qdora(command, *arguments, timeout_s=400)
+    ended = qdora(command, *arguments)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return str(ended.stdout)
 

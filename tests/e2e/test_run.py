@@ -78,7 +78,7 @@ def copy_without_result(run_folder: Path, copy: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("nproc", [2, *soak(1)])
+@pytest.mark.parametrize("nproc", [1, *soak(2)])
 def test_killed_run_goes_on_as_if_it_had_not_been(
     uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
@@ -107,7 +107,7 @@ def test_killed_run_goes_on_as_if_it_had_not_been(
         pytest.param(1, signal.SIGUSR1, False, id="sigusr1", marks=pytest.mark.soak),
         pytest.param(2, signal.SIGINT, True, id="ctrl-c-ranks"),
         pytest.param(2, signal.SIGTERM, False, id="sigterm-launcher", marks=pytest.mark.soak),
-        pytest.param(2, signal.SIGUSR1, False, id="sigusr1-launcher"),
+        pytest.param(2, signal.SIGUSR1, False, id="sigusr1-launcher", marks=pytest.mark.soak),
     ],
 )
 def test_interrupted_run_saves_says_how_to_go_on_and_does(
@@ -133,7 +133,7 @@ def test_interrupted_run_saves_says_how_to_go_on_and_does(
     assert losses_of(tmp_path / "run") == losses_of(uninterrupted[nproc])
 
 
-@pytest.mark.parametrize("nproc", [2, *soak(1)])
+@pytest.mark.parametrize("nproc", [1, *soak(2)])
 def test_full_fine_tuning_with_evaluations_resumes_bit_for_bit(
     tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
@@ -248,7 +248,7 @@ def test_seed_fixes_the_run(
     assert losses_of(tmp_path / "other") != losses_of(uninterrupted[1])
 
 
-@pytest.mark.parametrize("nproc", [2, *soak(1)])
+@pytest.mark.parametrize("nproc", [1, *soak(2)])
 def test_loss_that_is_not_finite_stops_and_goes_on_from_the_last_good_checkpoint(
     options: list[str], data: Path, tmp_path: Path, nproc: int
 ) -> None:
@@ -294,7 +294,7 @@ def test_row_that_breaks_the_loss_is_named(broken_row: list[str], tmp_path: Path
     assert "There is no earlier checkpoint" in done.stderr
 
 
-@pytest.mark.parametrize("nproc", [2, *soak(1)])
+@pytest.mark.parametrize("nproc", [1, *soak(2)])
 def test_bad_step_is_left_out_if_wanted(broken_row: list[str], tmp_path: Path, nproc: int) -> None:
     """Of the four steps of each epoch one has the row; the run ends, and so does one that was resumed in between."""
     arguments = [*broken_row, "train.on_bad_step=skip", f"train.num_accumulation_steps={4 // nproc}"]

@@ -66,6 +66,7 @@ def test_it_is_the_run_that_has_room(tight: tuple[Path, list[str]], tmp_path: Pa
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in adapter(run).items())
 
 
+@pytest.mark.soak
 def test_it_resumes_bit_for_bit(tight: tuple[Path, list[str]], tmp_path: Path) -> None:
     run, options = tight
     train([*options, "train.num_steps=3"], tmp_path / "run", 2)

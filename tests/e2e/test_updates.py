@@ -10,7 +10,7 @@ from qdora.adapter import peft_format
 from qdora.config import AdapterConfig, AdapterMethod, ModelConfig, ParallelConfig, Plan, QuantConfig, QuantMethod
 from qdora.model import load_model
 from qdora.parallel import start_alone
-from tests.support import qdora
+from tests.support import qdora, soak
 
 
 def initial_tensors(model: Path, method: AdapterMethod, quant: QuantMethod, folder: Path) -> dict[str, torch.Tensor]:
@@ -27,8 +27,8 @@ def initial_tensors(model: Path, method: AdapterMethod, quant: QuantMethod, fold
 
 @pytest.mark.parametrize(
     ("method", "quant"),
-    [("dora", "nf4"), ("dora", "none"), ("lora", "nf4"), ("lora", "none"), ("none", "none")],
-    ids=["qdora", "dora", "qlora", "lora", "full"],
+    [("dora", "nf4"), ("none", "none"), *soak(("dora", "none"), ("lora", "nf4"), ("lora", "none"))],
+    ids=["qdora", "full", "dora", "qlora", "lora"],
 )
 def test_every_trained_tensor_moves_where_weights_stay_gathered(
     method: str, quant: str, tiny: Path, options: list[str], tmp_path: Path

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from qdora.commands import run as command
 from qdora.config import AdapterMethod
-from tests.support import qdora
+from tests.support import qdora, soak
 
 RANK = 64
 LINEARS = [(128, 128), (64, 128), (64, 128), (128, 128), (192, 128), (192, 128), (128, 192)]
@@ -39,7 +39,7 @@ def options(tiny: Path, data: Path, method: str, *more: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("method", ["vera", "dvora"])
+@pytest.mark.parametrize("method", ["dvora", *soak("vera")])
 def test_run_resumed_on_two_ranks_is_the_same_and_its_merge_is_verified(
     method: str, tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,7 +72,7 @@ def assert_complete(server: WandbServer, folder: Path) -> None:
     assert [line.get("loss") for line in lines] == [record.get("loss") for record in metrics(folder)]
 
 
-@pytest.mark.parametrize("nproc", [2, *soak(1)])
+@pytest.mark.parametrize("nproc", [1, *soak(2)])
 def test_whole_run_and_its_adapter_arrive(
     server: WandbServer, arguments: list[str], tmp_path: Path, nproc: int
 ) -> None:

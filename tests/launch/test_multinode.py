@@ -235,6 +235,7 @@ def test_setting_that_cannot_be_is_told_in_a_line(environment: dict[str, str], w
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.soak
 def test_folder_that_machines_do_not_share_is_refused(
     machines: tuple[Machine, Machine], overrides: list[str], tmp_path: Path
 ) -> None:
