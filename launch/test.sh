@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# launch/test.sh [pytest arguments]: the whole test suite. Sets up .venv and the model first, if need be.
+# launch/test.sh [pytest arguments]: the tests, or with `-m soak` those that take long. Sets up .venv and the model first, if need be.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 launch/setup.sh dev
 # Ranks of a test share few cores: threads that wait must not spin.
-export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
+export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
 if (($# == 0)); then
     if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         .venv/bin/python -m pytest tests/gpu

@@ -14,8 +14,9 @@ __all__ = ["bnb", "lib"]
 def _nothing_compiled() -> Iterator[None]:
     """`torch.compile` returns what it is given.
 
-    bitsandbytes 0.50 compiles four functions of its `default` backend at import, none of which is called here. That
-    alone loads inductor, which takes longer than torch itself.
+    bitsandbytes 0.50 compiles four functions at import (`backends/default/ops.py`), for devices without kernels of
+    their own; none is called here. That alone loads inductor, which takes longer than torch itself. Where compiling
+    fails bitsandbytes keeps the plain functions, too. To be removed once it compiles at the first call.
     """
     original = torch.compile
 

@@ -113,19 +113,22 @@ def launcher(nproc: int, torchrun: bool = False) -> list[str]:
     return [sys.executable, *(given if nproc > 1 or torchrun else [])]
 
 
-def qdora(*arguments: str, nproc: int = 1, **options: Any) -> Any:
-    """`qdora ...` as a user runs it: under torchrun on `nproc` ranks, or alone with `options` of `run`.
+def qdora(*arguments: str, nproc: int = 1, own_process: bool = False, **options: Any) -> Any:
+    """`qdora ...`: several ranks under torchrun, as a user starts them, with `options` of `run`; one in this process.
 
-    Alone and without them it runs in this process, which has everything imported: a start takes six seconds of a core.
+    That has everything imported, which takes a new one six seconds of a core. What libraries write to file descriptors
+    and Python's warnings are not in its stderr. `own_process` is for that, for W&B, whose process would stay, and for
+    what makes a process group on one rank (full fine-tuning, `cpu_offload`), which can abort as a process ends.
     """
-    if nproc == 1 and not options:
+    if nproc == 1 and not own_process:
+        assert not options, "of a process"
         return _here([*arguments])
     return run([*launcher(nproc), "-m", "qdora", *arguments], **options)
 
 
 def _here(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
     stdout, stderr = io.StringIO(), io.StringIO()
-    told = logging.StreamHandler(stderr)  # pytest has handlers, so that Python's own for warnings has nothing to do
+    told = logging.StreamHandler(stderr)  # for logging.lastResort, which is silent beside pytest's handlers
     told.setLevel(logging.WARNING)
     logging.root.addHandler(told)
     try:

@@ -166,10 +166,10 @@ def compile_blocks(blocks: Sequence[nn.Module], device: torch.device) -> None:
             f"train.compile=true needs a C++ compiler on a CPU, and there is no {compiler}: install it, name another "
             "in CXX, or set train.compile=false"
         )
-    import torch._dynamo.config  # takes a second, and is not needed elsewhere
+    from torch._dynamo import config as dynamo  # takes a second, and is not needed elsewhere
 
     # Blocks share their code, and each kind of block, call and shape is a graph of it: 8 are too few.
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    dynamo.recompile_limit = RECOMPILE_LIMIT
     for block in blocks:
         holder: Any = block.forward if isinstance(block.forward, Offloaded) else block
         holder.forward = torch.compile(holder.forward)

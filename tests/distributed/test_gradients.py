@@ -124,6 +124,7 @@ ALWAYS |= {"qdora-selective", "full-full", "qdora-compiled-full", "ends-offload"
 ALWAYS |= {"qdora-block-none", "untied_ends-part-full", "full-part-selective", "dvora-part", "qdora-offloaded-part"}
 ALWAYS |= {"qdora-hsdp", "full-hsdp"}
 """The references, and each way to divide or recompute once; the other pairs are for `-m soak`."""
+assert {case["name"] for case in CASES + HSDP_CASES} >= ALWAYS
 
 
 def _names(cases: list[dict[str, Any]]) -> list[Any]:
@@ -145,7 +146,7 @@ Results = dict[int, tuple[dict[str, dict[str, float]], Path]]
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Losses and norms, and the folder of gradients, by number of ranks; beside `ALWAYS` of what is asked for."""
+    """Losses and norms, and the folder of gradients, by number of ranks: `ALWAYS`, and what selected tests name."""
     names = ALWAYS.union(asked(request, "name"))
     found: Results = {}
     for ranks, of_ranks in ((1, CASES), (2, CASES), (4, HSDP_CASES)):

@@ -37,17 +37,20 @@ def options(tiny: Path, data: Path) -> list[str]:
 
 
 class _Uninterrupted(dict[int, Path]):
+    """Trains on `nproc` ranks when the folder of that number is first asked for."""
+
     def __init__(self, arguments: list[str], folder: Path) -> None:
         self._arguments, self._folder = arguments, folder
 
     def __missing__(self, nproc: int) -> Path:
-        self[nproc] = folder = self._folder / f"ranks-{nproc}"
+        folder = self._folder / f"ranks-{nproc}"
         done = qdora("train", *self._arguments, f"output_dir={folder}", nproc=nproc)
         assert done.returncode == 0, done.stderr[-3000:]
+        self[nproc] = folder
         return folder
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The run of 30 steps that was never stopped, by number of ranks; made when it is first asked for."""
+    """The run of 30 steps that was never stopped, by number of ranks."""
     return _Uninterrupted(long_run(tiny, data), tmp_path_factory.mktemp("whole"))

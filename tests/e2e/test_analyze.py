@@ -62,6 +62,7 @@ def run(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.Te
         "train.keep_checkpoints=9",
         "tracker=none",
         f"output_dir={folder}",
+        own_process=request.param == "full",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     done = qdora("analyze", f"run={folder}")

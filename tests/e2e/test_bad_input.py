@@ -94,7 +94,7 @@ NAMES = [
     "no checkpoint",
 ]
 KINDS = ["unknown option", "broken line", "truncated"]
-"""Before the ranks meet, on rank 0's turn, and on every rank while loading; the rest by itself is for `-m soak`."""
+"""Before the ranks meet, on rank 0's turn, on every rank while loading; the rest in one process is for `-m soak`."""
 REST = soak(*(name for name in NAMES if name not in KINDS))
 
 
@@ -115,7 +115,7 @@ def _run(arguments: list[str], nproc: int, output: Path) -> str:
     """stderr of a run that must end with 2 and leave no folder."""
     if not any(argument.startswith("output_dir") for argument in arguments):
         arguments = [*arguments, f"output_dir={output}"]
-    done = qdora("train", *arguments, "tracker=none", nproc=nproc, timeout_s=60)
+    done = qdora("train", *arguments, "tracker=none", nproc=nproc, own_process=True, timeout_s=60)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stdout
     assert not output.exists()
@@ -189,7 +189,6 @@ def test_foreign_files_are_not_touched(mistakes: Mistakes, ranks: Path, folder: 
     assert [file.name for file in (folder / "other").iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.soak
 def test_single_rank_plan_on_two_ranks_is_told(options: list[str]) -> None:
     done = qdora("train", *options, "parallel=none", nproc=2, timeout_s=60)
     assert done.returncode == 2

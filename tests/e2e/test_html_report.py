@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qdora.reporting.answers import MAX_NEW_TOKENS
-from tests.support import make_model, qdora, write_sums
+from tests.support import ROOT, make_model, qdora, write_sums
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTHS = (360, 1280)
@@ -168,9 +168,9 @@ def options(model: Path, data: dict[str, Path], *others: str) -> list[str]:
     return [*given, "train.num_accumulation_steps=1", "parallel=none", "tracker=none", *others]
 
 
-def done(command: str, *arguments: str) -> str:
+def done(command: str, *arguments: str, own_process: bool = False) -> str:
     """What a command that ends well says."""
-    ended = qdora(command, *arguments)
+    ended = qdora(command, *arguments, own_process=own_process)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return str(ended.stdout)
 
@@ -189,13 +189,10 @@ def run(model: Path, data: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def study(model: Path, data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of LoRA, and of DoRA at two learning rates."""
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The largest one that the project has the results of."""
     folder = tmp_path_factory.mktemp("study") / "study"
-    methods = "lora:{adapter:lora,learning_rates:[1e-3]},dora:{adapter:dora,learning_rates:[1e-3,1e-2]}"
-    tasks = [f"tasks=[{data['eval'].stem}]", f"tasks_path={data['eval'].parent}"]
-    own = [f"+methods={{{methods}}}", "ranks=[2]", "seeds=[0]", *tasks, f"output_dir={folder}"]
-    done("study", *options(model, data, *own))
+    shutil.copytree(ROOT / "benchmarks" / "results" / "study-operations-2026-11-27", folder)
     done("report", f"study={folder}")
     return folder
 
@@ -297,7 +294,7 @@ def test_full_fine_tuning_answers_with_its_base_and_its_result(
     model: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:
     own = ["adapter=none", "quant=none", "optim.learning_rate=1e-3"]
-    done("train", *options(model, data, *own, f"output_dir={tmp_path}/run"))
+    done("train", *options(model, data, *own, f"output_dir={tmp_path}/run"), own_process=True)
     done("report", f"run={tmp_path}/run", "num_answers=3", f"output={tmp_path}/page.html")
     answers = json.loads((tmp_path / "run" / "answers.json").read_text())["answers"]
     prompts = [one["prompt"] for one in answers]

@@ -75,6 +75,7 @@ def runs(
             "tracker=none",
             f"output_dir={folders[nproc]}",
             nproc=nproc,
+            own_process=method == "full",
         )
         assert done.returncode == 0, done.stderr[-3000:]
     return method, folders

@@ -43,7 +43,7 @@ def test_it_may_start_all_the_same(options: list[str], tmp_path: Path) -> None:
     assert "warning: this run needs about" in done.stdout
 
 
-@pytest.mark.parametrize("nproc", [1, *soak(2)])
+@pytest.mark.parametrize("nproc", [2, *soak(1)])
 def test_auto_trains_what_its_plan_trains(nproc: int, options: list[str], tmp_path: Path) -> None:
     """Says what it took and why, takes it, and goes on from its own checkpoint."""
     told = []

@@ -66,7 +66,7 @@ def finished(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     assert process.returncode == 75
     assert not (folder / "study.json").exists()
     two = "launcher=['hydra/launcher=joblib','hydra.launcher.n_jobs=2']"
-    done = qdora(*options, two, f"output_dir={folder}", timeout_s=400)
+    done = qdora(*options, two, f"output_dir={folder}", own_process=True, timeout_s=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "is finished already" in done.stdout
     return folder
@@ -133,13 +133,13 @@ def test_other_options_and_places_are_no_part_of_a_finished_study(
 ) -> None:
     copy = shutil.copytree(finished, tmp_path / "study")
     before = read(copy)
-    longer = qdora(*options, f"output_dir={copy}", "train.num_steps=4", timeout_s=240)
+    longer = qdora(*options, f"output_dir={copy}", "train.num_steps=4", own_process=True, timeout_s=240)
     assert longer.returncode == 2
     assert "has train.num_steps=3 (now 4)" in longer.stderr.splitlines()[-1]
     assert read(copy) == before
     shutil.rmtree(copy / NAMES[-1] / "evaluation")
     moved = shutil.copytree(options_value(options, "tasks_path"), tmp_path / "moved")
-    again = qdora(*options, f"output_dir={copy}", f"tasks_path={moved}", timeout_s=240)
+    again = qdora(*options, f"output_dir={copy}", f"tasks_path={moved}", own_process=True, timeout_s=240)
     assert again.returncode == 0, again.stderr[-3000:]
     assert read(copy)["arms"] == before["arms"]
 
@@ -151,7 +151,7 @@ def options_value(options: list[str], name: str) -> str:
 
 def test_finished_study_trains_nothing_again(finished: Path, options: list[str]) -> None:
     before = read(finished)
-    again = qdora(*options, f"output_dir={finished}", timeout_s=240)
+    again = qdora(*options, f"output_dir={finished}", own_process=True, timeout_s=240)
     assert again.returncode == 0
     assert again.stdout.count("is finished already") == 3 + 4
     after = read(finished)

@@ -70,7 +70,7 @@ def test_second_run_in_a_folder_is_refused(tiny: Path, data: Path, tmp_path: Pat
     assert process.returncode == 75, told
 
 
-@pytest.mark.parametrize("resume", soak("path", "never"))
+@pytest.mark.parametrize("resume", ["path", *soak("never")])
 def test_same_command_goes_on_whatever_it_resumed_from(
     uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, resume: str
 ) -> None:
@@ -155,7 +155,7 @@ def test_offline_history_of_a_killed_run_has_every_step_once(
         for child in children:
             child.kill()
     process.communicate()
-    done = qdora("train", *arguments)
+    done = qdora("train", *arguments, own_process=True)
     assert done.returncode == 0, done.stderr
     steps = [record["item"]["_step"] for record in wandb_records(folder, "history")]
     assert steps == list(range(1, len(losses_of(folder)) + 1))

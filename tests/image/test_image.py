@@ -20,6 +20,7 @@ from tests.support import ROOT
 
 BASE, IMAGE = "localhost/debian-base", "localhost/qdora"
 TOOLS = ("buildah", "podman", "debootstrap", "runc", "git")
+PACKAGES = "buildah podman debootstrap runc fuse-overlayfs uidmap"
 USER = 1000
 LOSS_TOLERANCE = 0.02
 """Processors round bf16 products differently."""
@@ -71,7 +72,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         pytest.skip("debootstrap and buildah's chroot isolation need root")
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
+        pytest.skip(f"not installed: {', '.join(missing)}; apt-get install {PACKAGES}")
     folder = tmp_path_factory.mktemp("containers")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755,size=12g", "tmpfs", folder], check=True)
     storage, containers = folder / "storage.conf", folder / "containers.conf"
