@@ -149,6 +149,7 @@ def options_value(options: list[str], name: str) -> str:
     return next(text.partition("=")[2] for text in options if text.startswith(f"{name}="))
 
 
+@pytest.mark.soak
 def test_finished_study_trains_nothing_again(finished: Path, options: list[str]) -> None:
     before = read(finished)
     again = qdora(*options, f"output_dir={finished}", own_process=True, timeout_s=240)

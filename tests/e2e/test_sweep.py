@@ -204,6 +204,7 @@ def test_joblib_trains_side_by_side_and_ctrl_c_reaches_all(tiny: Path, data: Pat
 
 
 @pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="hydra-submitit-launcher is not installed")
+@pytest.mark.soak
 def test_submitit_trains_in_jobs_of_its_own(options: list[str], tmp_path: Path) -> None:
     done = sweep(*options, "adapter.rank=2,4", "hydra/launcher=submitit_local", f"output_dir={tmp_path}/s")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

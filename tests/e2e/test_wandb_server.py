@@ -162,7 +162,7 @@ def test_server_that_does_not_come_back_holds_nothing_up_and_loses_nothing(
         assert set(other.run_names) == set(server.run_names)
 
 
-@pytest.mark.parametrize("mode", ["online", *soak("auto")])
+@pytest.mark.parametrize("mode", soak("online", "auto"))
 def test_server_that_is_slow_from_the_start_leaves_the_run_offline(
     server: WandbServer, arguments: list[str], tmp_path: Path, mode: str
 ) -> None:

@@ -13,7 +13,7 @@ from qdora.adapter.dora import adapted_layers
 from qdora.config import AdapterConfig, Dtype, ModelConfig, ParallelConfig, QuantConfig
 from qdora.errors import ConfigError
 from qdora.model import activations, load_model
-from tests.support import make_model
+from tests.support import make_model, soak
 
 SHAPES = [(2, 24), (2, 31), (2, 40), (2, 17), (3, 33), (4, 20)]
 MOST_GRAPHS = 18
@@ -51,7 +51,7 @@ GEMMA_3 = {
 }
 
 
-@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("gemma3", GEMMA_3)])
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), *soak(("gemma3", GEMMA_3))])
 def test_compiled_blocks_compute_the_same_in_few_graphs(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
     folder = make_model(tmp_path, family, dtype=torch.float32, **changes)
     loaded = load_model(
