@@ -212,7 +212,7 @@ def test_page_is_whole_in_a_browser(browser: Browser, page: Path, width: int, sc
     assert seen["requests"] == []
     assert seen["page"] <= seen["screen"] == width
     wanted = {"overview", "curves", "options", "commands", "versions"}
-    wanted |= {"reading", "results", "differences", "search", "cost", "runs"} if "study" in str(page) else set()
+    wanted |= {"reading", "results", "differences", "search", "cost"} if "study" in str(page) else set()
     wanted |= {"scores", "answers", "weights", "memory"} if "my run" in str(page) else set()
     assert {*seen["headings"]} == wanted
     assert seen["anchors"]

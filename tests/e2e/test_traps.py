@@ -124,7 +124,7 @@ def test_start_on_a_full_disk_can_be_made_again(tiny: Path, data: Path, tmp_path
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("nproc", soak(1, 2))
+@pytest.mark.parametrize("nproc", [1, *soak(2)])
 def test_terminal_that_closes_saves_the_run_and_under_nohup_does_nothing(
     tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
