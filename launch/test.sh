@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# launch/test.sh [pytest arguments]: the tests, or with `-m soak` those that take long. Sets up .venv and the model first, if need be.
+# launch/test.sh [pytest arguments]: the tests, or with `-m soak` those that take long. Sets up .venv and the model first,
+# if need be.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

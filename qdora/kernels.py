@@ -1,4 +1,4 @@
-"""bitsandbytes without what it does at import that is not needed here: half of what a command would wait for."""
+"""bitsandbytes without what it does at import that is not needed here, which every command would wait for."""
 
 import logging
 from collections.abc import Callable, Iterator

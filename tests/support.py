@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Collection, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,11 @@ def soak(*cases: Any) -> list[Any]:
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.soak) for case in cases]
 
 
+def soak_but(kept: Collection[Any], cases: Iterable[Any]) -> list[Any]:
+    """`cases`, of which only those in `kept` are run without `-m soak`."""
+    return [case if case in kept else soak(case)[0] for case in cases]
+
+
 def asked(request: pytest.FixtureRequest, name: str) -> list[Any]:
     """The values of parameter `name` in the tests that are run, for a fixture that computes all of them at once."""
     items = [item for item in request.session.items if item.path == request.path]
@@ -116,7 +122,7 @@ def launcher(nproc: int, torchrun: bool = False) -> list[str]:
 def qdora(*arguments: str, nproc: int = 1, own_process: bool = False, **options: Any) -> Any:
     """`qdora ...`: several ranks under torchrun, as a user starts them, with `options` of `run`; one in this process.
 
-    That has everything imported, which takes a new one six seconds of a core. What libraries write to file descriptors
+    That has everything imported, which costs a new one seconds of a core. What libraries write to file descriptors
     and Python's warnings are not in its stderr. `own_process` is for that, for W&B, whose process would stay, and for
     what makes a process group on one rank (full fine-tuning, `cpu_offload`), which can abort as a process ends.
     """

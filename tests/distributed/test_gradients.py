@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import asked, make_model, run_ranks, soak
+from tests.support import asked, make_model, run_ranks, soak_but
 
 SCRIPT = Path(__file__).with_name("ranks_gradients.py")
 FLOAT32_TOLERANCE = 2e-5
@@ -128,7 +128,7 @@ assert {case["name"] for case in CASES + HSDP_CASES} >= ALWAYS
 
 
 def _names(cases: list[dict[str, Any]]) -> list[Any]:
-    return [name if name in ALWAYS else soak(name)[0] for name in (case["name"] for case in cases)]
+    return soak_but(ALWAYS, [case["name"] for case in cases])
 
 
 @pytest.fixture(scope="module")

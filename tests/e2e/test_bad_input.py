@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, make_model, qdora, run, soak
+from tests.support import ROOT, make_model, qdora, run, soak, soak_but
 
 GOOD = {"prompt": "a", "completion": "b"}
 Mistakes = dict[str, tuple[list[str], str]]
@@ -95,7 +95,6 @@ NAMES = [
 ]
 KINDS = ["unknown option", "broken line", "truncated"]
 """Before the ranks meet, on rank 0's turn, on every rank while loading; the rest in one process is for `-m soak`."""
-REST = soak(*(name for name in NAMES if name not in KINDS))
 
 
 def is_noise(line: str) -> bool:
@@ -122,7 +121,7 @@ def _run(arguments: list[str], nproc: int, output: Path) -> str:
     return str(done.stderr)
 
 
-@pytest.mark.parametrize("name", [*KINDS, *REST])
+@pytest.mark.parametrize("name", soak_but(KINDS, NAMES))
 def test_mistake_is_told_in_one_line(name: str, mistakes: Mistakes, tmp_path: Path) -> None:
     assert sorted(NAMES) == sorted(mistakes)
     arguments, words = mistakes[name]

@@ -159,13 +159,6 @@ def fuzzing(max_examples: int) -> Any:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _offline() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
-
-
 def arguments_of(tiny: Path, data: Path, output: Path) -> list[str]:
     """A run of one step."""
     given = [f"model.path={tiny}", f"data.train='{data}'", "train.num_steps=1", "train.num_accumulation_steps=1"]
