@@ -31,7 +31,7 @@ def test_secrets_reach_no_file_and_no_message(options: list[str], tmp_path: Path
     arguments = [*options, "tracker=wandb", f"output_dir={tmp_path}/run", "train.num_steps=2"]
     wrong = [[*arguments, f"model.path={tmp_path}/none"], [*arguments, "train.num_stepz=2"]]
     for given, status in ((arguments, 0), (wrong[0], 2), (wrong[1], 2)):
-        done = qdora("train", *given, nproc=nproc, WANDB_DIR=str(tmp_path), **SECRETS)
+        done = qdora("train", *given, nproc=nproc, own_process=True, WANDB_DIR=str(tmp_path), **SECRETS)
         assert done.returncode == status, done.stderr
         for name, secret in SECRETS.items():
             assert secret not in done.stdout + done.stderr, name
