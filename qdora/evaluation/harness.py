@@ -1,22 +1,23 @@
 """Tasks of lm-evaluation-harness (an extra: `pip install "qdora[harness]"`), asked and scored by its own code."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from qdora import parallel
 from qdora.config import EvaluateConfig
 from qdora.errors import ConfigError, first_line
 from qdora.model import LoadedModel
 from qdora.parallel import World
 
 
-def find_harness_tasks(config: EvaluateConfig, world: World) -> Any:
+def find_harness_tasks(config: EvaluateConfig) -> Any:
     """The harness's TaskManager, which knows the tasks that are asked for; `tasks_path` holds tasks of one's own.
 
     Raises:
-        ConfigError: it is not installed, several ranks were started, or there is no such task.
+        ConfigError: it is not installed, or there is no such task.
     """
-    if world.size > 1:
-        raise ConfigError("protocol=harness runs on one rank: lm-evaluation-harness has its own way to split samples")
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -31,8 +32,10 @@ def find_harness_tasks(config: EvaluateConfig, world: World) -> Any:
     return manager
 
 
-def run_harness(loaded: LoadedModel, tokenizer: Any, config: EvaluateConfig, manager: Any) -> dict[str, Any]:
-    """`tasks` with each metric of the harness, and `samples`.
+def run_harness(
+    loaded: LoadedModel, tokenizer: Any, config: EvaluateConfig, manager: Any, world: World
+) -> dict[str, Any]:
+    """`tasks` with each metric of the harness, and `samples`; empty on other ranks than 0. *Collective*.
 
     Raises:
         ConfigError: a task cannot be asked.
@@ -41,6 +44,8 @@ def run_harness(loaded: LoadedModel, tokenizer: Any, config: EvaluateConfig, man
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=config.batch_size)
+    for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(model, name, partial(_shared, getattr(model, name), world))
     try:
         found = lm_eval.simple_evaluate(
             model, tasks=list(config.tasks), task_manager=manager, limit=config.limit, random_seed=0, bootstrap_iters=0
@@ -49,12 +54,28 @@ def run_harness(loaded: LoadedModel, tokenizer: Any, config: EvaluateConfig, man
         raise ConfigError(
             f"lm-evaluation-harness could not ask {', '.join(config.tasks)}: {first_line(error)}"
         ) from None
+    if not world.is_main:
+        return {}
     tasks: dict[str, dict[str, Any]] = {}
     samples: list[dict[str, Any]] = []
     for name, some in found["samples"].items():
         tasks[name] = _scores(found["results"][name], len({sample["doc_id"] for sample in some}))
         samples += [{"task": name, **_sample(sample)} for sample in some]
     return {"harness": lm_eval.__version__, "tasks": tasks, "samples": samples}
+
+
+def _shared(ask: Callable[..., list[Any]], world: World, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+    """The answers in the order of the requests, of which each rank asks some. *Collective*.
+
+    A document's stay together, as they share its prompt. The harness's own split needs accelerate to have started the
+    ranks, and fails where one has no document (0.4.13).
+    """
+    own = [number for number, request in enumerate(requests) if request.doc_id % world.size == world.rank]
+    answers = ask([requests[number] for number in own], disable_tqdm or not world.is_main) if own else []
+    answered: dict[int, Any] = {}
+    for some in parallel.gather(world, dict(zip(own, answers, strict=True)), world.patient_group):
+        answered |= some
+    return [answered[number] for number in range(len(requests))]
 
 
 def _scores(metrics: dict[str, Any], count: int) -> dict[str, Any]:

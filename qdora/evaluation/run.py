@@ -84,12 +84,14 @@ def evaluate(config: EvaluateConfig) -> int:
 def _evaluate_by_harness(config: EvaluateConfig, subject: Subject, output: Path, world: World) -> int:
     from qdora.evaluation.harness import find_harness_tasks, run_harness  # an extra
 
-    manager = find_harness_tasks(config, world)
-    _keep_others(read_json(output / RESULTS), output, config, None)
-    base = model_folder(subject.model)
+    manager = parallel.main_first(world, lambda: find_harness_tasks(config))
+    _keep_others(parallel.broadcast(world, read_json(output / RESULTS), world.patient_group), output, config, None)
+    base = parallel.main_first(world, lambda: model_folder(subject.model))
     tokenizer = load_tokenizer(base, subject.model)
-    scores = run_harness(subject.load(base, world), tokenizer, config, manager)
-    return _write(output, _header(config, subject, list(config.tasks)) | scores)
+    scores = run_harness(subject.load(base, world), tokenizer, config, manager, world)
+    if world.is_main:
+        _write(output, _header(config, subject, list(config.tasks)) | scores)
+    return 0
 
 
 def _data(config: EvaluateConfig, subject: Subject) -> DataConfig:
@@ -207,12 +209,11 @@ def _rows(source: str, limit: int | None) -> list[Row]:
     return rows
 
 
-def _write(output: Path, results: dict[str, Any]) -> int:
+def _write(output: Path, results: dict[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_durably(output / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     _show(results)
     print(f"written to {output / RESULTS}", flush=True)
-    return 0
 
 
 def _show(results: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from qdora.config import DataConfig, Dtype, EvaluateConfig, ModelConfig, Protocol
 from qdora.errors import ConfigError
 from qdora.evaluation import evaluate
+from tests.support import make_model, qdora
 
 ROWS = Path(__file__).parent.parent / "unit" / "commonsense_rows.jsonl"
 SCORE_TOLERANCE = 1e-4
@@ -27,6 +28,22 @@ target_delimiter: ""
 metric_list:
   - metric: acc
   - metric: acc_norm
+"""
+
+ONE_ANSWER = """task: one_answer
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{completion}}}}"
+generation_kwargs:
+  max_gen_toks: 8
+  until: ["never"]
+metric_list:
+  - metric: exact_match
 """
 
 
@@ -79,6 +96,31 @@ def test_likelihoods_are_those_of_the_harness(
     assert scores["accuracy"] == ours["accuracy"] == scores["harness"]["acc"]
     assert scores["accuracy_normalised"] == ours["accuracy_normalised"]
     assert ours["accuracy"] != ours["accuracy_normalised"], "these rows would not show a mistake of the normalisation"
+
+
+def test_two_ranks_answer_as_one_also_where_one_has_no_sample(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make_model(tmp_path / "tiny", "llama", num_hidden_layers=1)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    single = tmp_path / "single.jsonl"
+    single.write_text(questions.read_text().splitlines()[0] + "\n")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "task.yaml").write_text(TASK.format(file=questions))
+    (tmp_path / "tasks" / "one.yaml").write_text(ONE_ANSWER.format(file=single))
+    arguments = [f"model.path={tiny}", "protocol=harness", f"tasks_path={tmp_path}/tasks", "model.dtype=float32"]
+    arguments += ["tasks=[qdora_commonsense,one_answer]", "batch_size=2"]
+    for nproc in (1, 2):
+        done = qdora("evaluate", *arguments, f"output_dir={tmp_path}/{nproc}", nproc=nproc)
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / str(nproc) / "results.json").read_text()) for nproc in (1, 2))
+    assert two["tasks"]["one_answer"] == one["tasks"]["one_answer"]
+    assert two["tasks"]["qdora_commonsense"]["accuracy"] == one["tasks"]["qdora_commonsense"]["accuracy"]
+    assert len(two["samples"]) == len(one["samples"]) == 17
+    for sample, alone in zip(two["samples"], one["samples"], strict=True):
+        assert sample | {"scores": None} == alone | {"scores": None}
+        assert sample.get("scores", {}) == pytest.approx(alone.get("scores", {}), rel=SCORE_TOLERANCE)
+    assert done.stdout.count("written to") == 1
 
 
 def test_unknown_task_is_told(smollm2: Path, tmp_path: Path) -> None:
