@@ -1,11 +1,14 @@
 """How much memory a rank has taken, and how much it could still take."""
 
 import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 
+from qdora.errors import OutOfMemoryError
 from qdora.parallel import World
 
 _CGROUPS = (  # folder, limit, used, and what of it is page cache
@@ -19,6 +22,21 @@ def memory_gib(world: World) -> float:
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextmanager
+def explaining_shortage(explain: Callable[[], str]) -> Iterator[None]:
+    """Turns a failed allocation inside the block into a message.
+
+    Raises:
+        OutOfMemoryError: on this rank; the others wait for it until the launcher ends them.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise OutOfMemoryError(explain()) from None
 
 
 def free_memory(world: World) -> int:

@@ -213,6 +213,14 @@ def all_sum(world: World, *values: float) -> list[float]:
     return total.tolist()  # type: ignore[no-any-return]
 
 
+def any_of(world: World, value: bool) -> bool:
+    """Whether `value` is true on some rank, which may take hours to say so. *Collective*."""
+    total = torch.tensor(int(value))
+    if world.size > 1:
+        dist.all_reduce(total, group=world.patient_group)
+    return bool(total)
+
+
 def wait(world: World) -> None:
     """Returns when every rank has come here with all its work so far done, its device's too. *Collective*."""
     if world.device.type == "cuda":

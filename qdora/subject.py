@@ -12,7 +12,6 @@ from qdora.config import (
     EvaluateConfig,
     ModelConfig,
     ParallelConfig,
-    Plan,
     QuantConfig,
     QuantMethod,
 )
@@ -35,7 +34,7 @@ class Subject:
     """The run that decided the rest."""
 
     def load(self, base: Path, world: World) -> LoadedModel:
-        """The model of the folder `base`, not to be trained, whole on each rank. *Collective*.
+        """The model of the folder `base`, not to be trained, on each rank whole or its shard. *Collective*.
 
         Raises:
             ModelError, AdapterError: the checkpoint, a layer, or the adapter does not fit.
@@ -43,7 +42,7 @@ class Subject:
         """
         if self.run is not None and self.adapter.path is not None:
             self.run.check_base(base)
-        plan = ParallelConfig(plan=Plan.none)
+        plan = ParallelConfig(plan=world.plan)
         loaded = load_model(base, self.model, self.quant, self.adapter, plan, world, seed=0, trainable=False)
         loaded.model.eval()
         check_token_loss(loaded.model, world.device, packing=False)

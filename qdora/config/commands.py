@@ -206,6 +206,8 @@ class EvaluateConfig:
     """Samples computed at once."""
     max_new_tokens: int = 32
     """Length of a generated answer at most."""
+    sharded: bool = False
+    """Let the ranks share one copy of the model, where a GPU has no room for a whole one; slower."""
     output_dir: str | None = None
     """Where results.json goes; null means `evaluation` in the run's or the model's folder."""
 

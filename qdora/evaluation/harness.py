@@ -8,6 +8,7 @@ from typing import Any
 from qdora import parallel
 from qdora.config import EvaluateConfig
 from qdora.errors import ConfigError, first_line
+from qdora.evaluation.ranks import in_step
 from qdora.model import LoadedModel
 from qdora.parallel import World
 
@@ -45,7 +46,7 @@ def run_harness(
 
     model = HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=config.batch_size)
     for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        setattr(model, name, partial(_shared, getattr(model, name), world))
+        setattr(model, name, partial(_shared, loaded, world, getattr(model, name)))
     try:
         found = lm_eval.simple_evaluate(
             model, tasks=list(config.tasks), task_manager=manager, limit=config.limit, random_seed=0, bootstrap_iters=0
@@ -64,14 +65,21 @@ def run_harness(
     return {"harness": lm_eval.__version__, "tasks": tasks, "samples": samples}
 
 
-def _shared(ask: Callable[..., list[Any]], world: World, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+def _shared(
+    loaded: LoadedModel,
+    world: World,
+    ask: Callable[..., list[Any]],
+    requests: list[Any],
+    disable_tqdm: bool = False,
+) -> list[Any]:
     """The answers in the order of the requests, of which each rank asks some. *Collective*.
 
     A document's stay together, as they share its prompt. The harness's own split needs accelerate to have started the
     ranks, and fails where one has no document (0.4.13).
     """
     own = [number for number, request in enumerate(requests) if request.doc_id % world.size == world.rank]
-    answers = ask([requests[number] for number in own], disable_tqdm or not world.is_main) if own else []
+    with in_step(loaded.model, world):
+        answers = ask([requests[number] for number in own], disable_tqdm or not world.is_main) if own else []
     answered: dict[int, Any] = {}
     for some in parallel.gather(world, dict(zip(own, answers, strict=True)), world.patient_group):
         answered |= some

@@ -1,7 +1,7 @@
 """Jobs over ranks: samples of like length make a batch, ranks take batches in turn, what is scored is kept.
 
 Which samples share a batch depends on the samples and `batch_size` alone, so that a score is the same on one rank or
-many, and after an interruption. Each rank has a whole copy of the model.
+many, and after an interruption. Each rank has a whole copy of the model, or all share one.
 
     output_dir/.scored-IDENTITY/rank-0.jsonl    a line for each finished batch; gone when results.json is there
 """
@@ -9,10 +9,12 @@ many, and after an interruption. Each rank has a whole copy of the model.
 import json
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -45,7 +47,7 @@ def score_all(
         done |= some
     open_work = [number for number in range(len(work)) if number not in done]
     own: dict[int, list[Record]] = {}
-    with (kept / f"rank-{world.rank}.jsonl").open("a", encoding="utf-8") as file:
+    with (kept / f"rank-{world.rank}.jsonl").open("a", encoding="utf-8") as file, in_step(loaded.model, world):
         file.write("\n")  # ends a line that was left torn
         for number in _shown(open_work[world.rank :: world.size], batch_size, world):
             name, batch = work[number]
@@ -58,6 +60,40 @@ def score_all(
     for number, (name, batch) in enumerate(work):
         records[name] |= dict(zip(batch, done[number], strict=True))
     return {name: [some[number] for number in range(len(some))] for name, some in records.items()}
+
+
+@contextmanager
+def in_step(model: Any, world: World) -> Iterator[None]:
+    """Inside, ranks that share one copy of `model` do as many forwards as each has. *Collective* where they share it.
+
+    A forward gathers weights from every rank. So each is announced, and a rank that is through goes along, with one
+    token, until all are.
+    """
+    if world.mesh is None:
+        yield
+        return
+
+    def announce(*_: object) -> None:
+        parallel.any_of(world, True)
+
+    def announced(*arguments: Any) -> Any:
+        announce()
+        return log_likelihoods(*arguments)
+
+    # Before FSDP2's own hooks, which gather.
+    hook = model.register_forward_pre_hook(announce, prepend=True)
+    log_likelihoods, model.log_likelihoods = model.log_likelihoods, announced
+    # transformers' own way, with which every rank must generate the same number of batches.
+    generate, model.generate = model.generate, partial(model.generate, synced_gpus=False)
+    try:
+        yield
+    finally:
+        hook.remove()
+        model.log_likelihoods, model.generate = log_likelihoods, generate
+    token = torch.zeros(1, 1, dtype=torch.long, device=world.device)
+    with torch.no_grad():
+        while parallel.any_of(world, False):
+            model(input_ids=token, use_cache=False)
 
 
 def _read(kept: Path) -> dict[int, list[Record]]:

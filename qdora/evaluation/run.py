@@ -16,9 +16,10 @@ from rich.table import Table
 
 from qdora import parallel
 from qdora.adapter import peft_format
-from qdora.config import DataConfig, EvaluateConfig, ParallelConfig, Plan, Protocol
+from qdora.config import DataConfig, EvaluateConfig, ParallelConfig, Plan, Protocol, QuantMethod
 from qdora.config.commands import overlaid
 from qdora.data.sources import Row, load_rows
+from qdora.device_memory import explaining_shortage
 from qdora.errors import ConfigError, DataError
 from qdora.evaluation.ranks import score_all
 from qdora.evaluation.scoring import Job, generate_job, likelihood_job, loss_job
@@ -42,7 +43,7 @@ def evaluate(config: EvaluateConfig) -> int:
     Raises:
         QdoraError: the run, the model, the adapter or the data cannot be used.
     """
-    world = parallel.start(ParallelConfig(plan=Plan.ddp))  # a whole copy of the model on each rank
+    world = parallel.start(ParallelConfig(plan=Plan.fsdp if config.sharded else Plan.ddp))
     subject = find_subject(config, "scored")
     output = _output(config, subject)
     if config.protocol is Protocol.harness:
@@ -69,7 +70,7 @@ def evaluate(config: EvaluateConfig) -> int:
             print(f"these scores are there already: {output / RESULTS}")
         return 0
     partial = output / f".scored-{header['identity']}"
-    with _taken(partial, world):
+    with _taken(partial, world), explaining_shortage(lambda: _does_not_fit(config, subject, world)):
         loaded = subject.load(base, world)
         records = score_all(loaded, jobs, config.batch_size, world, partial)
         tasks = {name: summary(samples) for name, samples in records.items()}
@@ -88,10 +89,20 @@ def _evaluate_by_harness(config: EvaluateConfig, subject: Subject, output: Path,
     _keep_others(parallel.broadcast(world, read_json(output / RESULTS), world.patient_group), output, config, None)
     base = parallel.main_first(world, lambda: model_folder(subject.model))
     tokenizer = load_tokenizer(base, subject.model)
-    scores = run_harness(subject.load(base, world), tokenizer, config, manager, world)
+    with explaining_shortage(lambda: _does_not_fit(config, subject, world)):
+        scores = run_harness(subject.load(base, world), tokenizer, config, manager, world)
     if world.is_main:
         _write(output, _header(config, subject, list(config.tasks)) | scores)
     return 0
+
+
+def _does_not_fit(config: EvaluateConfig, subject: Subject, world: World) -> str:
+    shared = "use more ranks" if config.sharded else "let several ranks share one copy of the model, sharded=true"
+    quantised = "" if subject.quant.method is QuantMethod.nf4 else "; or quant=nf4, which scores other weights"
+    return (
+        f"rank {world.rank} of {world.size} ran out of memory while it scored {subject.model.path}: lower batch_size="
+        f"{config.batch_size}; if the model alone does not fit, {shared}{quantised}"
+    )
 
 
 def _data(config: EvaluateConfig, subject: Subject) -> DataConfig:

@@ -27,7 +27,7 @@ from qdora.errors import DataError, ModelError
 from qdora.evaluation.tasks import Question, as_word, gold_of, is_right, question_of
 from qdora.model import LoadedModel
 from qdora.model.generate import generate_batch
-from qdora.model.loss import IGNORED, log_likelihoods
+from qdora.model.loss import IGNORED
 
 Record = dict[str, Any]
 """What results.json says of a sample."""
@@ -67,7 +67,7 @@ def _log_likelihoods(loaded: LoadedModel, some: list[Scored], batch_size: int, p
         wanted = [(line, *asked) for line, sequence in enumerate(batch) for asked in sequence.wanted]
         positions = torch.arange(length).expand_as(ids)
         columns = torch.tensor(wanted).T.contiguous()
-        values = log_likelihoods(loaded.model, *(tensor.to(device) for tensor in (ids, positions, *columns))).tolist()
+        values = loaded.model.log_likelihoods(*(tensor.to(device) for tensor in (ids, positions, *columns))).tolist()
         if not all(map(math.isfinite, values)):
             raise ModelError(
                 "a log-probability is not finite: the weights do not compute, and no score would mean a thing"

@@ -157,8 +157,14 @@ def _head_forward(
     hidden: Tensor,
     labels: Tensor | None = None,
     transform: LogitTransform | None = None,
+    each: bool = False,
 ) -> Tensor:
-    """The logits; given labels, the loss instead, whose backward does without the head's weight."""
+    """The logits; given labels, the loss instead, whose backward does without the head's weight, or `each` one's log p.
+
+    One call of a sharded head gathers its weight once, however many labels there are.
+    """
+    if each and labels is not None and transform is not None:
+        return _each_log_p(forward, hidden, labels, transform, _chunk_rows(_head_tensors(head)[0]))
     if labels is None or transform is None:
         sharded = isinstance(head, FSDPModule) and torch.is_grad_enabled()
         assert not sharded, "a sharded head is freed before a backward of its logits: use token_loss"
@@ -177,34 +183,43 @@ def _token_loss(self: Any, input_ids: Tensor, position_ids: Tensor, labels: Tens
 
 
 @torch.no_grad()
-def log_likelihoods(
-    model: Any, input_ids: Tensor, position_ids: Tensor, rows: Tensor, columns: Tensor, targets: Tensor
+def _log_likelihoods(
+    self: Any, input_ids: Tensor, position_ids: Tensor, rows: Tensor, columns: Tensor, targets: Tensor
 ) -> Tensor:
-    """log p(target) after the token at each (row, column), (targets,) float32; for a model not sharded.
+    decoder, head = self.get_decoder(), self.get_output_embeddings()
+    hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    transform = LogitTransform.of(self.config)
+    return head(hidden[rows, columns], labels=targets, transform=transform, each=True)  # type: ignore[no-any-return]
 
-    Args:
-        input_ids: (rows, length) int64, as `position_ids`; `rows`, `columns` and `targets` are (targets,) int64.
-    """
-    hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-    head, transform = model.get_output_embeddings(), LogitTransform.of(model.config)
+
+def _each_log_p(
+    forward: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, transform: LogitTransform, step: int
+) -> Tensor:
+    """log p(label) at each position of `hidden` (positions, hidden size), float32."""
     found = []
-    for some in torch.arange(len(rows), device=rows.device).split(_chunk_rows(_head_tensors(head)[0])):
-        logits = transform(head(hidden[rows[some], columns[some]]).float())
-        found.append(logits.gather(1, targets[some, None])[:, 0] - logits.logsumexp(1))
+    for some, targets in zip(hidden.split(step), labels.split(step), strict=True):
+        logits = transform(forward(some).float())
+        found.append(logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1))
     return torch.cat(found)
 
 
 def attach_token_loss(model: Any) -> None:
-    """Gives the model `token_loss(input_ids, position_ids, labels)`; after sharding, so that FSDP2 gathers for it too.
+    """Gives the model two ways to be asked; after sharding, so that FSDP2 gathers for them too.
 
-    All three are (rows, length) int64; the result is `chunked_cross_entropy`'s. No attention mask is passed:
-    transformers separates the samples of a row where `position_ids` restarts, and padding comes last.
+    - `token_loss(input_ids, position_ids, labels)`, all (rows, length) int64; the result is `chunked_cross_entropy`'s.
+    - `log_likelihoods(input_ids, position_ids, rows, columns, targets)`: log p(target) after the token at each (row,
+      column), (targets,) float32; these three are (targets,) int64.
+
+    No attention mask is passed: transformers separates the samples of a row where `position_ids` restarts, and padding
+    comes last.
     """
     model.token_loss = _token_loss.__get__(model)
+    model.log_likelihoods = _log_likelihoods.__get__(model)
     head = model.get_output_embeddings()
     head.forward = partial(_head_forward, head, head.forward)  # inside FSDP2's hooks, which gather the head for it
     if isinstance(model, FSDPModule):
-        register_fsdp_forward_method(model, "token_loss")  # type: ignore[arg-type]
+        for name in ("token_loss", "log_likelihoods"):
+            register_fsdp_forward_method(model, name)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ dequantisation buffer, which are there by then; what comes on top while a step r
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qdora.config import ActivationCheckpointing, Gather, Plan, RunConfig
-from qdora.errors import OutOfMemoryError
 from qdora.model import LoadedModel
 from qdora.model.activations import KEPT_OPERATORS
 from qdora.model.build import ends
@@ -106,21 +104,6 @@ def step_bytes(loaded: LoadedModel, world: World, rows: int, length: int) -> Ste
         optimizer=3 * 4 * own,
         loss=6 * CHUNK_NUMEL[world.device.type],  # logits in float32, and rounded
     )
-
-
-@contextmanager
-def explaining_shortage(explain: Callable[[], str]) -> Iterator[None]:
-    """Turns a failed allocation inside the block into a message.
-
-    Raises:
-        OutOfMemoryError: on this rank; the others wait for it until the launcher ends them.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise OutOfMemoryError(explain()) from None
 
 
 def remedies(need: StepBytes, kind: ActivationCheckpointing, config: RunConfig, world: World, own_bytes: int) -> str:

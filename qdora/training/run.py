@@ -24,7 +24,7 @@ from qdora.config import (
     RunConfig,
 )
 from qdora.data import BatchLoader, TokenDataset, prepare
-from qdora.device_memory import free_memory
+from qdora.device_memory import explaining_shortage, free_memory
 from qdora.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, TrainingError
 from qdora.interrupt import interrupt
 from qdora.model import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_folder
@@ -40,7 +40,6 @@ from qdora.tracking import make_tracker
 from qdora.training.memory import (
     StepBytes,
     choose_recomputation,
-    explaining_shortage,
     remedies,
     step_bytes,
 )

@@ -1,4 +1,7 @@
-"""`python failing_rank.py raise|hang|memory train ...`: qdora, whose last rank goes wrong in step 3."""
+"""`python failing_rank.py raise|hang|memory train ...`: qdora, whose last rank goes wrong in step 3.
+
+`python failing_rank.py memory evaluate ...` has no memory to score with.
+"""
 
 import os
 import resource
@@ -9,11 +12,24 @@ from typing import Any
 import psutil
 
 from qdora.__main__ import main
+from qdora.evaluation import ranks
+from qdora.evaluation import run as evaluation
 from qdora.training import trainer
 
 KIND = sys.argv.pop(1)
 clip_gradients = trainer.clip_gradients
 calls = 0
+
+
+def limit_memory() -> None:
+    """To hardly more than there is now."""
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**27,) * 2)
+
+
+def score_all(*arguments: Any) -> Any:
+    """In place of the one of the same name."""
+    limit_memory()
+    return ranks.score_all(*arguments)
 
 
 def go_wrong(*arguments: Any) -> float:
@@ -23,8 +39,8 @@ def go_wrong(*arguments: Any) -> float:
     if calls == 3 and os.environ.get("RANK", "1") == "1":
         if KIND == "hang":
             time.sleep(3600)
-        if KIND == "memory":  # hardly more than there is now
-            resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**27,) * 2)
+        if KIND == "memory":
+            limit_memory()
             return clip_gradients(*arguments)
         raise ZeroDivisionError("a mistake that nobody foresaw")
     return clip_gradients(*arguments)
@@ -32,4 +48,5 @@ def go_wrong(*arguments: Any) -> float:
 
 if __name__ == "__main__":
     trainer.clip_gradients = go_wrong
+    evaluation.score_all = score_all
     main()

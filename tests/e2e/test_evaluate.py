@@ -66,11 +66,28 @@ def test_tasks_have_their_own_scores_and_samples_keep_their_order(whole: Path, t
     assert not list(whole.glob(".scored-*"))
 
 
-def test_two_ranks_score_the_same_bit_for_bit(whole: Path, tiny: Path, tasks: Path, tmp_path: Path) -> None:
-    done = qdora(*options(tiny, tasks, tmp_path), nproc=2)
+@pytest.mark.parametrize("sharded", [False, True], ids=["copies", "shards"])
+def test_two_ranks_score_the_same_bit_for_bit(
+    whole: Path, tiny: Path, tasks: Path, tmp_path: Path, sharded: bool
+) -> None:
+    done = qdora(*options(tiny, tasks, tmp_path), f"sharded={sharded}", nproc=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert results(tmp_path) == results(whole)
     assert done.stdout.count("written to") == 1
+
+
+def test_ranks_that_share_a_copy_answer_as_one_with_a_copy(tiny: Path, data: Path, tasks: Path, tmp_path: Path) -> None:
+    """Of a DoRA run, and with more forwards on one rank than on the other: three batches."""
+    run = ["train", f"model.path={tiny}", f"data.train={data}", "optim.learning_rate=1e-2", "tracker=none"]
+    assert qdora(*run, "data.packing=false", "train.num_steps=3", f"output_dir={tmp_path}/run").returncode == 0
+    asked = [f"run={tmp_path}/run", f"tasks_path={tasks}", "tasks=[parity]", "limit=9", "protocol=generate"]
+    for nproc in (1, 2):
+        given = [*asked, "batch_size=4", f"sharded={nproc == 2}", f"output_dir={tmp_path}/{nproc}"]
+        done = qdora("evaluate", *given, nproc=nproc)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (results(tmp_path / str(nproc)) for nproc in (1, 2))
+    assert one == two
+    assert len({len(sample["prediction"]) for sample in one["samples"]}) > 1
 
 
 def test_killed_evaluation_goes_on_with_what_it_had_scored(

@@ -383,6 +383,18 @@ def test_batch_that_does_not_fit_names_what_lowers_memory(tiny: Path, tmp_path: 
         assert re.search(rf"{option} \(-0\.\d\d GiB\)", done.stderr), done.stderr
 
 
+def test_evaluation_that_does_not_fit_names_what_lowers_memory(tiny: Path, tmp_path: Path) -> None:
+    data = tmp_path / "long.jsonl"
+    data.write_text((json.dumps({"prompt": "so", "completion": " so" * 1000}) + "\n") * 64)
+    arguments = [f"model.path={tiny}", f"data.eval={data}", "data.max_length=1024", "batch_size=64"]
+    command = [*launcher(1), str(FAILING_RANK), "memory", "evaluate", *arguments, f"output_dir={tmp_path}/scores"]
+    done = run(command, MALLOC_MMAP_THRESHOLD_="65536")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"qdora: rank 0 of 1 ran out of memory while it scored {tiny}: lower batch_size=64" in done.stderr
+    assert "sharded=true" in done.stderr
+
+
 def test_rank_that_hangs_ends_all_and_says_where_each_was(tiny: Path, data: Path, tmp_path: Path) -> None:
     done = run_with_rank("hang", [*long_run(tiny, data), f"output_dir={tmp_path}/run"])
     seconds = seconds_after_step(tmp_path / "run", 2, time.time())

@@ -98,7 +98,7 @@ def test_likelihoods_are_those_of_the_harness(
     assert ours["accuracy"] != ours["accuracy_normalised"], "these rows would not show a mistake of the normalisation"
 
 
-def test_two_ranks_answer_as_one_also_where_one_has_no_sample(
+def test_two_ranks_that_share_a_model_answer_as_one_also_where_one_has_no_sample(
     questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = make_model(tmp_path / "tiny", "llama", num_hidden_layers=1)
@@ -111,7 +111,8 @@ def test_two_ranks_answer_as_one_also_where_one_has_no_sample(
     arguments = [f"model.path={tiny}", "protocol=harness", f"tasks_path={tmp_path}/tasks", "model.dtype=float32"]
     arguments += ["tasks=[qdora_commonsense,one_answer]", "batch_size=2"]
     for nproc in (1, 2):
-        done = qdora("evaluate", *arguments, f"output_dir={tmp_path}/{nproc}", nproc=nproc)
+        more = [f"sharded={nproc == 2}", f"output_dir={tmp_path}/{nproc}"]
+        done = qdora("evaluate", *arguments, *more, nproc=nproc)
         assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / str(nproc) / "results.json").read_text()) for nproc in (1, 2))
     assert two["tasks"]["one_answer"] == one["tasks"]["one_answer"]

@@ -13,7 +13,7 @@ from qdora import nf4
 from qdora.config import AdapterConfig, AdapterMethod, Dtype, ModelConfig, ParallelConfig, Plan, QuantConfig
 from qdora.errors import ModelError
 from qdora.model import LoadedModel, load_model
-from qdora.model.loss import LogitTransform, check_token_loss, chunked_cross_entropy, log_likelihoods
+from qdora.model.loss import LogitTransform, check_token_loss, chunked_cross_entropy
 from qdora.nf4 import NF4Embedding, NF4Head, NF4Weight
 from qdora.parallel import start_alone
 from tests.support import FAMILIES, make_model
@@ -74,7 +74,7 @@ def test_logits_are_those_of_the_dequantised_weights(family: str, double_quant: 
     labels = IDS.roll(-1, 1)
     log_probabilities = expected.log_softmax(2).gather(2, labels[..., None])[..., 0]
     positions, (rows, columns) = torch.arange(32).expand_as(IDS), torch.ones_like(IDS).nonzero(as_tuple=True)
-    found = log_likelihoods(ours.model, IDS, positions, rows, columns, labels.flatten())
+    found = ours.model.log_likelihoods(IDS, positions, rows, columns, labels.flatten())
     torch.testing.assert_close(found, log_probabilities.flatten())
 
 

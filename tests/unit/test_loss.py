@@ -16,7 +16,6 @@ from qdora.model.loss import (
     attach_token_loss,
     check_token_loss,
     chunked_cross_entropy,
-    log_likelihoods,
 )
 from tests.support import run
 
@@ -158,4 +157,5 @@ def test_log_likelihoods_are_those_of_what_is_asked(monkeypatch: pytest.MonkeyPa
     rows, columns, targets = torch.tensor([[0, 0, 2, 1, 0], [5, 5, 0, 3, 1], [1, 2, 0, 4, 4]])
     log_probabilities = model.forward(ids).logits.log_softmax(2)  # type: ignore[attr-defined]
     expected = log_probabilities[rows, columns, targets].detach()
-    torch.testing.assert_close(log_likelihoods(model, ids, ids, rows, columns, targets), expected)
+    attach_token_loss(model)
+    torch.testing.assert_close(model.log_likelihoods(ids, ids, rows, columns, targets), expected)
