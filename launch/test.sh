@@ -5,8 +5,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 launch/setup.sh dev
-# Ranks of a test share few cores: threads that wait must not spin.
-export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
 if (($# == 0)); then
     if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         .venv/bin/python -m pytest tests/gpu

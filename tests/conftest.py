@@ -9,8 +9,10 @@ import pytest
 if not ("PYTEST_XDIST_WORKER" in os.environ or any("gpu" in argument for argument in sys.argv)):
     # Before torch looks: the CPU tests are the same on a machine with GPUs; launch/test.sh runs tests/gpu by itself.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# Before the libraries look: runs in this process are bit for bit those of processes that have one thread.
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# Before the libraries look, here and in what is started: one thread a rank, so that runs in this process are bit for
+# bit those of others; ranks share few cores, so threads that wait must not spin.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -98,16 +98,8 @@ def asked(request: pytest.FixtureRequest, name: str) -> list[Any]:
 
 
 def run(arguments: list[str], *, timeout_s: float = 180, cwd: Path = ROOT, **environment: str) -> Any:
-    """A finished subprocess with stdout and stderr as text; one thread, offline."""
-    variables = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "WANDB_MODE": "offline",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-        **environment,
-    }
+    """A finished subprocess with stdout and stderr as text."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
         arguments, capture_output=True, text=True, timeout=timeout_s, cwd=cwd, env=variables, check=False
     )

@@ -95,41 +95,47 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def simulate(
-    empty: EmptyModel, rows: int, length: int, trained: torch.dtype, attention: Attention, packed: bool
-) -> dict[ActivationCheckpointing, Activations]:
-    """Runs each kind of block of `empty` (on meta; unusable afterwards) on a micro-batch (rows, length).
+class Simulation:
+    """Runs each kind of block of `empty` (on meta; unusable afterwards) on micro-batches of rows of `length` tokens.
 
     Args:
         trained: dtype in which the trained parameters compute: the model's under FSDP2, else their own float32.
         attention: what the run has; `eager` is simulated as it is, the others by sdpa.
         packed: whether samples share a row, for which sdpa needs a mask.
     """
-    model, blocks = empty.model, empty.blocks
-    model.train()
-    if attention is not Attention.eager:
-        mask = (rows, 1, length, length) if packed and attention is Attention.sdpa else None
-        _use_mask(model, mask)
-    found: list[_ByRecomputation] = []
-    known: dict[nn.Module, _ByRecomputation] = {}
-    tuples: set[nn.Module] = set()
-    kinds: dict[Any, nn.Module] = {}
-    alike = [kinds.setdefault(_kind(block), block) for block in blocks]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        inside = {part for block in blocks for part in block.modules()}
-        outer = [part for part in model.modules() if part not in inside and not list(part.children())]
-        for module in [*outer, *kinds.values()]:
-            _fake(module, trained)
-        for block, like in zip(blocks, alike, strict=True):
-            block.forward = functools.partial(_measured, like, found, known, tuples)  # type: ignore[method-assign]
-        # Not from tokens: an embedding in NF4 would compute on values.
-        width = model.config.get_text_config().hidden_size
-        embedded = torch.empty(rows, length, width, dtype=empty.dtype)
-        with LiveBytes() as live:
-            out = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            outside, hidden = live.now, out.untyped_storage().nbytes()
-            del out
-    return {kind: Activations([block[kind] for block in found], outside, hidden) for kind in FASTEST_FIRST}
+
+    def __init__(
+        self, empty: EmptyModel, length: int, trained: torch.dtype, attention: Attention, packed: bool
+    ) -> None:
+        self.model, self.blocks, self.dtype, self.length = empty.model, empty.blocks, empty.dtype, length
+        self._is_replaced, self._has_mask = attention is not Attention.eager, packed and attention is Attention.sdpa
+        self.model.train()
+        kinds: dict[Any, nn.Module] = {}
+        self._alike = [kinds.setdefault(_kind(block), block) for block in self.blocks]
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._mode:
+            inside = {part for block in self.blocks for part in block.modules()}
+            outer = [part for part in self.model.modules() if part not in inside and not list(part.children())]
+            for module in [*outer, *kinds.values()]:
+                _fake(module, trained)
+
+    def run(self, rows: int, kind: ActivationCheckpointing) -> Activations:
+        """Of a micro-batch (rows, length) under one kind of recomputation."""
+        if self._is_replaced:
+            _use_mask(self.model, (rows, 1, self.length, self.length) if self._has_mask else None)
+        found: list[BlockBytes] = []
+        known: dict[nn.Module, tuple[BlockBytes, bool]] = {}
+        with self._mode:
+            for block, like in zip(self.blocks, self._alike, strict=True):
+                block.forward = functools.partial(_measured, like, kind, found, known)  # type: ignore[method-assign]
+            # Not from tokens: an embedding in NF4 would compute on values.
+            width = self.model.config.get_text_config().hidden_size
+            embedded = torch.empty(rows, self.length, width, dtype=self.dtype)
+            with LiveBytes() as live:
+                out = self.model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
+                outside, hidden = live.now, out.untyped_storage().nbytes()
+                del out
+        return Activations(found, outside, hidden)
 
 
 def _use_mask(model: Any, shape: tuple[int, ...] | None) -> None:
@@ -141,9 +147,6 @@ def _use_mask(model: Any, shape: tuple[int, ...] | None) -> None:
     model.set_attn_implementation("planned")
 
 
-_ByRecomputation = dict[ActivationCheckpointing, BlockBytes]
-
-
 def _kind(block: nn.Module) -> Any:
     """The same for blocks that are alike."""
     shapes = tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in block.parameters())
@@ -152,25 +155,22 @@ def _kind(block: nn.Module) -> Any:
 
 def _measured(
     block: nn.Module,
-    found: list[_ByRecomputation],
-    known: dict[nn.Module, _ByRecomputation],
-    tuples: set[nn.Module],
+    kind: ActivationCheckpointing,
+    found: list[BlockBytes],
+    known: dict[nn.Module, tuple[BlockBytes, bool]],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """An output of the block's shape; what it takes is counted once for all blocks that are like `block`."""
     hidden, *others = args or (kwargs.pop("hidden_states"),)
     if block not in known:
-        known[block] = {}
-        forward = type(block).forward.__get__(block)
-        for kind in FASTEST_FIRST:
-            block.forward = forward  # type: ignore[method-assign]
-            checkpoint_activations([block], kind)
-            known[block][kind], returns_tuple = _count(block, hidden, others, kwargs)
-            tuples |= {block} if returns_tuple else set()
-    found.append(known[block])
+        block.forward = type(block).forward.__get__(block)  # type: ignore[method-assign]
+        checkpoint_activations([block], kind)
+        known[block] = _count(block, hidden, others, kwargs)
+    taken, is_tuple = known[block]
+    found.append(taken)
     result = torch.empty_like(hidden, requires_grad=True)
-    return (result, None) if block in tuples else result
+    return (result, None) if is_tuple else result
 
 
 def _fake(module: nn.Module, trained: torch.dtype) -> None:

@@ -26,7 +26,7 @@ from qdora.config import (
 from qdora.config.commands import changed
 from qdora.errors import ModelError, QdoraError, first_line
 from qdora.model.build import build_model
-from qdora.planning.activations import FASTEST_FIRST, Activations, simulate
+from qdora.planning.activations import FASTEST_FIRST, Activations, Simulation
 from qdora.planning.hardware import GIB, Hardware
 from qdora.planning.memory import Sharing, peak_bytes
 from qdora.planning.speed import StepTime, step_time
@@ -134,7 +134,8 @@ class Planner:
     def __init__(self, task: Task, folder: Path, hardware: Hardware) -> None:
         self.task, self.folder, self.hardware = task, folder, hardware
         self._forms: dict[bool, Tensors] = {}
-        self._activations: dict[torch.dtype, list[dict[ActivationCheckpointing, Activations]]] = {}
+        self._simulations: dict[torch.dtype, Simulation] = {}
+        self._activations: dict[tuple[torch.dtype, ActivationCheckpointing], list[Activations]] = {}
 
     def plans(self) -> list[Planned]:
         """The usual choices for as many rows a step as the task has; tight ones where nothing else of a layout fits."""
@@ -248,20 +249,24 @@ class Planner:
         Raises:
             ModelError: the model's code cannot be run on tensors without values.
         """
-        if trained not in self._activations:
+        key = trained, choice.kind
+        if key not in self._activations:
             try:
-                self._activations[trained] = [self._simulated(rows, trained) for rows in (1, 2)]
+                self._activations[key] = [self._simulation(trained).run(rows, choice.kind) for rows in (1, 2)]
             except QdoraError:
                 raise
             except Exception as error:  # whatever a model's own code raises
                 told = f"{type(error).__name__}: {first_line(error)}"
                 raise ModelError(f"the memory of {self.task.model.path} cannot be planned ({told})") from error
-        one, two = (some[choice.kind] for some in self._activations[trained])
+        one, two = self._activations[key]
         return one.extended(two, choice.micro_batch_size)
 
-    def _simulated(self, rows: int, trained: torch.dtype) -> dict[ActivationCheckpointing, Activations]:
-        data, attention = self.task.data, self.task.model.attention
-        return simulate(self._form(embeddings=False), rows, data.max_length, trained, attention, data.packing)
+    def _simulation(self, trained: torch.dtype) -> Simulation:
+        if trained not in self._simulations:
+            data, attention = self.task.data, self.task.model.attention
+            form = self._form(embeddings=False)
+            self._simulations[trained] = Simulation(form, data.max_length, trained, attention, data.packing)
+        return self._simulations[trained]
 
     def _tensors(self, embeddings: bool) -> Tensors:
         if embeddings not in self._forms:

@@ -83,11 +83,13 @@ def settle_by_plan(config: RunConfig, planner: Planner) -> Settled:
 
 
 def _plan_all(config: RunConfig, planner: Planner, tight: bool = False) -> list[Planned]:
-    train = config.train
-    return [
-        planner.plan(Choice(parallel, train.micro_batch_size, train.num_accumulation_steps, config.quant.embeddings))
-        for parallel in planner.layouts(config.parallel, tight)
-    ]
+    """Each layout with as little recomputation as fits, or with every kind where none does."""
+    train, considered = config.train, list[Planned]()
+    for given in planner.layouts(config.parallel, tight):
+        choice = Choice(given, train.micro_batch_size, train.num_accumulation_steps, config.quant.embeddings)
+        if not any(planned.fits and planned.choice.layout == choice.layout for planned in considered):
+            considered.append(planner.plan(choice))
+    return considered
 
 
 def _least_of_each_layout(considered: list[Planned]) -> dict[str, int]:

@@ -51,7 +51,7 @@ def execute(language: str, text: str, place: Path) -> str:
     """Standard output of a block, as a reader runs it."""
     command = ["bash", "-euo", "pipefail", "-c", text] if language == "bash" else [sys.executable, "-c", text]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PATH": path, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment, timeout=400, check=False)
     assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout

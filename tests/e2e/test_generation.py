@@ -391,7 +391,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_chat(smollm2: Path) -
     """In a terminal; the answer would take minutes. Ctrl-D is the end of input, as that of a pipe."""
     process, terminal = pty.fork()
     if not process:
-        os.environ |= {"TERM": "dumb", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        os.environ |= {"TERM": "dumb", "PYTHONPATH": str(ROOT)}
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background shell's children would ignore it
         arguments = ["chat", f"model.path={smollm2}", "max_new_tokens=2000"]
         os.execv(sys.executable, [sys.executable, "-m", "qdora", *arguments])

@@ -40,7 +40,7 @@ def test_interrupted_while_loading_is_not_said_to_be_saved(
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     deadline = time.monotonic() + 90
     while len(list(tmp_path.glob("loading-*"))) < 2 and time.monotonic() < deadline and process.poll() is None:

@@ -37,7 +37,7 @@ def start(arguments: list[str], nproc: int) -> "subprocess.Popen[str]":
 
 def start_command(command: list[str], cwd: Path = ROOT) -> "subprocess.Popen[str]":
     """The same of any command."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command,
         cwd=cwd,

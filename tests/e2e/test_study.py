@@ -55,7 +55,7 @@ def finished(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     """The folder of the study, stopped after its first run and gone on with by two processes."""
     folder = tmp_path_factory.mktemp("results") / "study"
     command = [*launcher(1), "-m", "qdora", *options, f"output_dir={folder}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 240
         while not list(folder.glob("*/summary.json")):

@@ -70,9 +70,6 @@ class Machine:
         variables = {
             **os.environ,
             "PYTHON": sys.executable,
-            "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "HF_HUB_OFFLINE": "1",
             "NPROC": "1",
             "HEAD": head,
             "RUN_ID": run_id,

@@ -28,9 +28,6 @@ class Job:
             **os.environ,
             "SLURM_CONF": str(config),
             "PYTHON": sys.executable,
-            "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "HF_HUB_OFFLINE": "1",
             "NPROC": "1",
             "HEAD": f"127.0.0.1:{free_ports(1)[0]}",  # both nodes are this machine
         }

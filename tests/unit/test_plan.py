@@ -355,7 +355,7 @@ def test_what_cannot_be_planned_starts_uncompared(
     def fails(*_: object) -> None:
         raise RuntimeError("a model's own code wants values")
 
-    monkeypatch.setattr("qdora.planning.plans.simulate", fails)
+    monkeypatch.setattr("qdora.planning.plans.Simulation", fails)
     with pytest.raises(ModelError, match=r"wants values.*: choose a plan yourself"):
         settle_by_plan(config, Planner(config, folder, hardware))
     named = replace(config, parallel=ParallelConfig())
