@@ -88,7 +88,7 @@ def test_run_killed_anywhere_ends_the_same(
     uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
     arguments = [*long_run(tiny, data), "train.checkpoint_every=1", f"output_dir={tmp_path}/run"]
-    inside = sweep(arguments, tmp_path / "run", nproc, points=3, seed=nproc)
+    inside = sweep(arguments, tmp_path / "run", nproc, points=2, seed=nproc)
     assert inside, "no kill was inside a checkpoint's write"
     assert_same(tmp_path / "run", uninterrupted[nproc])
 

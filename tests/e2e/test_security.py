@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qdora.checkpoint import read_manifest
-from tests.support import qdora
+from tests.support import qdora, soak
 
 SECRETS = {
     "WANDB_API_KEY": "5ec2e7" + "0" * 26 + "badc0ffe",
@@ -25,7 +25,7 @@ def files_with(secret: str, folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [2, *soak(1)])
 def test_secrets_reach_no_file_and_no_message(options: list[str], tmp_path: Path, nproc: int) -> None:
     """A run that ends well, and two that fail: its folder, W&B's files, and all that was printed."""
     arguments = [*options, "tracker=wandb", f"output_dir={tmp_path}/run", "train.num_steps=2"]
