@@ -163,7 +163,7 @@ def assemble(
     if fill is not None:
         fill(model)
     dora.reset(model, world.device, seed=0)
-    loss.attach_token_loss(model)
+    loss.attach_losses(model)
     loaded = LoadedModel(model, empty.blocks, empty.report, empty.dtype, empty.adapter, {}, parallel, 0.0)
     loaded.recompute(kind)
     return loaded

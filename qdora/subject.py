@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
+from qdora import parallel
 from qdora.adapter import peft_format
 from qdora.config import (
     AdapterConfig,
@@ -46,6 +47,11 @@ class Subject:
         loaded = load_model(base, self.model, self.quant, self.adapter, plan, world, seed=0, trainable=False)
         loaded.model.eval()
         check_token_loss(loaded.model, world.device, packing=False)
+        if world.mesh is not None and world.is_main:
+            own, total = parallel.weight_bytes(loaded.model)
+            print(
+                f"each of {world.size} ranks holds {own / total:.0%} of {total / 2**30:.2f} GiB of weights", flush=True
+            )
         return loaded
 
 

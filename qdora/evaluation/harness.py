@@ -1,7 +1,9 @@
 """Tasks of lm-evaluation-harness (an extra: `pip install "qdora[harness]"`), asked and scored by its own code."""
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,10 +16,10 @@ from qdora.parallel import World
 
 
 def find_harness_tasks(config: EvaluateConfig) -> Any:
-    """The harness's TaskManager, which knows the tasks that are asked for; `tasks_path` holds tasks of one's own.
+    """The harness's TaskManager, which has loaded the tasks that are asked for; `tasks_path` holds tasks of one's own.
 
     Raises:
-        ConfigError: it is not installed, or there is no such task.
+        ConfigError: it is not installed, there is no such task, or its data cannot be loaded.
     """
     try:
         import lm_eval
@@ -30,7 +32,18 @@ def find_harness_tasks(config: EvaluateConfig) -> Any:
     unknown = [task for task in config.tasks if not manager.match_tasks([task])]
     if unknown:
         raise ConfigError(f"tasks: lm-evaluation-harness {lm_eval.__version__} has no task {unknown[0]!r}")
+    with _telling(config):
+        manager.load(list(config.tasks))
     return manager
+
+
+@contextmanager
+def _telling(config: EvaluateConfig) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        told = f"lm-evaluation-harness could not ask {', '.join(config.tasks)}: {first_line(error)}"
+        raise ConfigError(told) from None
 
 
 def run_harness(
@@ -39,22 +52,20 @@ def run_harness(
     """`tasks` with each metric of the harness, and `samples`; empty on other ranks than 0. *Collective*.
 
     Raises:
-        ConfigError: a task cannot be asked.
+        ConfigError: on this rank; a task cannot be asked.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    logger = logging.getLogger("lm_eval")
+    logger.setLevel(logging.ERROR)  # it warns of ranks that it did not start
     model = HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=config.batch_size)
     for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(model, name, partial(_shared, loaded, world, getattr(model, name)))
-    try:
-        found = lm_eval.simple_evaluate(
-            model, tasks=list(config.tasks), task_manager=manager, limit=config.limit, random_seed=0, bootstrap_iters=0
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"lm-evaluation-harness could not ask {', '.join(config.tasks)}: {first_line(error)}"
-        ) from None
+    logger.setLevel(logging.WARNING if world.is_main else logging.ERROR)
+    options = {"limit": config.limit, "random_seed": 0, "bootstrap_iters": 0}
+    with _telling(config):
+        found = lm_eval.simple_evaluate(model, tasks=list(config.tasks), task_manager=manager, **options)
     if not world.is_main:
         return {}
     tasks: dict[str, dict[str, Any]] = {}
@@ -74,10 +85,13 @@ def _shared(
 ) -> list[Any]:
     """The answers in the order of the requests, of which each rank asks some. *Collective*.
 
-    A document's stay together, as they share its prompt. The harness's own split needs accelerate to have started the
-    ranks, and fails where one has no document (0.4.13).
+    A document's stay together, as they share its prompt. What is computed together differs with the number of ranks,
+    and so do scores by rounding, and answers that are drawn. The harness's own split needs accelerate to have started
+    the ranks, and fails where one has no document (0.4.13).
     """
-    own = [number for number, request in enumerate(requests) if request.doc_id % world.size == world.rank]
+    documents: dict[tuple[str, int], int] = {}
+    turns = [documents.setdefault((request.task_name, request.doc_id), len(documents)) for request in requests]
+    own = [number for number, turn in enumerate(turns) if turn % world.size == world.rank]
     with in_step(loaded.model, world):
         answers = ask([requests[number] for number in own], disable_tqdm or not world.is_main) if own else []
     answered: dict[int, Any] = {}

@@ -67,7 +67,9 @@ def in_step(model: Any, world: World) -> Iterator[None]:
     """Inside, ranks that share one copy of `model` do as many forwards as each has. *Collective* where they share it.
 
     A forward gathers weights from every rank. So each is announced, and a rank that is through goes along, with one
-    token, until all are.
+    token, until all are. Announced are `model(...)`, `generate` and `log_likelihoods`; nothing else inside may gather
+    or free weights, as some stay gathered from one forward to the next. A rank that fails leaves the others waiting
+    until the launcher ends them.
     """
     if world.mesh is None:
         yield
@@ -84,12 +86,13 @@ def in_step(model: Any, world: World) -> Iterator[None]:
     hook = model.register_forward_pre_hook(announce, prepend=True)
     log_likelihoods, model.log_likelihoods = model.log_likelihoods, announced
     # transformers' own way, with which every rank must generate the same number of batches.
-    generate, model.generate = model.generate, partial(model.generate, synced_gpus=False)
+    model.generate = partial(model.generate, synced_gpus=False)
     try:
         yield
     finally:
         hook.remove()
-        model.log_likelihoods, model.generate = log_likelihoods, generate
+        model.log_likelihoods = log_likelihoods
+        del model.generate
     token = torch.zeros(1, 1, dtype=torch.long, device=world.device)
     with torch.no_grad():
         while parallel.any_of(world, False):

@@ -97,11 +97,12 @@ def _evaluate_by_harness(config: EvaluateConfig, subject: Subject, output: Path,
 
 
 def _does_not_fit(config: EvaluateConfig, subject: Subject, world: World) -> str:
+    fewer = f"lower batch_size={config.batch_size}, or " if config.batch_size > 1 else ""
     shared = "use more ranks" if config.sharded else "let several ranks share one copy of the model, sharded=true"
-    quantised = "" if subject.quant.method is QuantMethod.nf4 else "; or quant=nf4, which scores other weights"
+    decided = config.run is not None or subject.quant.method is QuantMethod.nf4
     return (
-        f"rank {world.rank} of {world.size} ran out of memory while it scored {subject.model.path}: lower batch_size="
-        f"{config.batch_size}; if the model alone does not fit, {shared}{quantised}"
+        f"rank {world.rank} of {world.size} ran out of memory while it scored {subject.model.path}: {fewer}{shared}"
+        + ("" if decided else ", or quant=nf4, which scores other weights")
     )
 
 

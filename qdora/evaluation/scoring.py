@@ -42,7 +42,7 @@ class Job:
     fingerprint: str
     """Of all that is asked and how, token by token."""
     score: Callable[[LoadedModel, Sequence[int]], list[Record]]
-    """The records of the samples with these numbers; several at a time."""
+    """The records of the samples with these numbers; several at a time. *Collective* if the model is sharded."""
     note: str = ""
     """What became of the rows, where some are cut or left out."""
 

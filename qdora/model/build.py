@@ -231,6 +231,11 @@ def _quantise_ends(model: Any, sources: Sources, quant: QuantConfig, report: Lay
         report.quantised.append(name)
     if tied and made:
         made[head].share(made[embedding])
+        model.tie_weights = _tied_already  # transformers' own looks for weights that are no more
+
+
+def _tied_already(*_: object, **__: object) -> None:
+    """In place of `tie_weights`, which users of a model call (lm-evaluation-harness)."""
 
 
 def ends(model: Any) -> list[list[nn.Module]]:

@@ -28,7 +28,7 @@ def end_tokens(tokenizer: Any, base: Path) -> list[int]:
 def generate_batch(
     model: Any, prompts: list[list[int]], tokenizer: Any, max_new_tokens: int, ends: list[int], device: torch.device
 ) -> list[str]:
-    """Greedy continuations of several prompts at once, without special tokens."""
+    """Greedy continuations of several prompts at once, without special tokens. *Collective* if sharded."""
     length = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])

@@ -26,7 +26,7 @@ from qdora.config import (
 from qdora.errors import ConfigError
 from qdora.model.activations import checkpoint_activations
 from qdora.model.build import EmptyModel, LayerReport, build_model, ends, holders
-from qdora.model.loss import attach_token_loss
+from qdora.model.loss import attach_losses
 from qdora.model.sources import convert
 from qdora.nf4 import BLOCK_SIZE, NF4Weight, nest, quantize
 from qdora.parallel import World, arm_watchdog, disarm_watchdog, failing_together, own_rows, recompute_by_parts, shard
@@ -102,7 +102,7 @@ def load_model(
                 peft_format.load(model, Path(adapter.path))
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"still on meta: {left[:3]}"
-    attach_token_loss(model)
+    attach_losses(model)
     names = {name: empty.sources.keys.get(name, name) for name in (empty.sources.keys | empty.sources.conversions)}
     loaded = LoadedModel(model, empty.blocks, empty.report, empty.dtype, empty.adapter, names, parallel, 0.0)
     loaded.refresh(world.device)

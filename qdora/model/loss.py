@@ -151,35 +151,32 @@ def _head_tensors(head: nn.Module) -> list[Tensor]:
     return head.tensors() if isinstance(head, NF4Head) else [head.weight]  # type: ignore[list-item]
 
 
-def _head_forward(
-    head: Any,
-    forward: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    labels: Tensor | None = None,
-    transform: LogitTransform | None = None,
-    each: bool = False,
-) -> Tensor:
-    """The logits; given labels, the loss instead, whose backward does without the head's weight, or `each` one's log p.
+Forward = Callable[[Tensor], Tensor]
+"""Of a head, to logits."""
 
-    One call of a sharded head gathers its weight once, however many labels there are.
-    """
-    if each and labels is not None and transform is not None:
-        return _each_log_p(forward, hidden, labels, transform, _chunk_rows(_head_tensors(head)[0]))
-    if labels is None or transform is None:
-        sharded = isinstance(head, FSDPModule) and torch.is_grad_enabled()
-        assert not sharded, "a sharded head is freed before a backward of its logits: use token_loss"
-        return forward(hidden)
-    return chunked_cross_entropy(hidden, _head_tensors(head), head.bias, labels, transform)
+
+def _head_forward(
+    head: Any, forward: Forward, hidden: Tensor, reduce: Callable[[Forward, Tensor], Tensor] | None = None
+) -> Tensor:
+    """The logits, or what `reduce` makes of them, within one call: a sharded head is gathered for it once."""
+    if reduce is not None:
+        return reduce(forward, hidden)
+    sharded = isinstance(head, FSDPModule) and torch.is_grad_enabled()
+    assert not sharded, "a sharded head is freed before a backward of its logits: use token_loss"
+    return forward(hidden)
 
 
 def _token_loss(self: Any, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
-    decoder = self.get_decoder()
+    decoder, head = self.get_decoder(), self.get_output_embeddings()
     if "flash" in str(self.config._attn_implementation):
         # There transformers separates the samples of a lone row only. As one row, positions restart at each old one.
         input_ids, position_ids, labels = (tensor.view(1, -1) for tensor in (input_ids, position_ids, labels))
     hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-    head = self.get_output_embeddings()
-    return head(hidden, labels=labels, transform=LogitTransform.of(self.config))  # type: ignore[no-any-return]
+
+    def loss(_: Forward, hidden: Tensor) -> Tensor:
+        return chunked_cross_entropy(hidden, _head_tensors(head), head.bias, labels, LogitTransform.of(self.config))
+
+    return head(hidden, reduce=loss)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -189,29 +186,26 @@ def _log_likelihoods(
     decoder, head = self.get_decoder(), self.get_output_embeddings()
     hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     transform = LogitTransform.of(self.config)
-    return head(hidden[rows, columns], labels=targets, transform=transform, each=True)  # type: ignore[no-any-return]
+
+    def each_log_p(forward: Forward, hidden: Tensor) -> Tensor:
+        step, found = _chunk_rows(_head_tensors(head)[0]), []
+        for some, wanted in zip(hidden.split(step), targets.split(step), strict=True):
+            logits = transform(forward(some).float())
+            found.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1))
+        return torch.cat(found)
+
+    return head(hidden[rows, columns], reduce=each_log_p)  # type: ignore[no-any-return]
 
 
-def _each_log_p(
-    forward: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, transform: LogitTransform, step: int
-) -> Tensor:
-    """log p(label) at each position of `hidden` (positions, hidden size), float32."""
-    found = []
-    for some, targets in zip(hidden.split(step), labels.split(step), strict=True):
-        logits = transform(forward(some).float())
-        found.append(logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1))
-    return torch.cat(found)
-
-
-def attach_token_loss(model: Any) -> None:
+def attach_losses(model: Any) -> None:
     """Gives the model two ways to be asked; after sharding, so that FSDP2 gathers for them too.
 
     - `token_loss(input_ids, position_ids, labels)`, all (rows, length) int64; the result is `chunked_cross_entropy`'s.
     - `log_likelihoods(input_ids, position_ids, rows, columns, targets)`: log p(target) after the token at each (row,
       column), (targets,) float32; these three are (targets,) int64.
 
-    No attention mask is passed: transformers separates the samples of a row where `position_ids` restarts, and padding
-    comes last.
+    Both are *collective* if the model is sharded. No attention mask is passed: transformers separates the samples of a
+    row where `position_ids` restarts, and padding comes last.
     """
     model.token_loss = _token_loss.__get__(model)
     model.log_likelihoods = _log_likelihoods.__get__(model)

@@ -74,6 +74,7 @@ def test_two_ranks_score_the_same_bit_for_bit(
     assert done.returncode == 0, done.stderr[-3000:]
     assert results(tmp_path) == results(whole)
     assert done.stdout.count("written to") == 1
+    assert ("each of 2 ranks holds 50% of" in done.stdout) == sharded
 
 
 def test_ranks_that_share_a_copy_answer_as_one_with_a_copy(tiny: Path, data: Path, tasks: Path, tmp_path: Path) -> None:

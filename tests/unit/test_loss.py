@@ -13,7 +13,7 @@ from qdora.errors import ModelError
 from qdora.model import loss
 from qdora.model.loss import (
     LogitTransform,
-    attach_token_loss,
+    attach_losses,
     check_token_loss,
     chunked_cross_entropy,
 )
@@ -132,7 +132,7 @@ def test_model_that_would_be_trained_wrongly_is_refused(
 ) -> None:
     torch.manual_seed(0)
     toy = Toy(**model)
-    attach_token_loss(toy)
+    attach_losses(toy)
     with nullcontext() if message is None else pytest.raises(ModelError, match=message):
         check_token_loss(toy, torch.device("cpu"), packing)
 
@@ -141,7 +141,7 @@ def test_flash_attention_is_given_a_single_row() -> None:
     """It separates the samples of a lone row only."""
     torch.manual_seed(0)
     toy, ids = Toy(attention="flash_attention_2"), torch.randint(0, VOCABULARY, (3, 6))
-    attach_token_loss(toy)
+    attach_losses(toy)
     positions = torch.arange(6).repeat(3, 1)
     one_row = toy.token_loss(ids, positions, ids)
     assert toy.shapes == [(1, 18)]
@@ -157,5 +157,5 @@ def test_log_likelihoods_are_those_of_what_is_asked(monkeypatch: pytest.MonkeyPa
     rows, columns, targets = torch.tensor([[0, 0, 2, 1, 0], [5, 5, 0, 3, 1], [1, 2, 0, 4, 4]])
     log_probabilities = model.forward(ids).logits.log_softmax(2)  # type: ignore[attr-defined]
     expected = log_probabilities[rows, columns, targets].detach()
-    attach_token_loss(model)
+    attach_losses(model)
     torch.testing.assert_close(model.log_likelihoods(ids, ids, rows, columns, targets), expected)
