@@ -132,7 +132,7 @@ class DataConfig:
     train: str | None = None
     """File (jsonl, json, parquet, csv, each also .gz), folder, or hub id (`name#split`, `name:subset#split`)."""
     eval: str | None = None
-    """The same, held out; null means no evaluation."""
+    """The same, held out: what is evaluated on; null means that training does not evaluate."""
     format: DataFormat = DataFormat.auto
     """`messages`, `instruction` (instruction, input, output), `completion` (prompt, completion) or `text`."""
     max_length: int = 1024
