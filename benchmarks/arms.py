@@ -29,7 +29,8 @@ from qdora.model import load_model
 from qdora.model.activations import compile_blocks
 from qdora.model.loss import IGNORED
 from qdora.optim import build_optimizer, clip_gradients
-from qdora.parallel import World, all_sum, own_rows
+from qdora.parallel import World, all_sum
+from qdora.sharding import own_rows
 from qdora.training.bound import Work, work_of
 from qdora.training.trainer import accumulate_gradients
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from qdora import parallel
 from qdora.model.load import base_modules
 from qdora.nf4 import NF4Weight
-from qdora.parallel import own_rows
 from qdora.planning.plans import CONTEXT_BYTES
+from qdora.sharding import own_rows
 
 
 @torch.no_grad()

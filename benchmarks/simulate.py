@@ -40,10 +40,11 @@ from qdora.model import loss
 from qdora.model.build import EmptyModel, build_model, ends
 from qdora.model.load import LoadedModel, materialise
 from qdora.optim import build_optimizer, clip_gradients
-from qdora.parallel import World, set_gradient_sync, shard
+from qdora.parallel import World
 from qdora.planning.activations import LiveBytes
 from qdora.planning.hardware import find_hardware
 from qdora.planning.plans import Choice, Planner
+from qdora.sharding import set_gradient_sync, shard
 
 GIB = 2**30
 PHASES = ("forward", "backward", "optimiser")

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qdora.config import OptimConfig, Schedule
-from qdora.parallel import own_rows, reshard
+from qdora.sharding import own_rows, reshard
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

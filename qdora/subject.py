@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from qdora import parallel
 from qdora.adapter import peft_format
 from qdora.config import (
     AdapterConfig,
@@ -22,6 +21,7 @@ from qdora.model import LoadedModel, load_model
 from qdora.model.loss import check_token_loss
 from qdora.parallel import World
 from qdora.run_folder import RunFolder
+from qdora.sharding import weight_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Subject:
         loaded.model.eval()
         check_token_loss(loaded.model, world.device, packing=False)
         if world.mesh is not None and world.is_main:
-            own, total = parallel.weight_bytes(loaded.model)
+            own, total = weight_bytes(loaded.model)
             print(
                 f"each of {world.size} ranks holds {own / total:.0%} of {total / 2**30:.2f} GiB of weights", flush=True
             )

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from qdora import nf4
 from qdora.adapter.operator import adapted_linear
-from qdora.parallel import gather_rows, own_rows
+from qdora.sharding import gather_rows, own_rows
 
 NORM_FLOOR = 1e-6
 """Smallest row norm: real checkpoints have rows of zeros, where m / n would be 0 / 0."""

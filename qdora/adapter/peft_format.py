@@ -25,7 +25,8 @@ from qdora.adapter.vera import D_INITIAL, VeraLinear, projections, vera_layers
 from qdora.config import AdapterConfig, AdapterMethod
 from qdora.errors import AdapterError
 from qdora.files import let_others_read, sync, write_durably
-from qdora.parallel import World, gather_rows, own_rows
+from qdora.parallel import World
+from qdora.sharding import gather_rows, own_rows
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."

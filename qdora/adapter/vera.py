@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qdora.adapter.dora import AdaptedLinear, adapted_layers
-from qdora.parallel import own_rows
+from qdora.sharding import own_rows
 
 D_INITIAL = 0.1
 """Of every element of d: the paper's default (table 6c), and PEFT's."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from qdora.files import write_durably
 from qdora.model.load import LoadedModel
 from qdora.model.writer import Job, Rows, finish, safetensors_layout, write_tensors
-from qdora.parallel import World, gather_rows
+from qdora.parallel import World
+from qdora.sharding import gather_rows
 
 MAX_SHARD_BYTES = 4 * 2**30
 """Size of a safetensors file at most; a single larger tensor gets its own."""

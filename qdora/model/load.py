@@ -29,7 +29,8 @@ from qdora.model.build import EmptyModel, LayerReport, build_model, ends, holder
 from qdora.model.loss import attach_losses
 from qdora.model.sources import convert
 from qdora.nf4 import BLOCK_SIZE, NF4Weight, nest, quantize
-from qdora.parallel import World, arm_watchdog, disarm_watchdog, failing_together, own_rows, recompute_by_parts, shard
+from qdora.parallel import World, arm_watchdog, disarm_watchdog, failing_together
+from qdora.sharding import own_rows, recompute_by_parts, shard
 
 QUANTISE_NUMEL = 2**24
 """Values read and quantised at a time."""

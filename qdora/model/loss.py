@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from qdora.errors import ModelError
 from qdora.nf4 import NF4Head, row_parts, weight_from
-from qdora.parallel import World, all_sum, arm_watchdog, reshard
+from qdora.parallel import World, all_sum, arm_watchdog
+from qdora.sharding import reshard
 
 CHUNK_NUMEL = {"cpu": 2**24, "cuda": 2**26}
 """Logits alive at a time: 64 MiB in float32; on a GPU more tokens, for which reading the head's weight pays."""

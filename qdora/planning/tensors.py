@@ -11,7 +11,7 @@ from qdora.adapter.dora import adapted_layers
 from qdora.adapter.vera import vera_layers
 from qdora.model.build import EmptyModel
 from qdora.nf4 import NF4Linear, NF4Weight
-from qdora.parallel import parts_of
+from qdora.sharding import parts_of
 
 KINDS = ("nf4 weights", "quantisation state", "unquantised weights", "adapters")
 """Of what is there all the time, beside the optimiser's state."""

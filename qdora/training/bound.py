@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from qdora.config import ActivationCheckpointing, AdapterMethod, Gather, ParallelConfig
 from qdora.model import LoadedModel
 from qdora.nf4 import NF4Linear
-from qdora.parallel import World, parts_of
+from qdora.parallel import World
 from qdora.planning.speed import DEQUANTISED_BYTES
 from qdora.rates import Rates
+from qdora.sharding import parts_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,9 @@ from qdora.model import LoadedModel
 from qdora.model.activations import KEPT_OPERATORS
 from qdora.model.build import ends
 from qdora.model.loss import CHUNK_NUMEL, IGNORED
-from qdora.parallel import World, own_rows, parts_of, reshard
+from qdora.parallel import World
 from qdora.planning.activations import FASTEST_FIRST
+from qdora.sharding import own_rows, parts_of, reshard
 
 USABLE = {"cuda": 0.9, "cpu": 0.7}
 """Of the free memory: the rest is lost between blocks of the allocator (up to 27 % was seen of glibc's)."""

@@ -16,6 +16,7 @@ from qdora.errors import CheckpointError
 from qdora.model import LoadedModel
 from qdora.model.export import export_model
 from qdora.run_folder import RunFolder
+from qdora.sharding import reshard, weight_bytes
 from qdora.training.progress import summary_table
 from qdora.training.trainer import Trainer
 
@@ -35,7 +36,7 @@ def write_results(trainer: Trainer, status: str, base: Path, model_fingerprint: 
         model_fingerprint: that of its weights when training began.
     """
     config, world, loaded, folder = trainer.config, trainer.world, trainer.loaded, trainer.folder
-    parallel.reshard(loaded.model)
+    reshard(loaded.model)
     ended = status in ("finished", "completed_without_last_checkpoint")
     with parallel.failing_together(world), _disk_errors_told(folder):
         if ended and config.adapter.method is AdapterMethod.none:
@@ -43,7 +44,7 @@ def write_results(trainer: Trainer, status: str, base: Path, model_fingerprint: 
         elif ended:
             peft_format.save(loaded.model, folder.adapter, loaded.adapter, str(config.model.path), loaded.dtype, world)
     peaks = parallel.gather(world, memory_gib(world))
-    own_bytes, total_bytes = parallel.weight_bytes(loaded.model)
+    own_bytes, total_bytes = weight_bytes(loaded.model)
     all_bytes = parallel.gather(world, own_bytes)
     if not world.is_main:
         return

@@ -36,6 +36,7 @@ from qdora.parallel import World
 from qdora.planning.preflight import Settled, settle
 from qdora.rates import Rates, measure_rates
 from qdora.run_folder import RunFolder, config_from_values, config_values
+from qdora.sharding import weight_bytes
 from qdora.tracking import make_tracker
 from qdora.training.memory import (
     StepBytes,
@@ -256,7 +257,7 @@ def _does_not_load(config: RunConfig, world: World) -> str:
 
 def _does_not_fit(trainer: Trainer, recomputation: Recomputation) -> str:
     config, world, kind, need = trainer.config, trainer.world, recomputation.kind, recomputation.need
-    own_bytes, _ = parallel.weight_bytes(trainer.model)
+    own_bytes, _ = weight_bytes(trainer.model)
     total = need.total(kind, not config.parallel.reshard_after_forward)
     return (
         f"rank {world.rank} of {world.size} ran out of memory in step {trainer.step + 1}: its weights take "

@@ -19,18 +19,10 @@ from qdora.interrupt import interrupt
 from qdora.model import LoadedModel
 from qdora.model.loss import batch_loss, mean_loss
 from qdora.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate, state_tensors
-from qdora.parallel import (
-    World,
-    all_sum,
-    arm_watchdog,
-    average_gradients,
-    disarm_watchdog,
-    gather,
-    reshard,
-    set_gradient_sync,
-)
+from qdora.parallel import World, all_sum, arm_watchdog, disarm_watchdog, gather
 from qdora.rates import Rates
 from qdora.run_folder import RunFolder
+from qdora.sharding import average_gradients, reshard, set_gradient_sync
 from qdora.tracking import Tracker
 from qdora.training.bad_step import MAX_SKIPPED, StepGuard
 from qdora.training.bound import work_of

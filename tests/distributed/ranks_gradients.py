@@ -32,7 +32,8 @@ from qdora.data import Batch
 from qdora.model import load_model
 from qdora.model.activations import compile_blocks
 from qdora.optim import clip_gradients
-from qdora.parallel import World, gather_rows, own_rows
+from qdora.parallel import World
+from qdora.sharding import gather_rows, own_rows
 from qdora.training.bound import work_of
 from qdora.training.trainer import accumulate_gradients
 

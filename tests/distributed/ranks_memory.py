@@ -13,6 +13,7 @@ from qdora import parallel
 from qdora.config import AdapterConfig, ModelConfig, ParallelConfig, QuantConfig
 from qdora.model import load_model
 from qdora.model.build import build_model
+from qdora.sharding import weight_bytes
 
 
 def status_bytes(field: str) -> int:
@@ -40,7 +41,7 @@ def main() -> None:
     loaded = load_model(folder, model, quant, adapter, config, world)
     seconds = time.perf_counter() - started
     read = read_bytes() - read_before
-    own, total = parallel.weight_bytes(loaded.model)
+    own, total = weight_bytes(loaded.model)
     result = {
         "peak_bytes": status_bytes("VmHWM") - baseline,
         "read_bytes": read,

@@ -21,7 +21,8 @@ from qdora.adapter.dora import AdaptedLinear, adapted_layers
 from qdora.config import AdapterConfig, Dtype, ModelConfig, ParallelConfig, QuantConfig
 from qdora.model import load_model
 from qdora.nf4 import NF4Linear, NF4Weight
-from qdora.parallel import World, gather_rows, own_rows, weight_bytes
+from qdora.parallel import World
+from qdora.sharding import gather_rows, own_rows, reshard, weight_bytes
 
 DRIFT = 1.0015
 """Of the magnitudes: a gain near this is 1 once it is rounded to bfloat16."""
@@ -94,7 +95,7 @@ def run_case(folder: Path, double_quant: bool, dtype_name: str, world: World) ->
         quantised.get(name, base).register_forward_pre_hook(partial(compare, name))
     with torch.no_grad():
         loaded.model(input_ids=torch.arange(8)[None])
-    parallel.reshard(loaded.model)
+    reshard(loaded.model)
     own, total = weight_bytes(loaded.model)
     return {
         "stored": stored,

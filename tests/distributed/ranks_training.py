@@ -29,7 +29,7 @@ from qdora.config import (
     TrackerKind,
     TrainConfig,
 )
-from qdora.parallel import gather_rows, own_rows
+from qdora.sharding import gather_rows, own_rows
 from qdora.training import train
 from qdora.training.trainer import Trainer
 

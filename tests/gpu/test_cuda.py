@@ -13,7 +13,7 @@ from qdora.adapter.dora import AdaptedLinear, refresh
 from qdora.config import ActivationCheckpointing, AdapterConfig, ModelConfig, ParallelConfig, QuantConfig
 from qdora.model import load_model
 from qdora.model.loss import LogitTransform, chunked_cross_entropy
-from qdora.parallel import own_rows
+from qdora.sharding import own_rows
 from tests.support import make_model, qdora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
