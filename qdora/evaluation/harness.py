@@ -1,10 +1,16 @@
-"""Tasks of lm-evaluation-harness (an extra: `pip install "qdora[harness]"`), asked and scored by its own code."""
+"""Tasks of lm-evaluation-harness (an extra: `pip install "qdora[harness]"`), asked and scored by its own code.
 
+output_dir/.scored-IDENTITY/harness-0.jsonl    a line for each answer; gone when results.json is there
+"""
+
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from qdora import parallel
@@ -47,9 +53,12 @@ def _telling(config: EvaluateConfig) -> Iterator[None]:
 
 
 def run_harness(
-    loaded: LoadedModel, tokenizer: Any, config: EvaluateConfig, manager: Any, world: World
+    loaded: LoadedModel, tokenizer: Any, config: EvaluateConfig, manager: Any, world: World, kept: Path
 ) -> dict[str, Any]:
     """`tasks` with each metric of the harness, and `samples`; empty on other ranks than 0. *Collective*.
+
+    Args:
+        kept: folder of answers that the same model gave already; goes on from there.
 
     Raises:
         ConfigError: on this rank; a task cannot be asked.
@@ -60,11 +69,13 @@ def run_harness(
     logger = logging.getLogger("lm_eval")
     logger.setLevel(logging.ERROR)  # it warns of ranks that it did not start
     model = HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=config.batch_size)
+    answers = Answers(kept, world)
+    model.set_cache_hook(answers)
     for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        setattr(model, name, partial(_shared, loaded, world, getattr(model, name)))
+        setattr(model, name, partial(_shared, loaded, world, answers, name, getattr(model, name)))
     logger.setLevel(logging.WARNING if world.is_main else logging.ERROR)
     options = {"limit": config.limit, "random_seed": 0, "bootstrap_iters": 0}
-    with _telling(config):
+    with closing(answers), _telling(config):
         found = lm_eval.simple_evaluate(model, tasks=list(config.tasks), task_manager=manager, **options)
     if not world.is_main:
         return {}
@@ -76,12 +87,40 @@ def run_harness(
     return {"harness": lm_eval.__version__, "tasks": tasks, "samples": samples}
 
 
+class Answers:
+    """What was answered, by requests; the harness hands on each answer as it comes (its `CacheHook`)."""
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self._known: dict[str, Any] = {}
+        for file in sorted(folder.glob("harness-*.jsonl")):
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(json.JSONDecodeError):  # a line that was left torn
+                    self._known |= json.loads(line)
+        self._file = (folder / f"harness-{world.rank}.jsonl").open("a", encoding="utf-8")
+        self._file.write("\n")  # ends a line that was left torn
+
+    def close(self) -> None:
+        """No more is kept."""
+        self._file.close()
+
+    def find(self, kind: str, arguments: tuple[Any, ...]) -> Any:
+        """None if it is not there, or drawn each time."""
+        drawn = kind == "generate_until" and arguments[1].get("do_sample", False)
+        answer = None if drawn else self._known.get(_key(kind, arguments))
+        return tuple(answer) if isinstance(answer, list) else answer
+
+    def add_partial(self, kind: str, arguments: tuple[Any, ...], answer: Any) -> None:
+        """Keeps an answer."""
+        self._file.write(json.dumps({_key(kind, arguments): answer}) + "\n")
+        self._file.flush()
+
+
+def _key(kind: str, arguments: tuple[Any, ...]) -> str:
+    return hashlib.sha256(json.dumps([kind, *arguments], sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _shared(
-    loaded: LoadedModel,
-    world: World,
-    ask: Callable[..., list[Any]],
-    requests: list[Any],
-    disable_tqdm: bool = False,
+    loaded: LoadedModel, world: World, kept: Answers, kind: str, ask: Callable[..., list[Any]], requests: list[Any]
 ) -> list[Any]:
     """The answers in the order of the requests, of which each rank asks some. *Collective*.
 
@@ -91,11 +130,16 @@ def _shared(
     """
     documents: dict[tuple[str, int], int] = {}
     turns = [documents.setdefault((request.task_name, request.doc_id), len(documents)) for request in requests]
-    own = [number for number, turn in enumerate(turns) if turn % world.size == world.rank]
+    own = {
+        number: kept.find(kind, requests[number].args)
+        for number, turn in enumerate(turns)
+        if turn % world.size == world.rank
+    }
+    asked = [number for number, answer in own.items() if answer is None]
     with in_step(loaded.model, world):
-        answers = ask([requests[number] for number in own], disable_tqdm or not world.is_main) if own else []
+        answers = ask([requests[number] for number in asked], disable_tqdm=not world.is_main) if asked else []
     answered: dict[int, Any] = {}
-    for some in parallel.gather(world, dict(zip(own, answers, strict=True)), world.patient_group):
+    for some in parallel.gather(world, own | dict(zip(asked, answers, strict=True)), world.patient_group):
         answered |= some
     return [answered[number] for number in range(len(requests))]
 

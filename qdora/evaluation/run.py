@@ -77,8 +77,6 @@ def evaluate(config: EvaluateConfig) -> int:
         samples = [{"task": name, **sample} for name, some in records.items() for sample in some]
         if world.is_main:
             _write(output, header | overall(tasks) | {"tasks": tasks, "samples": samples})
-            for scored in output.glob(".scored-*"):
-                shutil.rmtree(scored, ignore_errors=True)
     return 0
 
 
@@ -89,10 +87,11 @@ def _evaluate_by_harness(config: EvaluateConfig, subject: Subject, output: Path,
     _keep_others(parallel.broadcast(world, read_json(output / RESULTS), world.patient_group), output, config, None)
     base = parallel.main_first(world, lambda: model_folder(subject.model))
     tokenizer = load_tokenizer(base, subject.model)
-    with explaining_shortage(lambda: _does_not_fit(config, subject, world)):
-        scores = run_harness(subject.load(base, world), tokenizer, config, manager, world)
-    if world.is_main:
-        _write(output, _header(config, subject, list(config.tasks)) | scores)
+    partial = output / f".scored-{_identity(config, subject, base, {})}"
+    with _taken(partial, world), explaining_shortage(lambda: _does_not_fit(config, subject, world)):
+        scores = run_harness(subject.load(base, world), tokenizer, config, manager, world, partial)
+        if world.is_main:
+            _write(output, _header(config, subject, list(config.tasks)) | scores)
     return 0
 
 
@@ -226,6 +225,8 @@ def _write(output: Path, results: dict[str, Any]) -> None:
     write_durably(output / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     _show(results)
     print(f"written to {output / RESULTS}", flush=True)
+    for scored in output.glob(".scored-*"):
+        shutil.rmtree(scored, ignore_errors=True)
 
 
 def _show(results: dict[str, Any]) -> None:

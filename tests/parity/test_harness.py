@@ -1,6 +1,9 @@
 """Scores agree with lm-evaluation-harness on a task that both have."""
 
 import json
+import os
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 from qdora.config import DataConfig, Dtype, EvaluateConfig, ModelConfig, Protocol
 from qdora.errors import ConfigError
 from qdora.evaluation import evaluate
-from tests.support import make_model, qdora
+from tests.support import ROOT, launcher, make_model, qdora
 
 ROWS = Path(__file__).parent.parent / "unit" / "commonsense_rows.jsonl"
 SCORE_TOLERANCE = 1e-4
@@ -123,6 +126,45 @@ def test_two_ranks_that_share_a_model_answer_as_one_also_where_one_has_no_sample
         assert sample | {"scores": None} == alone | {"scores": None}
         assert sample.get("scores", {}) == pytest.approx(alone.get("scores", {}), rel=SCORE_TOLERANCE)
     assert done.stdout.count("written to") == 1
+
+
+def test_killed_one_goes_on_with_what_was_answered(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that is changed meanwhile shows that it was not asked for again."""
+    tiny = make_model(tmp_path / "tiny", "llama", num_hidden_layers=1)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "task.yaml").write_text(TASK.format(file=questions))
+    (tmp_path / "tasks" / "one.yaml").write_text(ONE_ANSWER.format(file=questions))
+    arguments = [f"model.path={tiny}", "protocol=harness", f"tasks_path={tmp_path}/tasks", "model.dtype=float32"]
+    arguments += ["tasks=[qdora_commonsense,one_answer]", "batch_size=1", f"output_dir={tmp_path}/scores"]
+    command = [*launcher(1), "-m", "qdora", "evaluate", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        kept: list[str] = []
+        while len(kept) < 40:  # all 32 choices, and some answers
+            assert process.poll() is None, "it was too quick to be killed"
+            assert time.monotonic() < deadline, "nothing was answered"
+            files = [*(tmp_path / "scores").glob(".scored-*/harness-0.jsonl")]
+            kept = files[0].read_text().splitlines() if files else []
+            time.sleep(0.002)
+        process.kill()
+    lines = files[0].read_text().splitlines()
+    answers = [json.loads(line) for line in lines[:-1] if line]
+    changed = [
+        {key: [-123.0, False] if isinstance(value, list) else "so it is" for key, value in one.items()}
+        for one in answers
+    ]
+    files[0].write_text("\n".join([*map(json.dumps, changed), lines[-1][:-20]]))
+    done = qdora("evaluate", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    samples = json.loads((tmp_path / "scores" / "results.json").read_text())["samples"]
+    choices, texts = ([one for one in samples if one["task"] == task] for task in ("qdora_commonsense", "one_answer"))
+    assert [score for one in choices for score in one["scores"].values()] == [-123.0] * 32
+    assert sum(one["prediction"] == "so it is" for one in texts) == len(answers) - 32 < 16
+    assert not list((tmp_path / "scores").glob(".scored-*"))
 
 
 def test_unknown_task_is_told(smollm2: Path, tmp_path: Path) -> None:
