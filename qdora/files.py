@@ -1,5 +1,6 @@
 """Files that outlast a loss of power, whole under their names or not there; locks; output that is read no more."""
 
+import errno
 import fcntl
 import json
 import os
@@ -19,6 +20,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""Of an OSError: a disk or a quota is full."""
+
+
 def write_durably(path: Path, text: str) -> None:
     """Replaces a file by one that outlasts a loss of power; never half of it under its name.
 
@@ -35,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none, or none that can be read."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -51,12 +51,18 @@ class Command:
     summary: str
     can_resume: bool = False
     """Whether a signal may end it anywhere, as the same command goes on."""
+    keeps: bool = False
+    """Whether the same command goes on after one that was interrupted at once."""
 
 
 COMMANDS = {
     "train": Command(config.RunConfig, "qdora.training:train", "fine-tune a model", can_resume=True),
-    "merge": Command(config.MergeConfig, "qdora.merging:merge", "write base and adapter as one ordinary checkpoint"),
-    "evaluate": Command(config.EvaluateConfig, "qdora.evaluation:evaluate", "score a run or a model on held-out data"),
+    "merge": Command(
+        config.MergeConfig, "qdora.merging:merge", "write base and adapter as one ordinary checkpoint", keeps=True
+    ),
+    "evaluate": Command(
+        config.EvaluateConfig, "qdora.evaluation:evaluate", "score a run or a model on held-out data", keeps=True
+    ),
     "study": Command(config.StudyConfig, "qdora.commands.study:study", "compare methods, each at its best"),
     "generate": Command(config.GenerateConfig, "qdora.generation:generate", "answer a prompt, as it is made"),
     "chat": Command(config.ChatConfig, "qdora.generation:chat", "talk with a run or a model"),
@@ -102,7 +108,9 @@ def run(arguments: list[str]) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         if is_main:
-            print("qdora: interrupted at once; nothing new was saved", file=sys.stderr, flush=True)
+            command = COMMANDS.get(arguments[0]) if arguments else None
+            then = "the same command goes on" if command and command.keeps else "nothing new was saved"
+            print(f"qdora: interrupted at once; {then}", file=sys.stderr, flush=True)
         return EXIT_KEYBOARD
 
 

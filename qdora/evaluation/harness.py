@@ -8,15 +8,15 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qdora import parallel
 from qdora.config import EvaluateConfig
-from qdora.errors import ConfigError, first_line
-from qdora.evaluation.ranks import in_step
+from qdora.errors import ConfigError, QdoraError, first_line
+from qdora.evaluation.ranks import in_step, lines_of
 from qdora.model import LoadedModel
 from qdora.parallel import World
 
@@ -34,22 +34,29 @@ def find_harness_tasks(config: EvaluateConfig) -> Any:
         raise ConfigError(
             f'protocol=harness needs lm-evaluation-harness, which cannot be imported ({error}): pip install "lm-eval"'
         ) from None
+    if config.tasks_path is not None and not Path(config.tasks_path).is_dir():
+        raise ConfigError(f"tasks_path={config.tasks_path} is no folder: give that of the tasks' YAML files")
     manager = TaskManager(include_path=config.tasks_path)
-    unknown = [task for task in config.tasks if not manager.match_tasks([task])]
+    unknown = [task for task in config.tasks if task not in manager.all_tasks]
     if unknown:
-        raise ConfigError(f"tasks: lm-evaluation-harness {lm_eval.__version__} has no task {unknown[0]!r}")
+        hint = f"; a file of {config.tasks_path} that is no YAML is passed over" if config.tasks_path else ""
+        raise ConfigError(f"tasks: lm-evaluation-harness {lm_eval.__version__} has no task {unknown[0]!r}{hint}")
     with _telling(config):
         manager.load(list(config.tasks))
     return manager
 
 
 @contextmanager
-def _telling(config: EvaluateConfig) -> Iterator[None]:
+def _telling(config: EvaluateConfig, *passed: type[Exception]) -> Iterator[None]:
+    """Turns what a task's YAML, code and data raise into a message; what is no fault of theirs is passed on."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        told = f"lm-evaluation-harness could not ask {', '.join(config.tasks)}: {first_line(error)}"
-        raise ConfigError(told) from None
+    except passed:
+        raise
+    except Exception as error:
+        told = f"lm-evaluation-harness could not ask {', '.join(config.tasks)}: "
+        cause = error.__cause__ or error
+        raise ConfigError(f"{told}{type(cause).__name__}: {first_line(cause)}") from None
 
 
 def run_harness(
@@ -75,7 +82,7 @@ def run_harness(
         setattr(model, name, partial(_shared, loaded, world, answers, name, getattr(model, name)))
     logger.setLevel(logging.WARNING if world.is_main else logging.ERROR)
     options = {"limit": config.limit, "random_seed": 0, "bootstrap_iters": 0}
-    with closing(answers), _telling(config):
+    with closing(answers), _telling(config, QdoraError, OSError, RuntimeError, MemoryError):
         found = lm_eval.simple_evaluate(model, tasks=list(config.tasks), task_manager=manager, **options)
     if not world.is_main:
         return {}
@@ -93,9 +100,8 @@ class Answers:
     def __init__(self, folder: Path, world: World) -> None:
         self._known: dict[str, Any] = {}
         for file in sorted(folder.glob("harness-*.jsonl")):
-            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(json.JSONDecodeError):  # a line that was left torn
-                    self._known |= json.loads(line)
+            for line in lines_of(file):
+                self._known |= line
         self._file = (folder / f"harness-{world.rank}.jsonl").open("a", encoding="utf-8")
         self._file.write("\n")  # ends a line that was left torn
 
@@ -105,14 +111,24 @@ class Answers:
 
     def find(self, kind: str, arguments: tuple[Any, ...]) -> Any:
         """None if it is not there, or drawn each time."""
-        drawn = kind == "generate_until" and arguments[1].get("do_sample", False)
-        answer = None if drawn else self._known.get(_key(kind, arguments))
-        return tuple(answer) if isinstance(answer, list) else answer
+        answer = self._known.get(_key(kind, arguments))
+        match kind, answer:
+            case "loglikelihood", [float(), bool()]:
+                return tuple(answer)
+            case ("loglikelihood_rolling", float()):
+                return answer
+            case ("generate_until", str()) if not _is_drawn(arguments[1]):
+                return answer
+        return None
 
     def add_partial(self, kind: str, arguments: tuple[Any, ...], answer: Any) -> None:
         """Keeps an answer."""
         self._file.write(json.dumps({_key(kind, arguments): answer}) + "\n")
         self._file.flush()
+
+
+def _is_drawn(options: dict[str, Any]) -> bool:
+    return bool(options.get("do_sample", options.get("temperature", 0.0)))
 
 
 def _key(kind: str, arguments: tuple[Any, ...]) -> str:
@@ -157,12 +173,18 @@ def _scores(metrics: dict[str, Any], count: int) -> dict[str, Any]:
 
 
 def _sample(sample: dict[str, Any]) -> dict[str, Any]:
-    likely = [answer[0] for answer in sample["filtered_resps"] if isinstance(answer, tuple | list)]
-    record = {"where": sample["doc_id"], "prompt": sample["arguments"][0][0], "answer": sample["target"]}
-    if likely:
-        continuations = [arguments[1] for arguments in sample["arguments"]]
-        record["scores"] = dict(zip(continuations, likely, strict=False))
-        record["prediction"] = continuations[likely.index(max(likely))]
+    """What results.json says of a document; choices go by their text, or with their prompt where only that differs."""
+    arguments, answers = sample["arguments"], sample["filtered_resps"]
+    record = {"where": sample["doc_id"], "prompt": arguments[0][0], "answer": sample["target"]}
+    if answers and isinstance(answers[0], tuple | list) and answers[0] and isinstance(answers[0][0], float):
+        # acc_mutual_info asks for each choice without its prompt too, after the others.
+        asked = [*zip(arguments, answers, strict=False)]
+        asked = [one for one in asked if one[0][0]] or asked
+        texts = [continuation for (_, continuation, *_), _ in asked]
+        if len({*texts}) < len(texts):
+            texts = [prompt + continuation for (prompt, continuation, *_), _ in asked]
+        record["scores"] = dict(zip(texts, (answer[0] for _, answer in asked), strict=True))
+        record["prediction"] = max(record["scores"], key=record["scores"].__getitem__)
     else:
-        record["prediction"] = sample["filtered_resps"][0] if sample["filtered_resps"] else None
+        record["prediction"] = answers[0] if answers else None
     return record

@@ -44,7 +44,8 @@ def score_all(
     # Before one writes, and as all see it: file systems may show a rank less than another.
     done: dict[int, list[Record]] = {}
     for some in parallel.gather(world, _read(kept), world.patient_group):
-        done |= some
+        done |= {number: found for number, found in some.items() if 0 <= number < len(work)}
+    done = {number: found for number, found in done.items() if len(found) == len(work[number][1])}
     open_work = [number for number in range(len(work)) if number not in done]
     own: dict[int, list[Record]] = {}
     with (kept / f"rank-{world.rank}.jsonl").open("a", encoding="utf-8") as file, in_step(loaded.model, world):
@@ -103,11 +104,20 @@ def _read(kept: Path) -> dict[int, list[Record]]:
     """What all ranks of starts before have scored; a line that was left torn is passed over."""
     done: dict[int, list[Record]] = {}
     for file in sorted(kept.glob("rank-*.jsonl")):
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(json.JSONDecodeError):
-                values: dict[str, Any] = json.loads(line)
-                done[values["batch"]] = values["records"]
+        for line in lines_of(file):
+            match line:
+                case {"batch": int(number), "records": [*records]} if all(isinstance(one, dict) for one in records):
+                    done[number] = records
     return done
+
+
+def lines_of(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file of JSON lines; what a start left torn, or is none, is passed over."""
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, RecursionError):
+            values = json.loads(line)
+            if isinstance(values, dict):
+                yield values
 
 
 def _shown(own: list[int], batch_size: int, world: World) -> Iterator[int]:

@@ -24,7 +24,7 @@ from qdora.errors import ConfigError, DataError
 from qdora.evaluation.ranks import score_all
 from qdora.evaluation.scoring import Job, generate_job, likelihood_job, loss_job
 from qdora.evaluation.tasks import find_tasks, overall, summary
-from qdora.files import lock, read_json, write_durably
+from qdora.files import NO_ROOM, lock, read_json, write_durably
 from qdora.model import load_tokenizer, model_folder
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.folder import context_length
@@ -57,7 +57,7 @@ def evaluate(config: EvaluateConfig) -> int:
         world, lambda: {name: _job(config, data, source, tokenizer, base) for name, source in sources.items()}
     )
     header = _header(config, subject, list(sources.values()))
-    header["identity"] = _identity(config, subject, base, jobs)
+    header["identity"] = _identity(config, subject, base, [(name, job.fingerprint) for name, job in jobs.items()])
     header["notes"] = [*_notes(jobs, context_length(base, subject.model))]
     if world.is_main:
         for note in header["notes"]:
@@ -87,7 +87,12 @@ def _evaluate_by_harness(config: EvaluateConfig, subject: Subject, output: Path,
     _keep_others(parallel.broadcast(world, read_json(output / RESULTS), world.patient_group), output, config, None)
     base = parallel.main_first(world, lambda: model_folder(subject.model))
     tokenizer = load_tokenizer(base, subject.model)
-    partial = output / f".scored-{_identity(config, subject, base, {})}"
+    said = [
+        (file.name, file.read_bytes())
+        for file in sorted(base.glob("*"))
+        if file.suffix in (".json", ".model", ".jinja")
+    ]
+    partial = output / f".scored-{_identity(config, subject, base, said)}"
     with _taken(partial, world), explaining_shortage(lambda: _does_not_fit(config, subject, world)):
         scores = run_harness(subject.load(base, world), tokenizer, config, manager, world, partial)
         if world.is_main:
@@ -138,7 +143,7 @@ def _keep_others(kept: dict[str, Any], output: Path, config: EvaluateConfig, tas
     Raises:
         ConfigError: they are there.
     """
-    found = {*kept.get("tasks", {})}
+    found = {*kept["tasks"]} if isinstance(kept.get("tasks"), dict) else set[str]()
     is_other = kept.get("protocol") != config.protocol.name or (tasks is not None and {*tasks} != found)
     if config.output_dir is None and kept and is_other:
         raise ConfigError(
@@ -165,9 +170,29 @@ def _taken(partial: Path, world: World) -> Iterator[None]:
             raise ConfigError(f"the same is being scored into {partial.parent}: wait, or give another output_dir")
     try:
         yield
+        if world.is_main:
+            for scored in partial.parent.glob(".scored-*"):
+                if scored == partial or _is_left(scored):
+                    shutil.rmtree(scored, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        told = f"no room is left in output_dir={partial.parent} ({error.strerror})"
+        raise ConfigError(f"{told}: make some and start again, which goes on from here") from None
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _is_left(scored: Path) -> bool:
+    """Whether nobody scores into the folder any more."""
+    try:
+        descriptor = os.open(scored, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    is_left = lock(descriptor)
+    os.close(descriptor)
+    return is_left
 
 
 def _header(config: EvaluateConfig, subject: Subject, data: list[str]) -> dict[str, Any]:
@@ -180,12 +205,12 @@ def _header(config: EvaluateConfig, subject: Subject, data: list[str]) -> dict[s
     }
 
 
-def _identity(config: EvaluateConfig, subject: Subject, base: Path, jobs: dict[str, Job]) -> str:
+def _identity(config: EvaluateConfig, subject: Subject, base: Path, asked: list[Any]) -> str:
     """Of all that a score depends on: the weights, what is asked of them token by token, and what computes together."""
     said: list[Any] = [VERSION, config.protocol.name, config.batch_size]
     said += [CheckpointFiles(base).fingerprint(), subject.model.dtype.name, subject.model.attention.name]
     said += [subject.quant.method.name, subject.quant.double_quant, subject.quant.embeddings]
-    said += [(name, job.fingerprint) for name, job in jobs.items()]
+    said += asked
     digest = hashlib.sha256(repr(said).encode())
     digest.update((base / "config.json").read_bytes())
     if subject.adapter.path is not None:
@@ -225,8 +250,6 @@ def _write(output: Path, results: dict[str, Any]) -> None:
     write_durably(output / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     _show(results)
     print(f"written to {output / RESULTS}", flush=True)
-    for scored in output.glob(".scored-*"):
-        shutil.rmtree(scored, ignore_errors=True)
 
 
 def _show(results: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ Everything is written beside and gets its name when it is whole and compared wit
 command goes on with what a killed one has left, and does nothing where all is done.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from qdora import parallel
 from qdora.adapter import peft_format
 from qdora.config import MergeBase, MergeConfig, MergeFormat, QuantConfig, QuantMethod
 from qdora.errors import EXIT_NOT_VERIFIED, ConfigError
-from qdora.files import lock, write_durably
+from qdora.files import NO_ROOM, lock, write_durably
 from qdora.merging.card import model_card
 from qdora.merging.formats import exactness, write
 from qdora.merging.lora import lora_rank
@@ -211,7 +210,7 @@ def _room_is_told(output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = isinstance(error, OSError) and error.errno in NO_ROOM
         raise ConfigError(
             f"output={output} could not be written: {error}." + (" Make room;" if full else "") + " the same command "
             "goes on"

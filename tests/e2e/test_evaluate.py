@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from qdora.files import lock
+from tests.e2e.test_faults import fill, small_disk
 from tests.support import ROOT, launcher, qdora
 
 KILL_AFTER_BATCHES = 4
@@ -117,6 +119,48 @@ def test_killed_evaluation_goes_on_with_what_it_had_scored(
     other = qdora(*options(tiny, tasks, tmp_path), "limit=3")
     assert "written to" in other.stdout, "other options are another evaluation"
     assert results(tmp_path)["num_samples"] == 6
+
+
+def test_full_disk_is_told_and_another_start_goes_on(whole: Path, tiny: Path, tasks: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk, "1m"):
+        ballast = fill(disk)
+        done = qdora(*options(tiny, tasks, disk / "scores"))
+        assert done.returncode == 2, done.stderr
+        assert "No space left on device" in done.stderr
+        assert "Traceback" not in done.stderr
+        ballast.unlink()
+        assert qdora(*options(tiny, tasks, disk / "scores")).returncode == 0
+        assert results(disk / "scores") == results(whole)
+
+
+def test_what_others_have_scored_is_left_to_them(tiny: Path, tasks: Path, tmp_path: Path) -> None:
+    """While they do; what none works on any more goes, as no start will."""
+    theirs, left = tmp_path / ".scored-theirs", tmp_path / ".scored-left"
+    for folder in (theirs, left):
+        folder.mkdir()
+    descriptor = os.open(theirs, os.O_RDONLY)
+    assert lock(descriptor)
+    try:
+        assert qdora(*options(tiny, tasks, tmp_path), "limit=2").returncode == 0
+    finally:
+        os.close(descriptor)
+    assert [*tmp_path.glob(".scored-*")] == [theirs]
+
+
+def test_hostile_lines_are_passed_over(whole: Path, tiny: Path, tasks: Path, tmp_path: Path) -> None:
+    partial = tmp_path / f".scored-{results(whole)['identity']}"
+    partial.mkdir()
+    hostile = ["5", "{}", "null", "[" * 10_000, '{"batch": 0, "records": null}', '{"batch": 0, "records": []}']
+    hostile += [
+        '{"batch": 0, "records": [5, 5, 5, 5]}',
+        '{"batch": 999, "records": [{}]}',
+        '{"batch": -1, "records": [{}]}',
+    ]
+    (partial / "rank-0.jsonl").write_text("\n".join(hostile))
+    done = qdora(*options(tiny, tasks, tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(tmp_path) == results(whole)
 
 
 def kept(file: Path) -> int:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from qdora.config import DataConfig, Dtype, EvaluateConfig, ModelConfig, Protocol
+from qdora import parallel
+from qdora.config import DataConfig, Dtype, EvaluateConfig, ModelConfig, ParallelConfig, Plan, Protocol
 from qdora.errors import ConfigError
 from qdora.evaluation import evaluate
+from qdora.evaluation.harness import Answers
 from tests.support import ROOT, launcher, make_model, qdora
 
 ROWS = Path(__file__).parent.parent / "unit" / "commonsense_rows.jsonl"
@@ -157,7 +159,8 @@ def test_killed_one_goes_on_with_what_was_answered(
         {key: [-123.0, False] if isinstance(value, list) else "so it is" for key, value in one.items()}
         for one in answers
     ]
-    files[0].write_text("\n".join([*map(json.dumps, changed), lines[-1][:-20]]))
+    hostile = ["5", "null", "[1, 2]", "[" * 10_000, "\0", *(json.dumps({key: 5}) for key in answers[0])]
+    files[0].write_text("\n".join([*hostile, *map(json.dumps, changed), lines[-1][:-20]]))
     done = qdora("evaluate", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     samples = json.loads((tmp_path / "scores" / "results.json").read_text())["samples"]
@@ -167,8 +170,73 @@ def test_killed_one_goes_on_with_what_was_answered(
     assert not list((tmp_path / "scores").glob(".scored-*"))
 
 
-def test_unknown_task_is_told(smollm2: Path, tmp_path: Path) -> None:
-    model = ModelConfig(path=str(smollm2))
-    config = EvaluateConfig(model=model, tasks=["no_such_task"], protocol=Protocol.harness, output_dir=str(tmp_path))
-    with pytest.raises(ConfigError, match="has no task 'no_such_task'"):
-        evaluate(config)
+def test_records_say_what_each_choice_got(questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each is asked without its prompt too, and where answers are lists of texts."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    tiny = make_model(tmp_path / "tiny", "llama", num_hidden_layers=1)
+    (tmp_path / "tasks").mkdir()
+    take = """repeats: 2
+filter_list:
+  - name: both
+    filter:
+      - function: take_first_k
+        k: 2
+"""
+    mutual = TASK.replace("qdora_commonsense", "mutual").replace("acc_norm", "acc_mutual_info")
+    for name, text in (("plain", TASK), ("mutual", mutual), ("twice", ONE_ANSWER + take)):
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(text.format(file=questions))
+    arguments = [f"model.path={tiny}", "protocol=harness", f"tasks_path={tmp_path}/tasks", "model.dtype=float32"]
+    arguments += ["tasks=[qdora_commonsense,mutual,one_answer]", f"output_dir={tmp_path}/scores", "limit=4"]
+    done = qdora("evaluate", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    samples = json.loads((tmp_path / "scores" / "results.json").read_text())["samples"]
+    plain, mutual_ones, texts = (
+        [one for one in samples if one["task"] == task] for task in ("qdora_commonsense", "mutual", "one_answer")
+    )
+    for one, other in zip(plain, mutual_ones, strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], rel=SCORE_TOLERANCE)
+        assert one["prediction"] == other["prediction"]
+    assert all(one["prediction"][0] == one["prediction"][1] for one in texts), "greedy answers are the same each time"
+
+
+def test_answers_that_are_drawn_are_not_kept(tmp_path: Path) -> None:
+    world = parallel.start(ParallelConfig(plan=Plan.none))
+    kept = Answers(tmp_path, world)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"do_sample": True},
+        {"temperature": 1.5},
+        {"do_sample": False, "temperature": 1.5},
+    ]
+    for options in kinds:
+        kept.add_partial("generate_until", ("so", options), "it is")
+    kept.close()
+    again = Answers(tmp_path, world)
+    assert [again.find("generate_until", ("so", options)) for options in kinds] == ["it is", None, None, "it is"]
+    again.close()
+
+
+MISTAKES = {
+    "has no task 'no_such_task'": ("no_such_task", ""),
+    "has no task 'qdora_common*'": ("qdora_common*", ""),
+    "tasks_path=.*/none is no folder": ("qdora_commonsense", "none"),
+    "could not ask qdora_commonsense: .*JSON": ("qdora_commonsense", "torn"),
+    "could not ask qdora_commonsense: KeyError": ("qdora_commonsense", "split"),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_in_tasks_are_told(
+    message: str, smollm2: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    task, what = MISTAKES[message]
+    text = TASK.replace("test_split: test", "test_split: none") if what == "split" else TASK
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "task.yaml").write_text(text.format(file=questions))
+    if what == "torn":
+        questions.write_text(questions.read_text()[:-20])
+    path = tmp_path / ("none" if what == "none" else "tasks")
+    model, own = ModelConfig(path=str(smollm2)), {"tasks_path": str(path), "output_dir": str(tmp_path / "scores")}
+    with pytest.raises(ConfigError, match=message.replace("*'", r"\*'")):
+        evaluate(EvaluateConfig(model=model, tasks=[task], protocol=Protocol.harness, **own))
