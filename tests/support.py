@@ -6,7 +6,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,20 @@ def _here(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
     finally:
         logging.root.removeHandler(told)
     return subprocess.CompletedProcess(arguments, status, stdout.getvalue(), stderr.getvalue())
+
+
+def interrupt_when(is_time: Callable[[], bool], arguments: list[str], number: int) -> int:
+    """Starts `qdora ...` in its own process and sends it a signal as soon as it is time; returns the exit status."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*launcher(1), "-m", "qdora", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 240
+        while not is_time():
+            assert process.poll() is None, "it ended before"
+            assert time.monotonic() < deadline, "the time did not come"
+            time.sleep(0.002)
+        process.send_signal(number)
+    return process.returncode
 
 
 def run_ranks(script: Path, nproc: int, output: Path, *arguments: str, timeout_s: float = 180) -> list[Any]:

@@ -110,19 +110,19 @@ class Answers:
         self._file.close()
 
     def find(self, kind: str, arguments: tuple[Any, ...]) -> Any:
-        """None if it is not there, or drawn each time."""
+        """None if it is not there."""
         answer = self._known.get(_key(kind, arguments))
         match kind, answer:
             case "loglikelihood", [float(), bool()]:
                 return tuple(answer)
-            case ("loglikelihood_rolling", float()):
-                return answer
-            case ("generate_until", str()) if not _is_drawn(arguments[1]):
+            case ("loglikelihood_rolling", float()) | ("generate_until", str()):
                 return answer
         return None
 
     def add_partial(self, kind: str, arguments: tuple[Any, ...], answer: Any) -> None:
-        """Keeps an answer."""
+        """Keeps an answer, unless it is drawn anew each time."""
+        if kind == "generate_until" and _is_drawn(arguments[1]):
+            return
         self._file.write(json.dumps({_key(kind, arguments): answer}) + "\n")
         self._file.flush()
 

@@ -156,8 +156,10 @@ def _keep_others(kept: dict[str, Any], output: Path, config: EvaluateConfig, tas
 def _taken(partial: Path, world: World) -> Iterator[None]:
     """Makes the folder of what is scored and keeps another evaluation from it. *Collective* at its start.
 
+    At a good end it goes, with those that nobody scores into any more.
+
     Raises:
-        ConfigError: it cannot be made, or the same evaluation is going on.
+        ConfigError: it cannot be made, the same evaluation is going on, or no room is left.
     """
     descriptor = None
     with parallel.failing_together(world):

@@ -38,12 +38,7 @@ from qdora.rates import Rates, measure_rates
 from qdora.run_folder import RunFolder, config_from_values, config_values
 from qdora.sharding import weight_bytes
 from qdora.tracking import make_tracker
-from qdora.training.memory import (
-    StepBytes,
-    choose_recomputation,
-    remedies,
-    step_bytes,
-)
+from qdora.training.memory import StepBytes, choose_recomputation, remedies, step_bytes
 from qdora.training.results import conclude, num_trainable, versions, write_results
 from qdora.training.trainer import Trainer, num_steps
 

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 
 from qdora.files import lock
 from tests.e2e.test_faults import fill, small_disk
-from tests.support import ROOT, launcher, qdora
+from tests.support import interrupt_when, qdora
 
 KILL_AFTER_BATCHES = 4
 
@@ -96,18 +94,14 @@ def test_ranks_that_share_a_copy_answer_as_one_with_a_copy(tiny: Path, data: Pat
 def test_killed_evaluation_goes_on_with_what_it_had_scored(
     whole: Path, tiny: Path, tasks: Path, tmp_path: Path
 ) -> None:
-    command = [*launcher(1), "-m", "qdora", *options(tiny, tasks, tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not (files := list(tmp_path.glob(".scored-*/rank-0.jsonl"))) or kept(files[0]) < KILL_AFTER_BATCHES:
-            assert process.poll() is None, "it was too quick to be killed"
-            assert time.monotonic() < deadline, "nothing was scored"
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    before = kept(files[0])
-    torn = files[0].read_bytes()
-    files[0].write_bytes(torn[:-20])  # and its last line had not got to the disk
+    def is_time() -> bool:
+        return any(kept(file) >= KILL_AFTER_BATCHES for file in tmp_path.glob(".scored-*/rank-0.jsonl"))
+
+    interrupt_when(is_time, options(tiny, tasks, tmp_path), signal.SIGKILL)
+    (file,) = tmp_path.glob(".scored-*/rank-0.jsonl")
+    before = kept(file)
+    torn = file.read_bytes()
+    file.write_bytes(torn[:-20])  # and its last line had not got to the disk
     assert not (tmp_path / "results.json").exists()
     done = qdora(*options(tiny, tasks, tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]

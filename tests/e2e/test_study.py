@@ -3,17 +3,14 @@
 import csv
 import gzip
 import json
-import os
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import ROOT, launcher, make_model, qdora
+from tests.support import interrupt_when, make_model, qdora
 
 METHODS = ("qlora", "qdora")
 NAMES = [f"{method}-rank-2-rate-0.01-seed-{seed}" for method in METHODS for seed in (0, 1)]
@@ -54,16 +51,8 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def finished(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the study, stopped after its first run and gone on with by two processes."""
     folder = tmp_path_factory.mktemp("results") / "study"
-    command = [*launcher(1), "-m", "qdora", *options, f"output_dir={folder}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 240
-        while not list(folder.glob("*/summary.json")):
-            assert process.poll() is None, "it ended before it had a run"
-            assert time.monotonic() < deadline, "no run ended"
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-    assert process.returncode == 75
+    is_time, command = lambda: any(folder.glob("*/summary.json")), [*options, f"output_dir={folder}"]
+    assert interrupt_when(is_time, command, signal.SIGTERM) == 75
     assert not (folder / "study.json").exists()
     two = "launcher=['hydra/launcher=joblib','hydra.launcher.n_jobs=2']"
     done = qdora(*options, two, f"output_dir={folder}", own_process=True, timeout_s=400)

@@ -1,9 +1,8 @@
 """Scores agree with lm-evaluation-harness on a task that both have."""
 
 import json
-import os
-import subprocess
-import time
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from qdora.config import DataConfig, Dtype, EvaluateConfig, ModelConfig, Paralle
 from qdora.errors import ConfigError
 from qdora.evaluation import evaluate
 from qdora.evaluation.harness import Answers
-from tests.support import ROOT, launcher, make_model, qdora
+from tests.support import interrupt_when, make_model, qdora
 
 ROWS = Path(__file__).parent.parent / "unit" / "commonsense_rows.jsonl"
 SCORE_TOLERANCE = 1e-4
@@ -60,6 +59,21 @@ def results(config: EvaluateConfig) -> dict[str, Any]:
 
 
 @pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes tasks into a folder, which it returns; their data is kept beside it."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+
+    def write(*texts: str) -> Path:
+        folder = tmp_path / "tasks"
+        folder.mkdir()
+        for number, text in enumerate(texts):
+            (folder / f"{number}.yaml").write_text(text)
+        return folder
+
+    return write
+
+
+@pytest.fixture
 def questions(tmp_path: Path) -> Path:
     """BoolQ and PIQA without a chat template, with the words of the choices, so that their lengths differ."""
     rows = []
@@ -74,11 +88,9 @@ def questions(tmp_path: Path) -> Path:
 
 
 def test_likelihoods_are_those_of_the_harness(
-    smollm2: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smollm2: Path, questions: Path, tasks: Callable[..., Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "task.yaml").write_text(TASK.format(file=questions))
+    folder = tasks(TASK.format(file=questions))
     model = ModelConfig(path=str(smollm2), dtype=Dtype.float32)
     data = DataConfig(eval=str(questions), cache_dir=str(tmp_path / "cache"))
     output = str(tmp_path / "ours")
@@ -89,7 +101,7 @@ def test_likelihoods_are_those_of_the_harness(
         EvaluateConfig(
             model=model,
             tasks=["qdora_commonsense"],
-            tasks_path=str(tmp_path / "tasks"),
+            tasks_path=str(folder),
             protocol=Protocol.harness,
             output_dir=str(tmp_path / "theirs"),
         )
@@ -104,17 +116,14 @@ def test_likelihoods_are_those_of_the_harness(
 
 
 def test_two_ranks_that_share_a_model_answer_as_one_also_where_one_has_no_sample(
-    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    questions: Path, tasks: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Tied ends in NF4, whose weights the harness asks to tie."""
     tiny = make_model(tmp_path / "tiny", "llama", num_hidden_layers=1, tie_word_embeddings=True)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     single = tmp_path / "single.jsonl"
     single.write_text(questions.read_text().splitlines()[0] + "\n")
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "task.yaml").write_text(TASK.format(file=questions))
-    (tmp_path / "tasks" / "one.yaml").write_text(ONE_ANSWER.format(file=single))
-    arguments = [f"model.path={tiny}", "protocol=harness", f"tasks_path={tmp_path}/tasks", "model.dtype=float32"]
+    folder = tasks(TASK.format(file=questions), ONE_ANSWER.format(file=single))
+    arguments = [f"model.path={tiny}", "protocol=harness", f"tasks_path={folder}", "model.dtype=float32"]
     arguments += ["tasks=[qdora_commonsense,one_answer]", "batch_size=2", "quant=nf4", "quant.embeddings=true"]
     for nproc in (1, 2):
         more = [f"sharded={nproc == 2}", f"output_dir={tmp_path}/{nproc}"]
@@ -130,37 +139,28 @@ def test_two_ranks_that_share_a_model_answer_as_one_also_where_one_has_no_sample
     assert done.stdout.count("written to") == 1
 
 
-def test_killed_one_goes_on_with_what_was_answered(
-    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_one_goes_on_with_what_was_answered(questions: Path, tasks: Callable[..., Path], tmp_path: Path) -> None:
     """An answer that is changed meanwhile shows that it was not asked for again."""
     tiny = make_model(tmp_path / "tiny", "llama", num_hidden_layers=1)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "task.yaml").write_text(TASK.format(file=questions))
-    (tmp_path / "tasks" / "one.yaml").write_text(ONE_ANSWER.format(file=questions))
-    arguments = [f"model.path={tiny}", "protocol=harness", f"tasks_path={tmp_path}/tasks", "model.dtype=float32"]
+    folder = tasks(TASK.format(file=questions), ONE_ANSWER.format(file=questions))
+    arguments = [f"model.path={tiny}", "protocol=harness", f"tasks_path={folder}", "model.dtype=float32"]
     arguments += ["tasks=[qdora_commonsense,one_answer]", "batch_size=1", f"output_dir={tmp_path}/scores"]
-    command = [*launcher(1), "-m", "qdora", "evaluate", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        kept: list[str] = []
-        while len(kept) < 40:  # all 32 choices, and some answers
-            assert process.poll() is None, "it was too quick to be killed"
-            assert time.monotonic() < deadline, "nothing was answered"
-            files = [*(tmp_path / "scores").glob(".scored-*/harness-0.jsonl")]
-            kept = files[0].read_text().splitlines() if files else []
-            time.sleep(0.002)
-        process.kill()
-    lines = files[0].read_text().splitlines()
+
+    def is_time() -> bool:
+        """All 32 choices, and some answers, are there."""
+        files = (tmp_path / "scores").glob(".scored-*/harness-0.jsonl")
+        return any(len(file.read_text().splitlines()) >= 40 for file in files)
+
+    interrupt_when(is_time, ["evaluate", *arguments], signal.SIGKILL)
+    (file,) = (tmp_path / "scores").glob(".scored-*/harness-0.jsonl")
+    lines = file.read_text().splitlines()
     answers = [json.loads(line) for line in lines[:-1] if line]
     changed = [
         {key: [-123.0, False] if isinstance(value, list) else "so it is" for key, value in one.items()}
         for one in answers
     ]
     hostile = ["5", "null", "[1, 2]", "[" * 10_000, "\0", *(json.dumps({key: 5}) for key in answers[0])]
-    files[0].write_text("\n".join([*hostile, *map(json.dumps, changed), lines[-1][:-20]]))
+    file.write_text("\n".join([*hostile, *map(json.dumps, changed), lines[-1][:-20]]))
     done = qdora("evaluate", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     samples = json.loads((tmp_path / "scores" / "results.json").read_text())["samples"]
@@ -170,11 +170,9 @@ def test_killed_one_goes_on_with_what_was_answered(
     assert not list((tmp_path / "scores").glob(".scored-*"))
 
 
-def test_records_say_what_each_choice_got(questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_say_what_each_choice_got(questions: Path, tasks: Callable[..., Path], tmp_path: Path) -> None:
     """Where each is asked without its prompt too, and where answers are lists of texts."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     tiny = make_model(tmp_path / "tiny", "llama", num_hidden_layers=1)
-    (tmp_path / "tasks").mkdir()
     take = """repeats: 2
 filter_list:
   - name: both
@@ -183,9 +181,8 @@ filter_list:
         k: 2
 """
     mutual = TASK.replace("qdora_commonsense", "mutual").replace("acc_norm", "acc_mutual_info")
-    for name, text in (("plain", TASK), ("mutual", mutual), ("twice", ONE_ANSWER + take)):
-        (tmp_path / "tasks" / f"{name}.yaml").write_text(text.format(file=questions))
-    arguments = [f"model.path={tiny}", "protocol=harness", f"tasks_path={tmp_path}/tasks", "model.dtype=float32"]
+    folder = tasks(*(text.format(file=questions) for text in (TASK, mutual, ONE_ANSWER + take)))
+    arguments = [f"model.path={tiny}", "protocol=harness", f"tasks_path={folder}", "model.dtype=float32"]
     arguments += ["tasks=[qdora_commonsense,mutual,one_answer]", f"output_dir={tmp_path}/scores", "limit=4"]
     done = qdora("evaluate", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -227,16 +224,14 @@ MISTAKES = {
 
 @pytest.mark.parametrize("message", MISTAKES)
 def test_mistakes_in_tasks_are_told(
-    message: str, smollm2: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    message: str, smollm2: Path, questions: Path, tasks: Callable[..., Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     task, what = MISTAKES[message]
     text = TASK.replace("test_split: test", "test_split: none") if what == "split" else TASK
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "task.yaml").write_text(text.format(file=questions))
+    folder = tasks(text.format(file=questions))
     if what == "torn":
         questions.write_text(questions.read_text()[:-20])
-    path = tmp_path / ("none" if what == "none" else "tasks")
+    path = tmp_path / "none" if what == "none" else folder
     model, own = ModelConfig(path=str(smollm2)), {"tasks_path": str(path), "output_dir": str(tmp_path / "scores")}
     with pytest.raises(ConfigError, match=message.replace("*'", r"\*'")):
         evaluate(EvaluateConfig(model=model, tasks=[task], protocol=Protocol.harness, **own))
