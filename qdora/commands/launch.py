@@ -95,6 +95,10 @@ def _launch(arguments: list[str], folder: Path) -> int:
     except KeyboardInterrupt:  # before torchrun listens for signals
         return EXIT_KEYBOARD
     except (RendezvousError, DistError):
+        error = rank_files.first_error(folder)
+        if error is not None and error.status == EXIT_USER_ERROR:  # for which the other machines have ended
+            print(f"qdora: {error.text}", file=sys.stderr)
+            return EXIT_USER_ERROR
         return _tell_lost(options, begun=any(folder.iterdir()))
     return 0
 

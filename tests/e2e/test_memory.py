@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from qdora.training.memory import USABLE
 from tests.support import ROOT, make_model, qdora, run
 
 GIB = 2**30
@@ -72,12 +71,16 @@ def told_of(done: Any, output: Path) -> tuple[str, dict[str, float], Any]:
 def test_recomputation_is_what_the_container_has_room_for(
     arguments: list[str], tmp_path: Path, limited: Callable[[int], Path]
 ) -> None:
-    """Each run stays within its limit (else the kernel would end it) and needs about what it told of."""
+    """Each run stays within its limit (else the kernel would end it) and needs about what it told of.
+
+    Without the holes that glibc leaves in its heap, of another size in each run.
+    """
     losses, peaks = [], {}
     for limit, kind in ((None, "none"), (2.4, "selective"), (1.6, "full")):
         enter = f"echo $$ > {limited(int(limit * GIB))}/cgroup.procs; " if limit else ""
         command = f'{enter}exec "$0" -m qdora train "$@"'
-        done = run(["bash", "-c", command, sys.executable, *arguments, f"output_dir={tmp_path}/{kind}"])
+        started = ["bash", "-c", command, sys.executable, *arguments, f"output_dir={tmp_path}/{kind}"]
+        done = run(started, MALLOC_MMAP_THRESHOLD_="65536")
         chosen, sizes, summary = told_of(done, tmp_path / kind)
         assert chosen == kind, sizes
         assert limit is None or 0.3 * limit < sizes["free"] < limit
@@ -86,7 +89,7 @@ def test_recomputation_is_what_the_container_has_room_for(
     assert losses == [losses[0]] * 3, "recomputation changes no number"
     for kind in ("none", "selective"):
         more = sizes[kind] - sizes["full"]
-        assert 0.9 * more < peaks[kind] - peaks["full"] < more / USABLE["cpu"], (peaks, sizes)
+        assert 0.9 * more < peaks[kind] - peaks["full"] < more, (peaks, sizes)
 
 
 def test_rank_with_the_least_memory_decides(

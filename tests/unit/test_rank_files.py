@@ -1,11 +1,17 @@
 """What the launcher makes of the files that ranks leave."""
 
 import faulthandler
+import signal
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from qdora import rank_files
+from qdora.commands.launch import launch
+from qdora.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError
 
 
 def fails_in_a_collective() -> None:
@@ -31,3 +37,35 @@ def test_place_of_a_rank_that_failed_because_the_other_was_gone_is_told(
     assert told[0].startswith("  rank 0: fails_in_a_collective (test_rank_files.py:")
     assert told[1].startswith("  rank 1: test_place_of_a_rank_that_failed")
     assert told[2] == "  rank 2: did not answer"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (ConfigError("model.path=/nowhere: no such folder"), EXIT_USER_ERROR, "model.path=/nowhere: no such folder"),
+        (
+            RuntimeError("Connection reset by peer"),
+            EXIT_PREEMPTED,
+            "the other machines, which meet at head:29400, were lost",
+        ),
+    ],
+)
+def test_machine_whose_mistake_ended_the_others_first_tells_the_mistake(
+    error: Exception, status: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others have told it and are gone before the launcher of this one has looked for errors."""
+
+    def run(_: Namespace) -> None:
+        monkeypatch.setenv("RANK", "1")
+        assert rank_files.leave_error(error)
+        raise RendezvousConnectionError("the store is gone")
+
+    for name in (rank_files.FOLDER, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.setenv(name, "300")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(torchrun, "run", run)
+    options = ["--nnodes", "2", "--rdzv-backend", "static", "--rdzv-endpoint", "head:29400", "--max-restarts", "0"]
+    assert launch([*options, "-m", "qdora"]) == status
+    told = capsys.readouterr().err
+    assert told.startswith(f"qdora: {words}")
+    assert told.count("\n") == 1
