@@ -95,11 +95,7 @@ def _launch(arguments: list[str], folder: Path) -> int:
     except KeyboardInterrupt:  # before torchrun listens for signals
         return EXIT_KEYBOARD
     except (RendezvousError, DistError):
-        error = rank_files.first_error(folder)
-        if error is not None and error.status == EXIT_USER_ERROR:  # for which the other machines have ended
-            print(f"qdora: {error.text}", file=sys.stderr)
-            return EXIT_USER_ERROR
-        return _tell_lost(options, begun=any(folder.iterdir()))
+        return _tell_lost(options, folder)
     return 0
 
 
@@ -107,9 +103,13 @@ def _end(number: int, _: FrameType | None) -> None:
     raise SignalException("while the machines were waiting for each other", signal.Signals(number))
 
 
-def _tell_lost(options: Namespace, begun: bool) -> int:
-    """Prints that the machines do not find each other, or no longer; the status that goes with it."""
-    if begun:
+def _tell_lost(options: Namespace, folder: Path) -> int:
+    """Prints that the machines do not find each other, or why no longer; the status that goes with it."""
+    error = rank_files.first_error(folder)
+    if error is not None and error.status == EXIT_USER_ERROR:  # for which the other machines have ended
+        print(f"qdora: {error.text}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    if any(folder.iterdir()):
         print(
             f"qdora: the other machines, which meet at {options.rdzv_endpoint}, were lost; the same command on each "
             "goes on from the last checkpoint",
