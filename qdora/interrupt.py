@@ -1,7 +1,7 @@
 """What ends a run early: Ctrl-C, SIGTERM, SIGHUP (a terminal that closes) and SIGUSR1 (Slurm's warning).
 
 The step is finished and saved. A second signal ends the run at once, and so does one while the model is loaded, when
-nothing can be lost.
+nothing can be lost. Commands that keep what they have and need no end of a step stop where they are.
 """
 
 import os
@@ -82,6 +82,27 @@ def _leave(message: str, status: int) -> None:
     _say(message)
     leave_status(status)
     os._exit(status)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came instead of Ctrl-C."""
+
+
+@contextmanager
+def terminated() -> Iterator[None]:
+    """Raises `Terminated` in the block when SIGTERM comes to a process alone; the launcher tells of several."""
+    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 interrupt = Interrupt()

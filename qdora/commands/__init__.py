@@ -26,9 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from qdora import config
 from qdora.commands.explain import check_known, explain
 from qdora.commands.help import describe
-from qdora.errors import EXIT_KEYBOARD, EXIT_USER_ERROR, ConfigError, QdoraError, nearest
+from qdora.errors import EXIT_KEYBOARD, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, QdoraError, nearest
 from qdora.files import output_may_close
-from qdora.interrupt import interrupt
+from qdora.interrupt import Terminated, interrupt, terminated
 from qdora.rank_files import leave_error
 
 HELP = ("-h", "--help")
@@ -106,12 +106,12 @@ def run(arguments: list[str]) -> int:
         if not leave_error(error):
             _print_once(error, is_main)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as pressed:
         if is_main:
             command = COMMANDS.get(arguments[0]) if arguments else None
             then = "the same command goes on" if command and command.keeps else "nothing new was saved"
             print(f"qdora: interrupted at once; {then}", file=sys.stderr, flush=True)
-        return EXIT_KEYBOARD
+        return EXIT_PREEMPTED if isinstance(pressed, Terminated) else EXIT_KEYBOARD
 
 
 def _print_once(error: QdoraError, is_main: bool) -> None:
@@ -221,7 +221,7 @@ def _environment(argv: list[str], replacement: list[str]) -> Iterator[None]:
 def _call(command: Command, values: DictConfig) -> int:
     typed_config = typed(values, command.config_class)
     module, function = command.target.split(":")
-    with interrupt.listening() if command.can_resume else nullcontext():
+    with interrupt.listening() if command.can_resume else terminated() if command.keeps else nullcontext():
         target: Callable[[Any], int] = getattr(importlib.import_module(module), function)
         return target(typed_config)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qdora.files import lock
+from qdora.files import lock, write_durably
 from tests.e2e.test_faults import fill, small_disk
 from tests.support import interrupt_when, qdora
 
@@ -113,6 +113,23 @@ def test_killed_evaluation_goes_on_with_what_it_had_scored(
     other = qdora(*options(tiny, tasks, tmp_path), "limit=3")
     assert "written to" in other.stdout, "other options are another evaluation"
     assert results(tmp_path)["num_samples"] == 6
+
+
+def test_terminated_evaluation_says_that_it_goes_on(
+    whole: Path, tiny: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write_durably(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qdora.evaluation.run.write_durably", write)
+        done = qdora(*options(tiny, tasks, tmp_path))
+    assert done.returncode == 75
+    assert done.stderr.count("qdora: interrupted at once; the same command goes on") == 1
+    assert not (tmp_path / "results.json").exists()
+    assert qdora(*options(tiny, tasks, tmp_path)).returncode == 0
+    assert results(tmp_path) == results(whole)
 
 
 def test_full_disk_is_told_and_another_start_goes_on(whole: Path, tiny: Path, tasks: Path, tmp_path: Path) -> None:

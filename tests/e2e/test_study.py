@@ -116,6 +116,16 @@ def test_every_number_is_kept(finished: Path) -> None:
     assert "| qdora r=2 - qlora r=2 |" in (finished / "study.md").read_text()
 
 
+def test_changed_data_is_no_part_of_a_study(finished: Path, options: list[str]) -> None:
+    file = Path(options_value(options, "data.train"))
+    whole = file.read_text()
+    file.write_text(whole.replace("odd", "even"))
+    done = qdora(*options, f"output_dir={finished}")
+    file.write_text(whole)
+    assert done.returncode == 2
+    assert f"data.train is not what the runs in {finished} were trained with" in done.stderr
+
+
 @pytest.mark.soak
 def test_other_options_and_places_are_no_part_of_a_finished_study(
     finished: Path, options: list[str], tmp_path: Path
