@@ -9,9 +9,11 @@ if (($# == 0)); then
     if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         .venv/bin/python -m pytest tests/gpu
     fi
-    # Two at a time, the files with the short tests last; what fails beside another is tried once more by itself.
-    .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40 -m "not soak and not alone" ||
-        .venv/bin/python -m pytest --last-failed --last-failed-no-failures none -m "not soak and not alone"
-    set -- -m "not soak and alone"
+    # Two at a time, the files with the short tests last; what fails is tried once more by itself.
+    failed() { .venv/bin/python -m pytest --last-failed --last-failed-no-failures none -m "$1"; }
+    beside="not soak and not alone" alone="not soak and alone"
+    .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40 -m "$beside" || failed "$beside"
+    .venv/bin/python -m pytest -m "$alone" || failed "$alone"
+    exit
 fi
 exec .venv/bin/python -m pytest "$@"

@@ -1,5 +1,6 @@
 """`qdora COMMAND [overrides]`, the same as `python -m qdora COMMAND [overrides]`."""
 
+import gc
 import os
 import sys
 
@@ -15,6 +16,7 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     end_with_launcher()
+    gc.disable()  # until the command is loaded: see `qdora.commands.load`
     try:
         status = run(sys.argv[1:])
     except Exception as error:

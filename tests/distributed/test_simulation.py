@@ -21,7 +21,7 @@ CASES = {
 """Ranks and options, by what is gathered at a time."""
 
 
-@pytest.mark.parametrize("name", ["ahead", "part", *soak("block", "cpu-offload")])
+@pytest.mark.parametrize("name", ["ahead", *soak("block", "part", "cpu-offload")])
 def test_plan_is_within_a_tenth_of_what_a_step_takes(name: str, tmp_path: Path) -> None:
     ranks, overrides = CASES[name]
     output = tmp_path / "simulation.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, soak
 
 SLOW_LOADING = """
 import time
@@ -27,7 +27,7 @@ main()
 """`qdora`, but loading the model never ends; each rank says in FOLDER that it is there."""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *soak(signal.SIGINT, signal.SIGUSR1)])
 def test_interrupted_while_loading_is_not_said_to_be_saved(
     options: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -19,8 +19,6 @@ TOLD = re.compile(
     r"activations: recomputation (\w+); a step needs GiB none (.*), selective (.*), full (.*) and (.*) are"
 )
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture
 def limited() -> Iterator[Callable[[int], Path]]:

@@ -25,7 +25,6 @@ from qdora.parallel import World
 from qdora.training import memory
 from tests.support import make_model
 
-pytestmark = pytest.mark.alone
 ROWS, LENGTH = 4, 256
 TOLERANCE = 0.04
 """Between counted bytes and the allocator's, a block: positions and mask are kept once and counted in each."""
