@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_origin, get_type_hints
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
@@ -90,4 +90,8 @@ def _unknown(name: str, config_class: type, conf: Path, chain: list[Exception], 
         return f"{typed}: a recipe is added with a plus sign: +{typed.lstrip('+')}"
     if name in groups or name in {option.partition(".")[0] for option in options}:
         return f"{typed or name}: this command has no choices of {name}. --help lists its options"
+    entries = name.rpartition(".")[0]
+    if get_origin(get_type_hints(config_class).get(entries)) is dict:  # of names that users give
+        added = next((argument for argument in arguments if argument.startswith(entries)), name)
+        return f"{added}: what is not among {entries} yet is added with a plus sign: +{added}"
     return f"there is no option {name}{hint or '.'} --help lists them all"

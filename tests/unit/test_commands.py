@@ -38,6 +38,8 @@ from tests.support import run as run_process
         (["train", "x=["], "'x=[' is not an option: write name=value"),
         (["train", "train.num_steps=3", "train.num_epochs=2"], "contradict each other"),
         (["train"], "model.path is not set"),
+        (["study", "methods={a:{adapter:dora}}"], "is added with a plus sign: +methods={a:{adapter:dora}}"),
+        (["study", "methods.a.adapter=dora"], "is added with a plus sign: +methods.a.adapter=dora"),
         (["merge", "run=a"], "output is not set"),
         (["evaluate", "run=a", "data.limit=3"], "data.limit: write limit=N, the option of qdora evaluate"),
         (["merge", "run=a", "output=o", "quant=none"], "quant.method: run=DIR decides that; leave it out, or give"),
