@@ -10,10 +10,10 @@ if (($# == 0)); then
         .venv/bin/python -m pytest tests/gpu
     fi
     # Two at a time, the files with the short tests last; what fails is tried once more by itself.
-    failed() { .venv/bin/python -m pytest --last-failed --last-failed-no-failures none -m "$1"; }
+    again() { (($? == 1)) && .venv/bin/python -m pytest --last-failed --last-failed-no-failures none -m "$1"; }
     beside="not soak and not alone" alone="not soak and alone"
-    .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40 -m "$beside" || failed "$beside"
-    .venv/bin/python -m pytest -m "$alone" || failed "$alone"
+    .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40 -m "$beside" || again "$beside"
+    .venv/bin/python -m pytest -m "$alone" || again "$alone"
     exit
 fi
 exec .venv/bin/python -m pytest "$@"

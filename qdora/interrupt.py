@@ -45,9 +45,7 @@ class Interrupt:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         waked = signal.set_wakeup_fd(writing)
-        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        heard = [number for number in SIGNALS if not (nohup and number is signal.SIGHUP)]
-        previous = {number: signal.signal(number, lambda *_: None) for number in heard}
+        previous = {number: signal.signal(number, lambda *_: None) for number in _heard()}
         watcher = threading.Thread(target=self._watch, args=(reading,), daemon=True)
         watcher.start()
         try:
@@ -84,13 +82,19 @@ def _leave(message: str, status: int) -> None:
     os._exit(status)
 
 
+def _heard() -> list[signal.Signals]:
+    """Without SIGHUP under nohup."""
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in SIGNALS if not (nohup and number is signal.SIGHUP)]
+
+
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came instead of Ctrl-C."""
+    """Another of the signals came instead of Ctrl-C."""
 
 
 @contextmanager
 def terminated() -> Iterator[None]:
-    """Raises `Terminated` in the block when SIGTERM comes to a process alone; the launcher tells of several."""
+    """Raises `Terminated` in the block when a signal comes to a process alone; the launcher tells of several."""
     if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -98,11 +102,12 @@ def terminated() -> Iterator[None]:
     def end(*_: object) -> None:
         raise Terminated
 
-    previous = signal.signal(signal.SIGTERM, end)
+    previous = {number: signal.signal(number, end) for number in _heard() if number is not signal.SIGINT}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 interrupt = Interrupt()

@@ -68,7 +68,9 @@ def leave_error(error: Exception) -> bool:
     text = str(error) if foreseen else "".join(traceback.format_exception(error)).rstrip()
     status = EXIT_USER_ERROR if foreseen else EXIT_ERROR
     left = RankFailure(int(os.environ["RANK"]), status, time.time(), text)
-    file.write_text(json.dumps(asdict(left)), encoding="utf-8")
+    partial = file.with_suffix(".partial")  # the launcher reads at any time
+    partial.write_text(json.dumps(asdict(left)), encoding="utf-8")
+    partial.replace(file)
     return True
 
 

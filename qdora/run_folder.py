@@ -16,7 +16,8 @@ from qdora import checkpoint
 from qdora.adapter import peft_format
 from qdora.checkpoint import Manifest
 from qdora.config import RunConfig
-from qdora.errors import CheckpointError, ConfigError
+from qdora.data.sources import content
+from qdora.errors import CheckpointError, ConfigError, DataError, ModelError
 from qdora.files import existing, lock, read_json, write_durably
 from qdora.model.checkpoint_files import CheckpointFiles
 
@@ -86,6 +87,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             with suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and "step" in record]
+
+
+def inputs(config: RunConfig, base: Path | None) -> dict[str, str | None]:
+    """Hashes of what a run trains on and from, by option; None of what lies on the hub.
+
+    Args:
+        base: the folder of the model, if that is to be among them.
+
+    Raises:
+        DataError: the data is not there.
+        ModelError: the model is not.
+    """
+    data = {"data.train": config.data.train, "data.eval": config.data.eval}
+    told = {name: content(source) for name, source in data.items() if source is not None}
+    return told if base is None else told | {"model.path": CheckpointFiles(base).fingerprint()}
 
 
 class RunFolder:
@@ -236,6 +252,16 @@ class RunFolder:
                 f"run={self.path} was trained over another model than the one in {base}: its weights differ. Give the "
                 "right one as model.path=DIR"
             )
+
+    def replaced(self, config: RunConfig) -> list[str]:
+        """Options of `config` whose files are there and are not what the run was trained with, by its summary."""
+        base = Path(str(config.model.path))
+        summary = read_json(self.summary)
+        then = {"model.path": summary.get("model_fingerprint"), **summary.get("data_fingerprints", {})}
+        now: dict[str, str | None] = {}
+        with suppress(DataError, ModelError):  # a finished run needs neither
+            now = inputs(config, base if base.is_dir() else None)
+        return [name for name, told in now.items() if None not in (told, then.get(name)) and told != then[name]]
 
     def _newest_fingerprint(self) -> str | None:
         """Of the base, as the newest checkpoint that can be read has it."""

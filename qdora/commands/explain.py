@@ -90,8 +90,7 @@ def _unknown(name: str, config_class: type, conf: Path, chain: list[Exception], 
         return f"{typed}: a recipe is added with a plus sign: +{typed.lstrip('+')}"
     if name in groups or name in {option.partition(".")[0] for option in options}:
         return f"{typed or name}: this command has no choices of {name}. --help lists its options"
-    entries = name.rpartition(".")[0]
-    if get_origin(get_type_hints(config_class).get(entries)) is dict:  # of names that users give
-        added = next((argument for argument in arguments if argument.startswith(entries)), name)
-        return f"{added}: what is not among {entries} yet is added with a plus sign: +{added}"
+    entries, _, own = name.partition(".")
+    if own and get_origin(get_type_hints(config_class).get(entries)) is dict:  # of names that users give
+        return f"{entries} has no {own}: a new one is added whole, as +{entries}={{{own}:{{option:value}}}}"
     return f"there is no option {name}{hint or '.'} --help lists them all"

@@ -20,7 +20,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -90,8 +90,10 @@ def _launch(arguments: list[str], folder: Path) -> int:
         if told is None:
             told = rank_files.first_status(folder)
         # Ranks that had not even begun to listen: nothing is lost, and the same command starts again.
-        unheard = EXIT_KEYBOARD if error.sigval == signal.SIGINT else EXIT_PREEMPTED
-        return unheard if told is None else told
+        if told is None:
+            print("qdora: interrupted; the same command starts again", file=sys.stderr)
+            told = EXIT_KEYBOARD if error.sigval == signal.SIGINT else EXIT_PREEMPTED
+        return told
     except KeyboardInterrupt:  # before torchrun listens for signals
         return EXIT_KEYBOARD
     except (RendezvousError, DistError):
@@ -110,9 +112,10 @@ def _tell_lost(options: Namespace, folder: Path) -> int:
         print(f"qdora: {error.text}", file=sys.stderr)
         return EXIT_USER_ERROR
     if any(folder.iterdir()):
+        here = "" if error is None else f" (rank {error.rank} here ended with: {error.text.splitlines()[-1]})"
         print(
             f"qdora: the other machines, which meet at {options.rdzv_endpoint}, were lost; the same command on each "
-            "goes on from the last checkpoint",
+            f"goes on from the last checkpoint{here}",
             file=sys.stderr,
         )
         return EXIT_PREEMPTED
@@ -132,13 +135,12 @@ def _no_restart_on_mistakes(folder: Path, max_restarts: int, told: list[str]) ->
     def watch() -> None:
         while not over.wait(0.2):
             last = max((int(attempt.name) for attempt in folder.iterdir()), default=max_restarts)
-            with suppress(ValueError):  # half written
-                error = rank_files.first_error(folder)
-                # After its last start torchrun ends by itself.
-                if error is not None and error.status == EXIT_USER_ERROR and last < max_restarts:
-                    told.append(error.text)
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    return
+            error = rank_files.first_error(folder)
+            # After its last start torchrun ends by itself.
+            if error is not None and error.status == EXIT_USER_ERROR and last < max_restarts:
+                told.append(error.text)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

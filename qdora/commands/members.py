@@ -201,13 +201,19 @@ def _is_done(path: Path, config: RunConfig) -> bool:
         return False
     ours, theirs = (flatten(config_values(values)) for values in (config, folder.read_config()))
     different = [name for name in ours if name not in _OWN and ours[name] != theirs.get(name)]
+    replaced = [] if different else folder.replaced(config)
+    if replaced and not config.allow_changes:
+        raise ConfigError(
+            f"{path} is finished, and what {' and '.join(replaced)} names is not what it was trained with: restore it, "
+            "or give another output_dir"
+        )
     if different and not config.allow_changes:
         pairs = ", ".join(f"{name}={theirs.get(name)} (now {ours[name]})" for name in different)
         raise ConfigError(
             f"{path} is finished and has {pairs}: use those values or another output_dir (qdora train -m goes on with "
             "it under allow_changes=true)"
         )
-    return not different
+    return not different and not replaced
 
 
 def run_process(command: Sequence[str], stop: Path, environment: dict[str, str]) -> int:

@@ -10,7 +10,6 @@
 The same command goes on with what is left. Checkpoints of finished runs are removed: only results count here.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -26,13 +25,11 @@ from qdora.commands.members import CELL, STOP, evaluate, run_members, run_proces
 from qdora.commands.sweep_results import RECORDS
 from qdora.config import AdapterConfig, AdapterMethod, QuantConfig, StudyConfig
 from qdora.config.commands import written
-from qdora.data.sources import fingerprint
 from qdora.errors import EXIT_ERROR, EXIT_PREEMPTED, ConfigError
 from qdora.evaluation.tasks import find_tasks
-from qdora.files import read_json, write_durably
+from qdora.files import read_json
 from qdora.model import model_folder
 from qdora.model.build import build_model
-from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.study.cells import (
     Cell,
     arms,
@@ -59,7 +56,6 @@ def study(config: StudyConfig) -> int:
     find_tasks(config.tasks, Path(str(config.tasks_path)))  # before hours of training
     folder = Path(config.output_dir or "outputs/study")
     with taken(folder), signals_told(folder / STOP):
-        _keep_to_inputs(config, folder / RECORDS / "inputs.json")
         if "dequantised" in starts(config):
             _dequantise(config, folder)
         _score_bases(config, folder)  # a mistake in the tasks shows here
@@ -73,25 +69,6 @@ def study(config: StudyConfig) -> int:
             print(f"interrupted; the same command goes on with what is left of the study in {folder}", flush=True)
             return EXIT_PREEMPTED
         return 0 if conclude(config, folder, rates) else EXIT_ERROR
-
-
-def _keep_to_inputs(config: StudyConfig, known: Path) -> None:
-    """Notes what the study trains on and from in the file `known`, or compares with what was noted at its first start.
-
-    Raises:
-        ConfigError: it is not the same.
-    """
-    data = {"data.train": config.data.train, "data.eval": config.data.eval}
-    now = {name: fingerprint(source) for name, source in data.items() if source is not None}
-    now["model.path"] = CheckpointFiles(model_folder(config.model)).fingerprint()
-    then = read_json(known)
-    for name in now:
-        if then.get(name, now[name]) != now[name]:
-            raise ConfigError(
-                f"{name} is not what the runs in {known.parent.parent} were trained with: restore it, or give another "
-                "output_dir"
-            )
-    write_durably(known, json.dumps(now) + "\n")
 
 
 def _is_told_to_stop(folder: Path) -> bool:
@@ -176,5 +153,5 @@ def _dequantise(config: StudyConfig, folder: Path) -> None:
     command = [sys.executable, "-m", "qdora", "merge", *options, f"output={written(str(output))}"]
     status = run_process(command, folder / STOP, dict(os.environ))
     shutil.rmtree(unchanged)
-    if status:
+    if status not in (0, EXIT_PREEMPTED):
         raise ConfigError("the base could not be dequantised: see the message above")

@@ -68,14 +68,28 @@ def fingerprint(source: str) -> str:
     files = data_files(source)
     for file in files:
         digest.update(f"{file}\0".encode())  # the places of rows have the name, and its suffix tells how to read it
-        try:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise DataError(f"{file} cannot be read: {error}") from None
+        digest.update(_digest(file))
     if not files:
         digest.update(_from_hub(source)._fingerprint.encode())
     return digest.hexdigest()
+
+
+def content(source: str) -> str | None:
+    """A hash of what is in the files of `source`, wherever they lie; None of a hub data set, which says itself.
+
+    Raises:
+        DataError: nothing there, or a file that cannot be read.
+    """
+    digests = [_digest(file) for file in data_files(source)]
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:24] if digests else None
+
+
+def _digest(file: Path) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").digest()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
 
 
 def load_rows(source: str, limit: int | None = None) -> Iterator[Row]:

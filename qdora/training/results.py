@@ -28,12 +28,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
-def write_results(trainer: Trainer, status: str, base: Path, model_fingerprint: str) -> None:
+def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str, str | None]) -> None:
     """Writes the adapter (or the model), summary.json and report.png. *Collective*.
 
     Args:
         base: the folder that the model came from.
-        model_fingerprint: that of its weights when training began.
+        contents: `run_folder.inputs` when training began, on rank 0.
     """
     config, world, loaded, folder = trainer.config, trainer.world, trainer.loaded, trainer.folder
     reshard(loaded.model)
@@ -73,7 +73,8 @@ def write_results(trainer: Trainer, status: str, base: Path, model_fingerprint: 
                 "checkpoint_stall_s": trainer.checkpoints.total_stall_s,
                 "not_quantised": loaded.report.not_quantised,
                 "not_adapted": loaded.report.not_adapted,
-                "model_fingerprint": model_fingerprint,
+                "model_fingerprint": contents["model.path"],
+                "data_fingerprints": {name: told for name, told in contents.items() if name != "model.path"},
                 "device": world.device.type,
                 "world_size": world.size,
                 "versions": versions(),

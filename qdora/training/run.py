@@ -35,7 +35,7 @@ from qdora.optim import state_tensors
 from qdora.parallel import World
 from qdora.planning.preflight import Settled, settle
 from qdora.rates import Rates, measure_rates
-from qdora.run_folder import RunFolder, config_from_values, config_values
+from qdora.run_folder import RunFolder, config_from_values, config_values, inputs
 from qdora.sharding import weight_bytes
 from qdora.tracking import make_tracker
 from qdora.training.memory import StepBytes, choose_recomputation, remedies, step_bytes
@@ -139,7 +139,8 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
         if not settled.exceeds:
             print(settled.told)
         print(recomputation.told)
-    status = _to_the_end(trainer, recomputation, partial(_manifest, given, fingerprints), base, fingerprints["model"])
+    contents = inputs(config, base) if world.is_main else {}
+    status = _to_the_end(trainer, recomputation, partial(_manifest, given, fingerprints), base, contents)
     if world.is_main:
         conclude(config, folder, status, trainer.checkpoints.failure, trainer.tracker.location)
     return EXIT_PREEMPTED if status == "preempted" else 0
@@ -194,7 +195,7 @@ def _to_the_end(
     recomputation: Recomputation,
     manifest: Callable[[Trainer], Manifest],
     base: Path,
-    model_fingerprint: str,
+    contents: dict[str, str | None],
 ) -> str:
     """Trains, writes the results and ends the record; returns the status. *Collective*."""
     world, folder = trainer.world, trainer.folder
@@ -202,13 +203,13 @@ def _to_the_end(
     try:
         with explaining_shortage(lambda: _does_not_fit(trainer, recomputation)):
             ended = trainer.run(manifest)
-        write_results(trainer, ended, base, model_fingerprint)
+        write_results(trainer, ended, base, contents)
         if world.is_main and ended != "preempted" and folder.adapter.exists():
             trainer.tracker.log_adapter(folder.adapter)
         status = ended
     except TrainingError as error:
         trainer.checkpoints.wait()
-        write_results(trainer, status, base, model_fingerprint)
+        write_results(trainer, status, base, contents)
         told = checkpoint.set_aside(folder.checkpoints, trainer.step) if world.is_main else ""
         raise TrainingError(f"{error}. {parallel.broadcast(world, told)}") from None
     finally:

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from qdora.commands.members import _is_done
+from qdora.errors import ConfigError
+from qdora.run_folder import RunFolder
 from tests.support import interrupt_when, make_model, qdora
 
 METHODS = ("qlora", "qdora")
@@ -116,14 +119,32 @@ def test_every_number_is_kept(finished: Path) -> None:
     assert "| qdora r=2 - qlora r=2 |" in (finished / "study.md").read_text()
 
 
-def test_changed_data_is_no_part_of_a_study(finished: Path, options: list[str]) -> None:
-    file = Path(options_value(options, "data.train"))
-    whole = file.read_text()
-    file.write_text(whole.replace("odd", "even"))
-    done = qdora(*options, f"output_dir={finished}")
-    file.write_text(whole)
-    assert done.returncode == 2
-    assert f"data.train is not what the runs in {finished} were trained with" in done.stderr
+@pytest.mark.parametrize("name", ["data.train", "data.eval", "model.path"])
+def test_what_was_replaced_is_no_part_of_a_study_and_what_was_moved_is(
+    finished: Path, options: list[str], tmp_path: Path, name: str
+) -> None:
+    folder = finished / NAMES[0]
+    config = RunFolder(folder).read_config()
+    moved = Path(shutil.copytree(Path(options_value(options, "data.train")).parent, tmp_path / "moved"))
+    config.data.train, config.data.eval = str(moved / "train.jsonl"), str(moved / "tune.jsonl")
+    config.model.path = str(moved / "model")
+    assert RunFolder(folder).replaced(config) == []
+    if name == "model.path":
+        make_model(moved / "model", "llama", num_hidden_layers=1, seed=1)
+    else:
+        file = moved / Path(options_value(options, name)).name
+        file.write_text(file.read_text().replace("odd", "even"))
+    assert RunFolder(folder).replaced(config) == [name]
+
+
+def test_run_over_what_was_replaced_is_not_taken_for_finished(finished: Path, tmp_path: Path) -> None:
+    folder = RunFolder(Path(shutil.copytree(finished / NAMES[0], tmp_path / "run")))
+    config = folder.read_config()
+    assert _is_done(folder.path, config)
+    summary = json.loads(folder.summary.read_text())
+    folder.write_summary({**summary, "data_fingerprints": {"data.train": "another"}})
+    with pytest.raises(ConfigError, match=r"what data\.train names is not what it was trained with"):
+        _is_done(folder.path, config)
 
 
 @pytest.mark.soak
