@@ -1,6 +1,7 @@
 """How much memory a rank has taken, and how much it could still take."""
 
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,16 @@ def memory_gib(world: World) -> float:
     """Peak memory of this rank: allocated on its GPU, else resident on the host."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return _peak_resident() / 2**30
+
+
+def _peak_resident() -> int:
+    """Bytes of this program at most; `ru_maxrss` counts what the process that started it held, too."""
+    try:
+        with Path("/proc/self/status").open(encoding="utf-8") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 2**10
+    except (OSError, StopIteration):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
 
 
 @contextmanager

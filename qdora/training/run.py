@@ -64,6 +64,7 @@ def train(config: RunConfig) -> int:
     try:
         status = _train(config, world, folder, new_id)
     except Exception:
+        parallel.disarm_watchdog()  # the error has where it stood
         if world.size == 1:  # of several the others may know nothing of it, and leaving a group waits for them
             parallel.stop()
         raise
@@ -213,6 +214,7 @@ def _to_the_end(
         told = checkpoint.set_aside(folder.checkpoints, trainer.step) if world.is_main else ""
         raise TrainingError(f"{error}. {parallel.broadcast(world, told)}") from None
     finally:
+        parallel.disarm_watchdog()  # W&B takes its time
         trainer.tracker.finish(status)
     return status
 

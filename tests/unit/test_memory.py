@@ -2,6 +2,7 @@
 
 import gc
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from qdora.config import (
 from qdora.model import LoadedModel, load_model
 from qdora.parallel import World
 from qdora.training import memory
-from tests.support import make_model
+from tests.support import make_model, run
 
 ROWS, LENGTH = 4, 256
 TOLERANCE = 0.04
@@ -139,3 +140,11 @@ def test_remedies_say_what_each_option_saves(folders: dict[int, Path]) -> None:
         then = memory.step_bytes(loaded, world, rows, length).total(kind, keep_gathered=False)
         saved = (need.total(NONE, keep_gathered=False) - then) / 2**30
         assert float(found[1]) == pytest.approx(saved, rel=0.05, abs=0.006)
+
+
+def test_memory_is_of_this_program_and_not_of_what_started_it() -> None:
+    ballast = torch.ones(3 * 2**27)
+    program = "from qdora import device_memory, parallel; print(device_memory.memory_gib(parallel.start_alone('test')))"
+    done = run([sys.executable, "-c", program])
+    assert done.returncode == 0, done.stderr
+    assert 0.05 < float(done.stdout) < ballast.nbytes / 2**30
