@@ -60,10 +60,10 @@ def leave_status(status: int) -> None:
 
 
 def leave_error(error: Exception) -> bool:
-    """Notes the error that ends this rank; whether there is a launcher to read it."""
+    """Notes the error that ends this rank, unless one is; whether there is a launcher to read it."""
     file = _own_file("error")
-    if file is None:
-        return False
+    if file is None or file.exists():
+        return file is not None
     foreseen = isinstance(error, QdoraError)
     text = str(error) if foreseen else "".join(traceback.format_exception(error)).rstrip()
     status = EXIT_USER_ERROR if foreseen else EXIT_ERROR

@@ -222,7 +222,11 @@ def _environment(argv: list[str], replacement: list[str]) -> Iterator[None]:
 def _call(command: Command, values: DictConfig) -> int:
     typed_config = typed(values, command.config_class)
     with interrupt.listening() if command.can_resume else terminated() if command.keeps else nullcontext():
-        return load(command.target)(typed_config)
+        try:
+            return load(command.target)(typed_config)
+        except Exception as error:
+            leave_error(error)  # while signals are heard: the launcher ends this rank once another has failed
+            raise
 
 
 def load(target: str) -> Callable[[Any], int]:
