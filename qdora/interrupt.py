@@ -45,7 +45,7 @@ class Interrupt:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         waked = signal.set_wakeup_fd(writing)
-        previous = {number: signal.signal(number, lambda *_: None) for number in _heard()}
+        previous = {number: signal.signal(number, lambda *_: None) for number in heard_signals()}
         watcher = threading.Thread(target=self._watch, args=(reading,), daemon=True)
         watcher.start()
         try:
@@ -82,8 +82,8 @@ def _leave(message: str, status: int) -> None:
     os._exit(status)
 
 
-def _heard() -> list[signal.Signals]:
-    """Without SIGHUP under nohup."""
+def heard_signals() -> list[signal.Signals]:
+    """`SIGNALS`, without SIGHUP under nohup."""
     nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in SIGNALS if not (nohup and number is signal.SIGHUP)]
 
@@ -102,7 +102,7 @@ def terminated() -> Iterator[None]:
     def end(*_: object) -> None:
         raise Terminated
 
-    previous = {number: signal.signal(number, end) for number in _heard() if number is not signal.SIGINT}
+    previous = {number: signal.signal(number, end) for number in heard_signals() if number is not signal.SIGINT}
     try:
         yield
     finally:

@@ -33,7 +33,7 @@ from qdora.config import RunConfig
 from qdora.config.commands import written
 from qdora.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, QdoraError
 from qdora.files import lock, read_json
-from qdora.interrupt import SIGNALS, TWICE_S
+from qdora.interrupt import TWICE_S, heard_signals
 from qdora.rank_files import PR_SET_PDEATHSIG
 
 TRAIN = "QDORA_TRAIN"
@@ -301,8 +301,7 @@ def signals_told(stop: Path) -> Iterator[None]:
     They are blocked, and what a launcher starts inherits that: Ctrl-C in a terminal goes to all of it, which would end
     and take its runs with it. Libraries have threads that do not block them, or unblock them: hence the handlers.
     """
-    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    heard = [number for number in SIGNALS if not (nohup and number is signal.SIGHUP)]
+    heard = heard_signals()
     times: list[float] = []
 
     def tell(*_: object) -> None:

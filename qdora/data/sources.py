@@ -6,6 +6,7 @@ what they need when it is needed, as it takes every rank most of a second.
 """
 
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -85,11 +86,18 @@ def content(source: str) -> str | None:
 
 
 def _digest(file: Path) -> bytes:
+    """Of the bytes of a file, which are read once as long as it is not written to."""
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").digest()
+        state = file.stat()
+        return _digest_of(file, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error}") from None
+
+
+@functools.cache
+def _digest_of(file: Path, *_: int) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def load_rows(source: str, limit: int | None = None) -> Iterator[Row]:
