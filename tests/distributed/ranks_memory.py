@@ -14,12 +14,7 @@ from qdora.config import AdapterConfig, ModelConfig, ParallelConfig, QuantConfig
 from qdora.model import load_model
 from qdora.model.build import build_model
 from qdora.sharding import weight_bytes
-
-
-def status_bytes(field: str) -> int:
-    """A field of /proc/self/status that counts memory."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+from tests.support.processes import status_bytes
 
 
 def read_bytes() -> int:

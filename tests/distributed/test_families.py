@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import FAMILIES, asked, make_model, run_ranks, soak_but
+from tests.support.marks import asked, soak_but
+from tests.support.models import FAMILIES, make_model
+from tests.support.processes import run_ranks
 
 SCRIPT = Path(__file__).with_name("ranks_families.py")
 LOSS_TOLERANCE = 1e-5

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.support import make_model, run_ranks
+from tests.support.models import make_model
+from tests.support.processes import run_ranks
 
 SCRIPT = Path(__file__).with_name("ranks_gather.py")
 Found = dict[str, dict[str, Any]]

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import asked, make_model, run_ranks, soak_but
+from tests.support.marks import asked, soak_but
+from tests.support.models import make_model
+from tests.support.processes import run_ranks
 
 SCRIPT = Path(__file__).with_name("ranks_gradients.py")
 FLOAT32_TOLERANCE = 2e-5

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from tests.support import make_tokenizer, run_ranks
+from tests.support.models import make_tokenizer
+from tests.support.processes import run_ranks
 
 pytestmark = pytest.mark.alone
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.support import make_model, make_tokenizer, run_ranks, soak
+from tests.support.marks import soak
+from tests.support.models import make_model, make_tokenizer
+from tests.support.processes import run_ranks
 
 SCRIPT = Path(__file__).with_name("ranks_nf4.py")
 CASES = [

@@ -10,7 +10,8 @@ from qdora.commands import compose, typed
 from qdora.config import Plan, RunConfig
 from qdora.planning.hardware import find_hardware
 from qdora.planning.plans import Choice, Planner
-from tests.support import ROOT, make_model, run_ranks
+from tests.support.models import make_model
+from tests.support.processes import ROOT, run_ranks
 
 LENGTH = 256
 HARDWARE = {nproc: replace(find_hardware(f"{nproc}x24gb"), device="cpu") for nproc in (1, 2)}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, run, soak
+from tests.support.marks import soak
+from tests.support.processes import ROOT, run
 
 TOLERANCE = 0.1
 LAYERS = 2

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.support import make_model, run_ranks, soak
+from tests.support.marks import soak
+from tests.support.models import make_model
+from tests.support.processes import run_ranks
 
 SCRIPT = Path(__file__).with_name("ranks_training.py")
 NORM_TOLERANCE = 1e-5

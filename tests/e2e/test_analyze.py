@@ -18,7 +18,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from qdora import checkpoint, commands
 from qdora.run_folder import RunFolder
-from tests.support import make_model, qdora, soak, write_sums
+from tests.support.marks import soak
+from tests.support.models import make_model
+from tests.support.processes import qdora
+from tests.support.runs import write_sums
 
 METHODS = {
     "qdora": ["adapter=dora", "quant=nf4"],

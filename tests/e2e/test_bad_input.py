@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, make_model, qdora, run, soak, soak_but
+from tests.support.marks import soak, soak_but
+from tests.support.models import make_model
+from tests.support.processes import ROOT, qdora, run
 
 GOOD = {"prompt": "a", "completion": "b"}
 Mistakes = dict[str, tuple[list[str], str]]

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import make_model, run, soak
+from tests.support.marks import soak
+from tests.support.models import make_model
+from tests.support.processes import run
 
 pytestmark = pytest.mark.alone
 

@@ -10,8 +10,9 @@ import torch
 
 from qdora.doctor import machine, ranks
 from qdora.doctor.finding import Finding, Verdict, joined
-from tests.e2e.test_faults import fill, small_disk
-from tests.support import launcher, qdora, run, soak
+from tests.support.faults import fill, small_disk
+from tests.support.marks import soak
+from tests.support.processes import launcher, qdora, run
 
 CHECKS = {"Python", "libraries", "torch", "CPU", "GPU", "NF4 kernel", "speed", "disk", "shared memory", "W&B", "hub"}
 GATHERS = ["all-gather", "all-gather, uneven"]

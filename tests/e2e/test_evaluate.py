@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qdora.files import lock, write_durably
-from tests.e2e.test_faults import fill, small_disk
-from tests.support import interrupt_when, qdora
+from tests.support.faults import fill, small_disk
+from tests.support.processes import interrupt_when, qdora
 
 KILL_AFTER_BATCHES = 4
 

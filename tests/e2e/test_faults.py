@@ -1,7 +1,6 @@
 """A run that is killed, whose disk is full, or whose checkpoint is damaged, ends as the one that never was."""
 
 import json
-import os
 import random
 import re
 import shutil
@@ -10,45 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from qdora.run_folder import RunFolder
-from tests.e2e.test_run import (
-    copy_without_result,
-    losses_of,
-    read_until,
-    start,
-    start_command,
-    wait_for_steps,
-)
-from tests.support import launcher, long_run, qdora, run, soak, soak_but
+from tests.support.faults import fill, kill, small_disk
+from tests.support.marks import soak, soak_but
+from tests.support.processes import launcher, qdora, read_until, run, start, start_command, wait_for_run, wait_for_steps
+from tests.support.runs import assert_same, copy_without_result, long_run, metrics_of, status_of
 
 STEPS = 30
-
-
-def assert_same(folder: Path, other: Path) -> None:
-    """The same losses of every step, and the same adapter, bit for bit."""
-    assert losses_of(folder) == losses_of(other)
-    one, two = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, other))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
-
-
-def kill(process: "subprocess.Popen[str]", only_one: bool, choose: random.Random) -> None:
-    """SIGKILL to every process of the run, or to one of its ranks (the launcher ends the others)."""
-    parent = psutil.Process(process.pid)
-    ranks = [child for child in parent.children(recursive=True) if "qdora" in " ".join(child.cmdline())]
-    for one in [choose.choice(ranks)] if only_one and ranks else [parent, *parent.children(recursive=True)]:
-        one.kill()
-    process.communicate(timeout=60)
 
 
 def being_written(folder: Path, since: float) -> bool:
@@ -153,27 +128,6 @@ def test_only_damaged_checkpoints_are_an_error(
     assert "every checkpoint in" in done.stderr
 
 
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """A file system of its own at `folder`."""
-    folder.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(folder: Path) -> Path:
-    """Leaves no room there, also where something went away since; the file to remove."""
-    with suppress(OSError), (folder / "ballast").open("ab", buffering=0) as ballast:
-        while True:
-            ballast.write(bytes(4096))
-    return folder / "ballast"
-
-
 @pytest.fixture
 def full_disk(uninterrupted: dict[int, Path], tmp_path: Path) -> Iterator[Path]:
     """A run that has five steps left, and whose checkpoints are on a file system of their own, which is full."""
@@ -185,11 +139,6 @@ def full_disk(uninterrupted: dict[int, Path], tmp_path: Path) -> Iterator[Path]:
         shutil.copytree(tmp_path / kept.name, kept)
         fill(folder / "checkpoints")
         yield folder
-
-
-def status_of(folder: Path) -> str:
-    """The run's status in summary.json."""
-    return str(json.loads((folder / "summary.json").read_text())["status"])
 
 
 def test_run_on_a_full_disk_ends_without_its_last_checkpoint(
@@ -276,7 +225,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows(
     done = qdora("train", *arguments, resume, f"output_dir={part}", nproc=after)
     assert done.returncode == 0, done.stderr
     assert "going on from step 5 of 10" in done.stdout
-    records = {folder: [json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (whole, part)}
+    records = {folder: metrics_of(folder) for folder in (whole, part)}
     then = [record for record in records[whole] if record["step"] > 5]
     now = [record for record in records[part] if "loss" in record]
     assert [record["num_tokens"] for record in now] == [record["num_tokens"] for record in then]
@@ -327,7 +276,7 @@ def run_with_rank(kind: str, arguments: list[str], nproc: int = 2, timeout_s: fl
 
 def seconds_after_step(folder: Path, step: int, ended: float) -> float:
     """Between the record of a step and the end."""
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+    steps = [line["step"] for line in metrics_of(folder)]
     assert max(steps) == step, steps
     return ended - (folder / "metrics.jsonl").stat().st_mtime
 
@@ -461,13 +410,3 @@ def test_torchrun_restarts_pick_the_run_up(
     assert told.count("going on from step") == 2, told
     assert len(list((tmp_path / "outputs").iterdir())) == 1
     assert_same(folder, uninterrupted[2])
-
-
-def wait_for_run(outputs: Path, process: "subprocess.Popen[str]") -> Path:
-    """The only run's folder, once it is there."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if outputs.exists() and (found := list(outputs.iterdir())):
-            return found[0]
-        time.sleep(0.05)
-    raise AssertionError(f"no run: {process.communicate(timeout=20)[0]}")

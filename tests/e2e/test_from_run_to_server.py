@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support import ROOT
+from tests.support.processes import ROOT
 
 QUESTION = [{"role": "user", "content": "Who are you, and who made you?"}]
 NEW_TOKENS = 40

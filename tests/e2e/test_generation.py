@@ -40,7 +40,8 @@ from qdora.model import LoadedModel, load_model
 from qdora.model.generate import TextStream, generate_stream
 from qdora.parallel import start_alone
 from qdora.run_folder import RunFolder
-from tests.support import ROOT, make_model, make_tokenizer
+from tests.support.models import make_model, make_tokenizer
+from tests.support.processes import ROOT
 
 WORLD = start_alone("tests")
 NUM_TOKENS = 16

@@ -19,7 +19,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qdora.reporting.answers import MAX_NEW_TOKENS
-from tests.support import ROOT, make_model, qdora, write_sums
+from tests.support.models import make_model
+from tests.support.processes import ROOT, qdora
+from tests.support.runs import write_sums
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTHS = (360, 1280)

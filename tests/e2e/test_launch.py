@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, soak
+from tests.support.marks import soak
+from tests.support.processes import ROOT
 
 SLOW_LOADING = """
 import time

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.support import ROOT, make_model, qdora, run
+from tests.support.models import make_model
+from tests.support.processes import ROOT, qdora, run
+from tests.support.runs import summary_of
 
 GIB = 2**30
 GROUPS = {Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes", Path("/sys/fs/cgroup"): "memory.max"}
@@ -63,7 +65,7 @@ def told_of(done: Any, output: Path) -> tuple[str, dict[str, float], Any]:
     found = TOLD.search(done.stdout)
     assert found, done.stdout
     sizes = dict(zip(("none", "selective", "full", "free"), map(float, found.groups()[1:]), strict=True))
-    return found.group(1), sizes, json.loads((output / "summary.json").read_text())
+    return found.group(1), sizes, summary_of(output)
 
 
 def test_recomputation_is_what_the_container_has_room_for(

@@ -17,7 +17,8 @@ from transformers import AutoConfig
 
 from qdora.adapter.peft_format import tensor_name
 from qdora.model.writer import SAFETENSORS_NAMES
-from tests.support import launcher, make_tokenizer
+from tests.support.models import make_tokenizer
+from tests.support.processes import launcher
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 4096,

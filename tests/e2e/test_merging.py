@@ -25,8 +25,9 @@ from qdora.commands import run as command
 from qdora.config import AdapterConfig, AdapterMethod, DataConfig, ModelConfig, QuantConfig, QuantMethod, RunConfig
 from qdora.model import writer
 from qdora.run_folder import RunFolder
-from tests.parity.test_merge import adapted
-from tests.support import ROOT, make_model, qdora
+from tests.support.adapters import adapted
+from tests.support.models import make_model
+from tests.support.processes import ROOT, qdora
 
 IDS = torch.arange(4, 68).view(2, 32)
 Told = pytest.CaptureFixture[str]

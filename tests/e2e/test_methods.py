@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,10 @@ from safetensors.torch import load_file
 
 from qdora.config import OptimConfig
 from qdora.optim import learning_rate
-from tests.support import make_model, qdora, soak
+from tests.support.marks import soak
+from tests.support.models import make_model
+from tests.support.processes import qdora
+from tests.support.runs import metrics_of, summary_of
 
 METHODS = {
     "qdora": ["adapter=dora", "quant=nf4"],
@@ -79,17 +81,6 @@ def runs(
         )
         assert done.returncode == 0, done.stderr[-3000:]
     return method, folders
-
-
-def summary_of(folder: Path) -> dict[str, Any]:
-    """summary.json."""
-    values: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return values
-
-
-def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_method_learns(runs: tuple[str, dict[int, Path]]) -> None:

@@ -25,6 +25,7 @@ from qdora.config import (
 from qdora.evaluation import evaluate
 from qdora.merging import merge
 from qdora.training import train
+from tests.support.runs import summary_of
 
 SAME_TOLERANCE = 2e-3
 """Relative; the adapter's A and B are stored in bfloat16, the rows are padded to other lengths."""
@@ -56,7 +57,7 @@ def test_loss_survives_train_evaluate_train_merge(smollm2: Path, root: Path, tmp
         return float(json.loads((tmp_path / "results" / "results.json").read_text())["loss"])
 
     def trained() -> dict[str, float]:
-        losses: dict[str, float] = json.loads((run / "summary.json").read_text())["eval_losses"]
+        losses: dict[str, float] = summary_of(run)["eval_losses"]
         return losses
 
     assert train(config) == 0

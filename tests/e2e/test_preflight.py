@@ -1,6 +1,5 @@
 """Before it loads, a run compares what it needs with the memory that is there, and `parallel=auto` chooses."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import qdora, run, soak
+from tests.support.marks import soak
+from tests.support.processes import qdora, run
+from tests.support.runs import summary_of
 
 HUGE = ["data.max_length=50000000", "train.micro_batch_size=4"]
 
@@ -64,4 +65,4 @@ def test_auto_trains_what_its_plan_trains(nproc: int, options: list[str], tmp_pa
     assert first.keys() == named.keys()
     assert all(torch.equal(tensor, named[name]) for name, tensor in first.items())
     assert not all(torch.equal(tensor, last[name]) for name, tensor in first.items()), "the second run trained nothing"
-    assert json.loads((tmp_path / "auto" / "summary.json").read_text())["status"] == "finished"
+    assert summary_of(tmp_path / "auto")["status"] == "finished"

@@ -6,9 +6,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -16,66 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import ROOT, launcher, long_run, make_model, make_tokenizer, qdora, run, soak
+from tests.support.marks import soak
+from tests.support.models import make_model, make_tokenizer
+from tests.support.processes import ROOT, qdora, run, start, wait_for_steps
+from tests.support.runs import copy_without_result, long_run, losses_of, metrics_of, summary_of
 
 DIVERGING = ["adapter=lora", "optim.learning_rate=1e25", "optim.max_grad_norm=0", "optim.warmup_ratio=0"]
 """DoRA's norm keeps its outputs finite at any learning rate; LoRA's overflow."""
-
-
-def losses_of(folder: Path) -> list[float]:
-    """The training losses, in order."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if "loss" in line]
-    assert steps == list(range(1, len(steps) + 1)), "a step is missing or twice there"
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def start(arguments: list[str], nproc: int) -> "subprocess.Popen[str]":
-    """A run that is not waited for, in a process group of its own."""
-    return start_command([*launcher(nproc), "-m", "qdora", "train", *arguments])
-
-
-def start_command(command: list[str], cwd: Path = ROOT) -> "subprocess.Popen[str]":
-    """The same of any command."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=variables,
-        start_new_session=True,
-    )
-
-
-def wait_for_steps(folder: Path, steps: int, process: "subprocess.Popen[str]") -> None:
-    """Until metrics.jsonl has so many steps."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        file = folder / "metrics.jsonl"
-        if file.exists() and sum('"loss"' in line for line in file.read_text().splitlines()) >= steps:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no {steps} steps: {process.communicate(timeout=20)[0][-3000:]}")
-
-
-def read_until(process: "subprocess.Popen[str]", words: str) -> str:
-    """What it printed up to the line that has these words."""
-    told = ""
-    assert process.stdout is not None
-    for line in process.stdout:
-        told += line
-        if words in line:
-            break
-    return told
-
-
-def copy_without_result(run_folder: Path, copy: Path) -> Path:
-    """As after a kill between the last checkpoint and the export."""
-    shutil.copytree(run_folder, copy)
-    shutil.rmtree(copy / "adapter")
-    return copy
 
 
 @pytest.mark.parametrize("nproc", [1, *soak(2)])
@@ -124,7 +69,7 @@ def test_interrupted_run_saves_says_how_to_go_on_and_does(
     assert process.returncode == 75, told[-3000:]
     assert "interrupted and saved; go on with the same command" in told
     assert "Traceback" not in told
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "preempted"
+    assert summary_of(tmp_path / "run")["status"] == "preempted"
     stopped_at = len(losses_of(tmp_path / "run"))
     assert 3 <= stopped_at < 30
     done = qdora("train", *arguments, nproc=nproc)
@@ -167,7 +112,7 @@ def test_more_steps_go_on_from_the_end(uninterrupted: dict[int, Path], tiny: Pat
     done = qdora("train", *arguments)
     assert done.returncode == 0, done.stderr
     assert "going on from step 30 of 32" in done.stdout
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 32
+    assert summary_of(tmp_path / "run")["steps"] == 32
 
 
 def test_run_whose_result_was_lost_is_finished_again(
@@ -265,7 +210,7 @@ def test_loss_that_is_not_finite_stops_and_goes_on_from_the_last_good_checkpoint
     assert re.search(rf"on {re.escape(str(data))} line \d+, .* line \d+.* and \d+ more samples", told), told
     assert "step-00000004 holds these weights and was renamed to step-00000004.suspect" in told
     assert f"goes on from {folder}/checkpoints/step-00000003" in told
-    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+    assert summary_of(folder)["status"] == "failed"
     done = qdora("train", *arguments, nproc=nproc)
     assert done.returncode == 0, done.stderr
     assert "going on from step 3 of 6" in done.stdout
@@ -302,15 +247,15 @@ def test_bad_step_is_left_out_if_wanted(broken_row: list[str], tmp_path: Path, n
     done = qdora("train", *arguments, nproc=nproc)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"on {tmp_path}/rows.jsonl line 13. Nothing was updated; going on without it") == 2
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    records = metrics_of(tmp_path / "run")
     assert [("loss" in record, record.get("skipped", False)) for record in records].count((False, True)) == 2
     assert [("loss" in record, record.get("skipped", False)) for record in records].count((True, False)) == 6
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_skipped_steps"] == 2
+    assert summary_of(tmp_path / "run")["num_skipped_steps"] == 2
     whole = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in whole.values())
     resume = [f"output_dir={tmp_path}/part", f"resume={tmp_path}/run/checkpoints/step-00000006"]
     assert qdora("train", *arguments, *resume, nproc=nproc).returncode == 0
-    assert json.loads((tmp_path / "part" / "summary.json").read_text())["num_skipped_steps"] == 2
+    assert summary_of(tmp_path / "part")["num_skipped_steps"] == 2
     part = load_file(tmp_path / "part" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(tensor, part[name]) for name, tensor in whole.items())
 
@@ -340,7 +285,7 @@ def test_accelerate_launch_starts_the_ranks(options: list[str], tmp_path: Path) 
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "qdora", "train"]
     done = run([*command, *options, f"output_dir={tmp_path}/run", f"data.cache_dir={tmp_path}/cache"])
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+    assert summary_of(tmp_path / "run")["world_size"] == 2
 
 
 def test_train_script_uses_two_ranks_without_a_gpu(options: list[str], tmp_path: Path) -> None:
@@ -350,7 +295,7 @@ def test_train_script_uses_two_ranks_without_a_gpu(options: list[str], tmp_path:
         CUDA_VISIBLE_DEVICES="",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+    assert summary_of(tmp_path / "run")["world_size"] == 2
 
 
 @pytest.mark.parametrize("nproc", ["0", "many"])

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from qdora.checkpoint import read_manifest
-from tests.support import qdora, soak
+from tests.support.marks import soak
+from tests.support.processes import qdora
 
 SECRETS = {
     "WANDB_API_KEY": "5ec2e7" + "0" * 26 + "badc0ffe",

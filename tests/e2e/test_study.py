@@ -13,7 +13,9 @@ import pytest
 from qdora.commands.members import _is_done
 from qdora.errors import ConfigError
 from qdora.run_folder import RunFolder
-from tests.support import interrupt_when, make_model, qdora
+from tests.support.models import make_model
+from tests.support.processes import interrupt_when, qdora
+from tests.support.runs import metrics_of, summary_of
 
 METHODS = ("qlora", "qdora")
 NAMES = [f"{method}-rank-2-rate-0.01-seed-{seed}" for method in METHODS for seed in (0, 1)]
@@ -91,7 +93,7 @@ def test_numbers_are_those_of_the_runs_and_their_evaluations(finished: Path) -> 
         assert arm["seeds"]["loss"] == pytest.approx(losses)
         assert arm["loss"] == pytest.approx(sum(losses) / 2)
         assert arm["accuracy"] == pytest.approx(sum(results[name]["accuracy"] for name in names) / 2)
-        summaries = [json.loads((finished / name / "summary.json").read_text()) for name in names]
+        summaries = [summary_of(finished / name) for name in names]
         assert [run["num_tokens"] for run in arm["training"]] == [summary["num_tokens"] for summary in summaries]
     (pair,) = values["differences"]
     assert pair["label"] == "qdora r=2 - qlora r=2"
@@ -106,7 +108,7 @@ def test_every_number_is_kept(finished: Path) -> None:
         runs = {run["name"]: run for run in map(json.loads, lines)}
     assert runs.keys() == {*NAMES, "qdora-rank-2-rate-1e-06-seed-0"}
     for name, run in runs.items():
-        assert run["metrics"] == [json.loads(line) for line in (finished / name / "metrics.jsonl").open()]
+        assert run["metrics"] == metrics_of(finished / name)
         assert run["config"]["optim"]["learning_rate"] in (0.01, 1e-6)
     with gzip.open(finished / "samples.csv.gz", "rt") as text:
         rows = list(csv.DictReader(text))

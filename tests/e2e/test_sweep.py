@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from qdora.commands.members import member_name
-from tests.e2e.test_run import losses_of, start_command, wait_for_steps
-from tests.support import ROOT, long_run, run, wandb_records
+from tests.support.processes import ROOT, run, start_command, wait_for_steps
+from tests.support.runs import long_run, losses_of, summary_of, wandb_records
 
 TRAIN = str(ROOT / "launch" / "train.sh")
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
@@ -66,7 +66,7 @@ def test_sweep_trains_each_combination(grid: tuple[Path, list[str], str]) -> Non
     for member in members:
         name = member_name(member["overrides"])
         assert member["folder"] == str(folder / name)
-        summary = json.loads((folder / name / "summary.json").read_text())
+        summary = summary_of(folder / name)
         adapter = json.loads((folder / name / "adapter" / "adapter_config.json").read_text())
         assert adapter["r"] == int(member["overrides"]["adapter.rank"])
         assert (member["status"], member["exit_status"], member["steps"]) == ("finished", 0, 3)
@@ -119,7 +119,7 @@ def test_each_run_has_the_ranks_of_train_sh_and_all_are_a_group_in_wandb(options
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     for seed in ("0", "1"):
         folder = tmp_path / "s" / f"seed-{seed}"
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = summary_of(folder)
         assert (summary["status"], summary["world_size"]) == ("finished", 2)
         (record,) = wandb_records(folder, "run")
         assert (record["run_group"], record["display_name"]) == ("s", f"s-seed-{seed}")
@@ -181,7 +181,7 @@ def test_run_of_a_killed_sweep_saves_and_ends(tiny: Path, data: Path, tmp_path: 
     assert children
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
-    assert json.loads((first / "summary.json").read_text())["status"] == "preempted"
+    assert summary_of(first)["status"] == "preempted"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("joblib") is None, reason="hydra-joblib-launcher is not installed")

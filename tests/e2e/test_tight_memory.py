@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import make_model, qdora, soak
+from tests.support.marks import soak
+from tests.support.models import make_model
+from tests.support.processes import qdora
+from tests.support.runs import adapter_of, losses_of, summary_of, train_and_summarise
 
 TIGHT = [
     *("parallel.gather=part", "parallel.offload_activations=true", "parallel.cpu_offload=true"),
@@ -23,25 +25,6 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("untied"), "qwen2", num_hidden_layers=3)
 
 
-def train(options: list[str], output: Path, nproc: int) -> dict[str, Any]:
-    """Runs, and returns the summary."""
-    done = qdora("train", *options, f"output_dir={output}", nproc=nproc)
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
-    return summary
-
-
-def losses(run: Path) -> list[float]:
-    """Of each step."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def adapter(run: Path) -> dict[str, torch.Tensor]:
-    """What was trained."""
-    return load_file(run / "adapter" / "adapter_model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def tight(untied: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A run on two ranks with everything, and its options."""
@@ -51,7 +34,7 @@ def tight(untied: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
         *("train.micro_batch_size=2", "train.num_accumulation_steps=2", "tracker=none", *TIGHT),
     ]
     run = tmp_path_factory.mktemp("tight") / "run"
-    summary = train(options, run, 2)
+    summary = train_and_summarise(options, run, 2)
     assert summary["eval_losses"]["6"] < 0.9 * summary["eval_losses"]["0"]
     return run, options
 
@@ -60,20 +43,20 @@ def test_it_is_the_run_that_has_room(tight: tuple[Path, list[str]], tmp_path: Pa
     """Bit for bit, with dropout, whose random numbers the recomputation draws again."""
     run, options = tight
     plain = [option for option in options if option not in TIGHT] + USUAL
-    train([*plain, "parallel.activation_checkpointing=none"], tmp_path / "plain", 2)
-    assert losses(tmp_path / "plain") == losses(run)
-    theirs = adapter(tmp_path / "plain")
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in adapter(run).items())
+    train_and_summarise([*plain, "parallel.activation_checkpointing=none"], tmp_path / "plain", 2)
+    assert losses_of(tmp_path / "plain") == losses_of(run)
+    theirs = adapter_of(tmp_path / "plain")
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in adapter_of(run).items())
 
 
 @pytest.mark.soak
 def test_it_resumes_bit_for_bit(tight: tuple[Path, list[str]], tmp_path: Path) -> None:
     run, options = tight
-    train([*options, "train.num_steps=3"], tmp_path / "run", 2)
-    train(options, tmp_path / "run", 2)
-    assert losses(tmp_path / "run") == losses(run)
-    theirs = adapter(tmp_path / "run")
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in adapter(run).items())
+    train_and_summarise([*options, "train.num_steps=3"], tmp_path / "run", 2)
+    train_and_summarise(options, tmp_path / "run", 2)
+    assert losses_of(tmp_path / "run") == losses_of(run)
+    theirs = adapter_of(tmp_path / "run")
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in adapter_of(run).items())
     other = qdora("train", *options, "quant.embeddings=false", f"output_dir={tmp_path}/run", nproc=2)
     assert other.returncode == 2
     assert "quant.embeddings=True (now False)" in other.stderr
@@ -84,8 +67,8 @@ def test_one_rank_trains_from_host_memory_as_without(tight: tuple[Path, list[str
     """In float32: in bfloat16 FSDP2 rounds a gradient that is not rounded where nothing is wrapped."""
     options = [option for option in tight[1] if option not in TIGHT] + USUAL + ["model.dtype=float32"]
     for name, more in {"plain": [], "host": [option for option in TIGHT if option.startswith("parallel.")]}.items():
-        train([*options, *more], tmp_path / name, 1)
-    assert losses(tmp_path / "host") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+        train_and_summarise([*options, *more], tmp_path / name, 1)
+    assert losses_of(tmp_path / "host") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-6)
 
 
 def test_its_result_is_evaluated_and_merged(tight: tuple[Path, list[str]], data: Path, tmp_path: Path) -> None:
@@ -93,7 +76,7 @@ def test_its_result_is_evaluated_and_merged(tight: tuple[Path, list[str]], data:
     done = qdora("evaluate", f"run={run}", f"data.eval={data}", f"output_dir={tmp_path}")
     assert done.returncode == 0, done.stderr[-3000:]
     loss = json.loads((tmp_path / "results.json").read_text())["loss"]
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     assert loss == pytest.approx(summary["eval_losses"]["6"], rel=1e-3)
     done = qdora("generate", f"run={run}", "prompt=3+3=", "chat_template=false", "max_new_tokens=4")
     assert done.returncode == 0, done.stderr[-3000:]

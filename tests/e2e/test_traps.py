@@ -1,6 +1,5 @@
 """What a run's surroundings do to it: a launcher that is killed, two runs in a folder, folders that go, terminals."""
 
-import json
 import os
 import shutil
 import signal
@@ -11,9 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.test_faults import assert_same, fill, small_disk, status_of
-from tests.e2e.test_run import losses_of, start, start_command, wait_for_steps
-from tests.support import launcher, long_run, qdora, run, soak, wandb_records
+from tests.support.faults import fill, small_disk
+from tests.support.marks import soak
+from tests.support.processes import launcher, qdora, run, start, start_command, wait_for_steps
+from tests.support.runs import assert_same, long_run, losses_of, status_of, summary_of, wandb_records
 
 KILLED_AT_EXPORT = """
 import os, signal
@@ -37,7 +37,7 @@ def test_longer_run_that_is_killed_before_its_export_is_not_finished(
     done = qdora(*arguments)
     assert done.returncode == 0, done.stderr
     assert "finished already" not in done.stdout
-    assert json.loads((folder / "summary.json").read_text())["steps"] == 32
+    assert summary_of(folder)["steps"] == 32
     done = qdora(*arguments)
     assert "finished already" in done.stdout
 

@@ -10,7 +10,8 @@ from qdora.adapter import peft_format
 from qdora.config import AdapterConfig, AdapterMethod, ModelConfig, ParallelConfig, Plan, QuantConfig, QuantMethod
 from qdora.model import load_model
 from qdora.parallel import start_alone
-from tests.support import qdora, soak
+from tests.support.marks import soak
+from tests.support.processes import qdora
 
 
 def initial_tensors(model: Path, method: AdapterMethod, quant: QuantMethod, folder: Path) -> dict[str, torch.Tensor]:

@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 from qdora.commands import run as command
 from qdora.config import AdapterMethod
-from tests.support import qdora, soak
+from tests.support.marks import soak
+from tests.support.processes import qdora
+from tests.support.runs import summary_of
 
 RANK = 64
 LINEARS = [(128, 128), (64, 128), (64, 128), (128, 128), (192, 128), (192, 128), (128, 192)]
@@ -52,7 +54,7 @@ def test_run_resumed_on_two_ranks_is_the_same_and_its_merge_is_verified(
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step 4/6" in done.stdout
     assert "step 3/6" not in done.stdout
-    summary = json.loads((whole / "summary.json").read_text())
+    summary = summary_of(whole)
     assert summary["eval_losses"]["6"] < 0.9 * summary["eval_losses"]["0"]
     per_layer = sum(RANK + out * (1 + (method == "dvora")) for out, _ in LINEARS)
     assert summary["num_trainable_parameters"] == per_layer

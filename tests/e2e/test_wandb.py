@@ -11,7 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.support import qdora, run
+from tests.support.processes import qdora, run
+from tests.support.runs import metrics_of
 
 STEPS = 6
 DRIFT_TOLERANCE = 1e-4
@@ -63,7 +64,7 @@ def test_history_has_every_step_once_with_the_values_of_metrics_jsonl(
     folder: Path, records: list[dict[str, Any]]
 ) -> None:
     history = [record["item"] for record in of_type(records, "history")]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(folder)
     assert [item["_step"] for item in history] == [line["step"] for line in lines] == list(range(STEPS + 1))
     assert [item["step"] for item in history if "eval_loss" in item] == [0, 3, STEPS]
     for item, line in zip(history, lines, strict=True):

@@ -7,14 +7,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from tests.e2e.test_run import start_command, wait_for_steps
-from tests.support import launcher, long_run, run, soak
-from tests.wandb_server import KEY, WandbServer, serving
+from tests.support.marks import soak
+from tests.support.processes import launcher, run, start_command, wait_for_steps
+from tests.support.runs import long_run, metrics_of, summary_of
+from tests.support.wandb_server import KEY, WandbServer, serving
 
 STEPS = 60
 TIMEOUT_S = 8
@@ -61,15 +61,11 @@ def ended(process: "subprocess.Popen[str]") -> str:
     return told
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-
-
 def assert_complete(server: WandbServer, folder: Path) -> None:
     """Every step once, in order, with the losses of metrics.jsonl."""
     lines = [json.loads(server.history[offset]) for offset in sorted(server.history)]
-    assert [line["_step"] for line in lines] == [record["step"] for record in metrics(folder)]
-    assert [line.get("loss") for line in lines] == [record.get("loss") for record in metrics(folder)]
+    assert [line["_step"] for line in lines] == [record["step"] for record in metrics_of(folder)]
+    assert [line.get("loss") for line in lines] == [record.get("loss") for record in metrics_of(folder)]
 
 
 @pytest.mark.parametrize("nproc", [1, *soak(2)])
@@ -151,7 +147,7 @@ def test_server_that_does_not_come_back_holds_nothing_up_and_loses_nothing(
     told = ended(process)
     assert steps_took < server.slow_s, "a step waited for an answer"
     assert time.monotonic() - began < steps_took + TIMEOUT_S + 20
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+    assert summary_of(tmp_path / "run")["status"] == "finished"
     (folder,) = (tmp_path / "run" / "wandb").glob("run-*")
     assert f"wandb sync --include-online {folder}" in told
     with serving() as other:  # what was kept is all of it

@@ -14,7 +14,8 @@ from qdora.config import ActivationCheckpointing, AdapterConfig, ModelConfig, Pa
 from qdora.model import load_model
 from qdora.model.loss import LogitTransform, chunked_cross_entropy
 from qdora.sharding import own_rows
-from tests.support import make_model, qdora
+from tests.support.models import make_model
+from tests.support.processes import qdora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

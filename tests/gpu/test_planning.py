@@ -13,7 +13,8 @@ from qdora.config import Plan, RunConfig
 from qdora.planning.hardware import find_hardware
 from qdora.planning.plans import Choice, Planner
 from tests.gpu.test_cuda import needs_byte_shards
-from tests.support import ROOT, make_model, qdora
+from tests.support.models import make_model
+from tests.support.processes import ROOT, qdora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

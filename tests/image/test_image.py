@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import ROOT
+from tests.support.processes import ROOT
 
 BASE, IMAGE = "localhost/debian-base", "localhost/qdora"
 TOOLS = ("buildah", "podman", "debootstrap", "runc", "git")

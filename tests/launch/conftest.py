@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import long_run, make_model, qdora, write_sums
+from tests.support.models import make_model
+from tests.support.processes import qdora
+from tests.support.runs import long_run, write_sums
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support import ROOT
+from tests.support.processes import ROOT
 
 LAUNCH = ROOT / "launch"
 JOB, TRAINJOB, SKY = (

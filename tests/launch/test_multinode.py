@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 from qdora.config import DataConfig
 from qdora.data import BatchLoader, prepare
 from qdora.run_folder import read_metrics
-from tests.e2e.test_faults import assert_same
-from tests.launch.network import Machine, steps_of, two_machines
-from tests.support import ROOT, run
+from tests.support.network import Machine, steps_of, two_machines
+from tests.support.processes import ROOT, run
+from tests.support.runs import assert_same
 
 TIMEOUT_S = 10
 """After which ranks that wait for each other give up."""

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_faults import assert_same
-from tests.launch.network import steps_of
-from tests.launch.slurm import cluster, free_ports
-from tests.support import ROOT
+from tests.support.network import steps_of
+from tests.support.processes import ROOT
+from tests.support.runs import assert_same
+from tests.support.slurm import cluster, free_ports
 
 PATIENCE_S = 180
 

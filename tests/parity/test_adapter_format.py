@@ -8,26 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qdora.adapter import peft_format
 from qdora.adapter.dora import adapted_layers
-from qdora.config import AdapterConfig, AdapterMethod, Dtype, ModelConfig, ParallelConfig, Plan, QuantConfig
+from qdora.config import AdapterConfig, AdapterMethod
 from qdora.errors import AdapterError
-from qdora.model import LoadedModel, load_model
-from qdora.parallel import start_alone
-from tests.support import make_model
-
-IDS = torch.arange(4, 68).view(2, 32)
-WORLD = start_alone("tests")
-LOGIT_TOLERANCE = 1e-3
-"""Relative to the norm of the logits, in float32: through SmolLM2's 30 perturbed layers ours and PEFT's are 0.8e-4 and
-0.6e-4 from float64 arithmetic and 1.45e-4 from each other (another CPU's kernels: 1e-5); a gain rounded to bfloat16
-makes 1.2e-2. In bfloat16 two equal models differ by a third, so nothing could be told apart."""
-SEEN = 0.01
-"""The adapter must change the logits by more than this, ten times the tolerance, else agreement says nothing."""
-
+from tests.support.adapters import WORLD, assert_same_logits, load_ours, load_theirs, logits_of, perturb
+from tests.support.models import make_model
 
 SOME_TARGETS = "[qv]_proj|.*[.](q|v|up|down)_proj"
 
@@ -38,56 +25,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make_model(tmp_path_factory.mktemp("model"), request.param)
 
 
-def load_ours(folder: Path, adapter: AdapterConfig) -> LoadedModel:
-    """Our model over NF4."""
-    plan = ParallelConfig(plan=Plan.none)
-    loaded = load_model(folder, ModelConfig(path=str(folder), dtype=Dtype.float32), QuantConfig(), adapter, plan, WORLD)
-    loaded.model.eval()
-    return loaded
-
-
-def load_theirs(folder: Path) -> Any:
-    """transformers' model over the same NF4 bytes."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # else repacked in place at the first evaluation
-    model.is_loaded_in_4bit = True
-    return model.eval()
-
-
-def perturb(tensors: dict[str, Tensor]) -> None:
-    """Random values for B, or for VeRA's d and b, and magnitudes that have moved."""
-    generator = torch.Generator().manual_seed(1)
-    for name, tensor in sorted(tensors.items()):
-        noise = torch.randn(tensor.shape, generator=generator)
-        if "lora_B" in name or "lora_b" in name:
-            tensor.data.copy_(0.02 * noise)
-        elif "vera" in name:
-            tensor.data.add_(0.05 * noise if name.rpartition("_")[2].startswith("d") else noise)
-        elif "magnitude" in name:
-            tensor.data.mul_(1 + 0.05 * noise)
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> Tensor:
-    """(rows, length, vocabulary) float32."""
-    logits: Tensor = model(input_ids=IDS).logits
-    return logits.float()
-
-
-def assert_same(ours: Tensor, theirs: Tensor, base: Tensor) -> None:
-    """Equal to rounding, and not because the adapter does nothing."""
-    assert (theirs - base).norm() > SEEN * theirs.norm(), "the adapter changes too little to be seen"
-    assert (ours - theirs).norm() <= LOGIT_TOLERANCE * theirs.norm()
-
-
 def _give_ours_to_peft(folder: Path, adapter: AdapterConfig, to: Path) -> None:
     ours = load_ours(folder, adapter)
     perturb({name: parameter for name, parameter in ours.model.named_parameters() if parameter.requires_grad})
@@ -95,7 +32,7 @@ def _give_ours_to_peft(folder: Path, adapter: AdapterConfig, to: Path) -> None:
     peft_format.save(ours.model, to, ours.adapter, str(folder), ours.dtype, WORLD)
     theirs = load_theirs(folder)
     base = logits_of(theirs)
-    assert_same(logits_of(ours.model), logits_of(PeftModel.from_pretrained(theirs, to).eval()), base)
+    assert_same_logits(logits_of(ours.model), logits_of(PeftModel.from_pretrained(theirs, to).eval()), base)
 
 
 def _take_theirs_here(folder: Path, to: Path, **options: Any) -> None:
@@ -107,7 +44,7 @@ def _take_theirs_here(folder: Path, to: Path, **options: Any) -> None:
     perturb({name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad})
     adapted.eval().save_pretrained(to)
     ours = load_ours(folder, peft_format.read_config(to))
-    assert_same(logits_of(ours.model), logits_of(adapted), base)
+    assert_same_logits(logits_of(ours.model), logits_of(adapted), base)
 
 
 @pytest.mark.parametrize("method", [AdapterMethod.dora, AdapterMethod.lora])

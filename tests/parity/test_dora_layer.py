@@ -20,17 +20,11 @@ from qdora.config import (
 )
 from qdora.model import load_model
 from qdora.parallel import start_alone
-from tests.support import make_model
+from tests.support.adapters import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE
+from tests.support.models import make_model
 
 IN, OUT, RANK, ALPHA = 128, 96, 8, 24
 CPU = torch.device("cpu")
-FLOAT32_TOLERANCE = 1e-5
-"""Relative to the norm: sums of some hundred float32 products in another order."""
-BFLOAT16_TOLERANCE = 1.5e-2
-"""Relative to the norm: bfloat16 has 8 bits (4e-3), rounded three times on the way (A x, the update, the output).
-
-The largest difference of all cases, dropout's included, is 6e-3.
-"""
 
 
 @dataclass(slots=True)

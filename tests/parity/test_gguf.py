@@ -35,7 +35,7 @@ from qdora.errors import ModelError
 from qdora.merging.gguf_format import gguf_layout
 from qdora.model import writer
 from qdora.model.writer import Job, Layout, write_tensors
-from tests.support import make_model
+from tests.support.models import make_model
 
 IDS = torch.arange(4, 68).view(2, 32)
 TOLERANCES = {GgufType.f16: 2e-3, GgufType.bf16: 1e-2, GgufType.q8_0: 4e-2, GgufType.q4_0: 0.5}

@@ -13,7 +13,8 @@ from qdora.config import DataConfig, Dtype, EvaluateConfig, ModelConfig, Paralle
 from qdora.errors import ConfigError
 from qdora.evaluation import evaluate
 from qdora.evaluation.harness import Answers
-from tests.support import interrupt_when, make_model, qdora
+from tests.support.models import make_model
+from tests.support.processes import interrupt_when, qdora
 
 ROWS = Path(__file__).parent.parent / "unit" / "commonsense_rows.jsonl"
 SCORE_TOLERANCE = 1e-4

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,69 +11,25 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qdora import nf4
-from qdora.adapter import peft_format
-from qdora.adapter.dora import adapted_layers
 from qdora.config import (
     AdapterConfig,
     AdapterMethod,
     DataConfig,
-    Dtype,
     MergeConfig,
     MergedDtype,
     ModelConfig,
-    ParallelConfig,
-    Plan,
-    QuantConfig,
     QuantMethod,
     RunConfig,
 )
 from qdora.errors import ConfigError
 from qdora.merging import merge
-from qdora.model import LoadedModel, load_model
 from qdora.nf4 import NF4Linear
-from qdora.parallel import start_alone
 from qdora.run_folder import RunFolder
-from tests.support import FAMILIES, make_model
+from tests.support.adapters import adapted, logits_of, merge_config
+from tests.support.models import FAMILIES, make_model
 
-IDS = torch.arange(4, 68).view(2, 32)
-WORLD = start_alone("tests")
 FLOAT32_TOLERANCE = 1e-4
 """Relative to the norm of the logits: float32, W' rounded once instead of its parts summed at the output."""
-
-
-def adapted(folder: Path, output: Path, quant: QuantMethod, adapter: AdapterConfig) -> LoadedModel:
-    """A float32 model with a random adapter, which is also saved to `output`."""
-    config = ModelConfig(path=str(folder), dtype=Dtype.float32)
-    plan = ParallelConfig(plan=Plan.none)
-    loaded = load_model(folder, config, QuantConfig(method=quant), adapter, plan, WORLD)
-    torch.manual_seed(3)
-    for layer in adapted_layers(loaded.model).values():
-        # VeRA's d is 0.1, and its A and B are of another size: so much of b changes the logits as much.
-        layer.trained_factors()[1].data.normal_(std=2.0 if adapter.method.is_vera else 0.05)
-        if layer.magnitude is not None:
-            layer.magnitude.data.mul_(1 + 0.05 * torch.randn(layer.out_features))
-    loaded.refresh(WORLD.device)
-    peft_format.save(loaded.model, output, loaded.adapter, str(folder), loaded.dtype, WORLD)
-    loaded.model.eval()
-    return loaded
-
-
-def merge_config(folder: Path, adapter: Path, output: Path, quant: QuantMethod, **changes: Any) -> MergeConfig:
-    """Merging in float32."""
-    return MergeConfig(
-        adapter=str(adapter),
-        model=ModelConfig(path=str(folder), dtype=Dtype.float32),
-        quant=QuantConfig(method=quant),
-        output=str(output),
-        **{"dtype": MergedDtype.float32, "verify": False, **changes},
-    )
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> Tensor:
-    """(rows, length, vocabulary)."""
-    logits: Tensor = model(input_ids=IDS).logits
-    return logits.float()
 
 
 def plain_logits(folder: Path) -> Tensor:

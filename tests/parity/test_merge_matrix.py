@@ -31,8 +31,8 @@ from qdora.errors import ConfigError
 from qdora.merging import merge
 from qdora.merging.reload import load as reload
 from qdora.model import load_model
-from tests.parity.test_merge import WORLD, adapted, logits_of, merge_config
-from tests.support import make_model
+from tests.support.adapters import WORLD, adapted, logits_of, merge_config
+from tests.support.models import make_model
 
 CHECKPOINTS = {
     "sharded": ("llama", {"max_shard_size": "200KB"}),

@@ -19,9 +19,17 @@ from qdora.adapter.inject import inject
 from qdora.adapter.vera import VeraLinear, projections, vera_layers
 from qdora.config import AdapterConfig, AdapterMethod
 from qdora.errors import AdapterError
-from tests.parity.test_adapter_format import WORLD, assert_same, load_ours, load_theirs, logits_of, perturb
-from tests.parity.test_dora_layer import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE
-from tests.support import make_model
+from tests.support.adapters import (
+    BFLOAT16_TOLERANCE,
+    FLOAT32_TOLERANCE,
+    WORLD,
+    assert_same_logits,
+    load_ours,
+    load_theirs,
+    logits_of,
+    perturb,
+)
+from tests.support.models import make_model
 
 CPU = torch.device("cpu")
 WIDTHS = (128, 192, 64)
@@ -245,7 +253,7 @@ def test_our_adapter_gives_the_same_logits_in_peft(
     ours = saved(folder, tmp_path, adapter)
     theirs = load_theirs(folder)
     base = logits_of(theirs)
-    assert_same(ours, logits_of(PeftModel.from_pretrained(theirs, tmp_path).eval()), base)
+    assert_same_logits(ours, logits_of(PeftModel.from_pretrained(theirs, tmp_path).eval()), base)
 
 
 @pytest.mark.parametrize("save_projection", [True, False])
@@ -263,7 +271,7 @@ def test_peft_adapter_gives_the_same_logits_here(folder: Path, save_projection: 
     adapted.eval().save_pretrained(tmp_path)
     assert ("base_model.vera_A" in load_file(tmp_path / peft_format.WEIGHTS)) == save_projection
     ours = load_ours(folder, peft_format.read_config(tmp_path))
-    assert_same(logits_of(ours.model), logits_of(adapted), base)
+    assert_same_logits(logits_of(ours.model), logits_of(adapted), base)
 
 
 @pytest.mark.parametrize("stored", [True, False])

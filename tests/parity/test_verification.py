@@ -42,7 +42,7 @@ from qdora.model import LoadedModel, load_model
 from qdora.nf4 import NF4Linear
 from qdora.parallel import start_alone
 from qdora.run_folder import RunFolder
-from tests.support import make_model, make_tokenizer
+from tests.support.models import make_model, make_tokenizer
 
 WORLD = start_alone("tests")
 PLAIN = QuantConfig(method=QuantMethod.none)

@@ -40,7 +40,7 @@ from qdora.model import load_model
 from qdora.model.writer import Rows
 from qdora.parallel import start_alone
 from qdora.run_folder import RunFolder
-from tests.support import make_model
+from tests.support.models import make_model
 
 EXACT = 1e-12
 """Relative; float64 arithmetic over a few hundred values."""

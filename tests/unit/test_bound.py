@@ -18,7 +18,7 @@ from qdora.config import (
 from qdora.model import load_model
 from qdora.rates import Rates, measure_rates
 from qdora.training.bound import DEQUANTISED_BYTES, Work, work_of
-from tests.support import make_model
+from tests.support.models import make_model
 
 HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 128, 192, 256, 2
 LINEAR = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2 + 3 * HIDDEN * INTERMEDIATE)

@@ -13,7 +13,7 @@ from qdora.commands import compose, run
 from qdora.commands.explain import option_names
 from qdora.commands.help import field_docs
 from qdora.config import OptimConfig, RunConfig
-from tests.support import run as run_process
+from tests.support.processes import run as run_process
 
 
 @pytest.mark.parametrize(

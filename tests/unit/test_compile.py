@@ -13,7 +13,8 @@ from qdora.adapter.dora import adapted_layers
 from qdora.config import AdapterConfig, Dtype, ModelConfig, ParallelConfig, QuantConfig
 from qdora.errors import ConfigError
 from qdora.model import activations, load_model
-from tests.support import make_model, soak
+from tests.support.marks import soak
+from tests.support.models import make_model
 
 SHAPES = [(2, 24), (2, 31), (2, 40), (2, 17), (3, 33), (4, 20)]
 MOST_GRAPHS = 18

@@ -36,7 +36,7 @@ from qdora.config import (
 from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
 from qdora.run_folder import config_from_values, config_values
-from tests.support import run
+from tests.support.processes import run
 
 NEEDED = {
     "train": ["model.path=m", "data.train=d"],

@@ -12,7 +12,7 @@ from qdora.config import DataFormat
 from qdora.data.encode import DEFAULT_TEMPLATE, detect, encode, encode_prompt, reference, with_answer
 from qdora.data.sources import Row
 from qdora.errors import DataError
-from tests.support import make_tokenizer
+from tests.support.models import make_tokenizer
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] | trim + '<|eot|>' }}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import run
+from tests.support.processes import run
 
 CARD = """---
 configs:

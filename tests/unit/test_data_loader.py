@@ -31,7 +31,7 @@ from qdora.errors import DataError
 from qdora.model import load_model
 from qdora.model.loss import batch_loss
 from qdora.parallel import start_alone
-from tests.support import FAMILIES, make_model, make_tokenizer
+from tests.support.models import FAMILIES, make_model, make_tokenizer
 
 LOSS_TOLERANCE = 1e-5
 """Relative; float32 sums over rows of other lengths."""

@@ -16,7 +16,7 @@ from qdora.model import LoadedModel, load_model
 from qdora.model.loss import LogitTransform, check_token_loss, chunked_cross_entropy
 from qdora.nf4 import NF4Embedding, NF4Head, NF4Weight
 from qdora.parallel import start_alone
-from tests.support import FAMILIES, make_model
+from tests.support.models import FAMILIES, make_model
 
 WORLD = start_alone("tests")
 IDS = torch.arange(4, 68).view(2, 32)

@@ -37,7 +37,7 @@ from qdora.model import LoadedModel, load_model
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.parallel import start_alone
 from qdora.run_folder import RunFolder
-from tests.support import make_model
+from tests.support.models import make_model
 
 COMMONSENSE = Path(__file__).parent / "commonsense_rows.jsonl"
 """Source and licences: commonsense_rows.md beside it."""

@@ -2,7 +2,7 @@
 
 import sys
 
-from tests.support import run
+from tests.support.processes import run
 
 IMPORT = """
 import sys, torch

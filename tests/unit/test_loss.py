@@ -17,7 +17,7 @@ from qdora.model.loss import (
     check_token_loss,
     chunked_cross_entropy,
 )
-from tests.support import run
+from tests.support.processes import run
 
 HIDDEN, VOCABULARY = 24, 50
 TRANSFORMS = {
@@ -63,7 +63,7 @@ PEAK = """
 from pathlib import Path
 import torch
 from qdora.model.loss import LogitTransform, chunked_cross_entropy
-from tests.distributed.ranks_memory import status_bytes
+from tests.support.processes import status_bytes
 
 hidden = torch.randn(8192, 64, dtype=torch.bfloat16, requires_grad=True)
 weight = torch.randn(128_000, 64, dtype=torch.bfloat16)

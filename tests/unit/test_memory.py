@@ -24,7 +24,8 @@ from qdora.config import (
 from qdora.model import LoadedModel, load_model
 from qdora.parallel import World
 from qdora.training import memory
-from tests.support import make_model, run
+from tests.support.models import make_model
+from tests.support.processes import run
 
 ROWS, LENGTH = 4, 256
 TOLERANCE = 0.04

@@ -24,7 +24,7 @@ from qdora.errors import AdapterError, ModelError
 from qdora.model import LoadedModel, load_model
 from qdora.model.loss import check_token_loss
 from qdora.parallel import start_alone
-from tests.support import FAMILIES, make_model, make_tokenizer
+from tests.support.models import FAMILIES, make_model, make_tokenizer
 
 IDS = torch.arange(4, 68).view(2, 32)
 NONE = AdapterConfig(method=AdapterMethod.none)

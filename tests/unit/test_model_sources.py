@@ -30,7 +30,7 @@ from qdora.model import LoadedModel, check_vocabulary, load_model, load_tokenize
 from qdora.model.folder import convert_gguf
 from qdora.nf4 import NF4Linear
 from qdora.parallel import start_alone
-from tests.support import make_model
+from tests.support.models import make_model
 
 Q8_ERROR = 0.05
 """Standard deviation of the change of logits that Q8_0 and bfloat16 make, in that of the logits: 0.025 as measured;

@@ -20,7 +20,7 @@ from qdora.config import (
 )
 from qdora.errors import ConfigError
 from qdora.model import LoadedModel, load_model
-from tests.support import make_model
+from tests.support.models import make_model
 
 NUM_BLOCKS, ROWS, LENGTH = 4, 2, 16
 

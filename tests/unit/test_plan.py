@@ -34,7 +34,8 @@ from qdora.errors import ConfigError, ModelError
 from qdora.planning.hardware import GIB, SHARE_OF_LISTED, Hardware, find_hardware
 from qdora.planning.plans import Choice, Planned, Planner, fastest
 from qdora.planning.preflight import settle_by_plan
-from tests.support import ROOT, make_model
+from tests.support.models import make_model
+from tests.support.processes import ROOT
 
 SHAPES = ROOT / "benchmarks/shapes"
 

@@ -12,8 +12,8 @@ import wandb
 
 from qdora.config import TrackerConfig, TrackerKind, TrackerMode
 from qdora.tracking import PROBE_TIMEOUT_S, Tracker, WandbTracker, make_tracker
-from tests.support import wandb_records
-from tests.wandb_server import KEY, WandbServer, serving
+from tests.support.runs import wandb_records
+from tests.support.wandb_server import KEY, WandbServer, serving
 
 pytestmark = pytest.mark.alone
 

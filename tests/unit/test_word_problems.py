@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support import ROOT
+from tests.support.processes import ROOT
 
 SCRIPT = str(ROOT / "benchmarks" / "word_problems.py")
 
