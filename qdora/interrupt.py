@@ -14,10 +14,9 @@ from contextlib import contextmanager
 
 from qdora.errors import EXIT_KEYBOARD, EXIT_PREEMPTED
 from qdora.rank_files import leave_status
+from qdora.waits import wait_s
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-TWICE_S = 1.0
-"""Slurm tells a rank itself and its launcher, which hands it on; only a later signal is a second one."""
 
 
 class Interrupt:
@@ -67,7 +66,7 @@ class Interrupt:
             if self._at is None:
                 self._at = time.monotonic()
                 _say("finishing the step and saving; another signal ends at once")
-            elif time.monotonic() - self._at > TWICE_S:
+            elif time.monotonic() - self._at > wait_s("QDORA_TWICE_S"):
                 _leave("interrupted at once; nothing new was saved", EXIT_KEYBOARD)
 
 

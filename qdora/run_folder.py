@@ -20,15 +20,12 @@ from qdora.data.sources import content
 from qdora.errors import CheckpointError, ConfigError, DataError, ModelError
 from qdora.files import existing, lock, read_json, write_durably
 from qdora.model.checkpoint_files import CheckpointFiles
+from qdora.waits import wait_s
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 _IDENTITY = ("model", "quant", "adapter", "data", "seed")
 """Groups that make a run what it is: a checkpoint continues only under the same values."""
-LOCK_PATIENCE_S = 20.0
-"""Ranks whose launcher was killed finish their step and save first."""
-SEEN_AFTER_S = 70.0
-"""When another machine sees a new file at the latest: NFS may remember for a minute that there was none."""
 _HARMLESS = {"data.cache_dir", "data.eval", "data.train", "model.path"}
 """Data and model that were moved are the same: the checkpoint knows their fingerprints."""
 
@@ -180,7 +177,7 @@ class RunFolder:
         """
         if self._lock is None:
             self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        deadline = time.monotonic() + LOCK_PATIENCE_S
+        deadline = time.monotonic() + wait_s("QDORA_LOCK_PATIENCE_S")
         while not lock(self._lock):
             if time.monotonic() > deadline:
                 raise ConfigError(
@@ -200,7 +197,7 @@ class RunFolder:
         Raises:
             ConfigError: it does not come: the folder is not the same one on each machine.
         """
-        deadline = time.monotonic() + SEEN_AFTER_S
+        deadline = time.monotonic() + wait_s("QDORA_SEEN_AFTER_S")
         while not mark.exists():
             if time.monotonic() > deadline:
                 raise ConfigError(

@@ -25,12 +25,10 @@ from urllib.request import urlopen
 import psutil
 
 from qdora.config import TrackerConfig, TrackerKind, TrackerMode
+from qdora.waits import wait_s
 
 Errors = tuple[type[Exception], ...]
 logger = logging.getLogger(__name__)
-PROBE_TIMEOUT_S = 3.0
-FINISH_GRACE_S = 5.0
-"""Beyond the timeout that W&B's own process is given, should that process be what hangs."""
 
 
 class Tracker:
@@ -99,9 +97,10 @@ class WandbTracker(Tracker):
 
         self._calls.put(("finish", call))
         self._calls.put(None)
-        self._thread.join(self._config.timeout_s + FINISH_GRACE_S)
+        patience_s = self._config.timeout_s + wait_s("QDORA_WANDB_GRACE_S")
+        self._thread.join(patience_s)
         if self._thread.is_alive():
-            self._warn("finish", f"no end within {self._config.timeout_s + FINISH_GRACE_S:g} s")
+            self._warn("finish", f"no end within {patience_s:g} s")
 
     def _make_calls(self) -> None:
         while (item := self._calls.get()) is not None:
@@ -234,19 +233,19 @@ def _has_netrc_entry(host: str) -> bool:
 
 
 def answers(url: str) -> bool:
-    """Whether something speaks HTTP at `url`, through the environment's proxies, within `PROBE_TIMEOUT_S`."""
-    answered = Event()
+    """Whether something speaks HTTP at `url`, through the environment's proxies, within the wait for a probe."""
+    answered, patience_s = Event(), wait_s("QDORA_WANDB_PROBE_S")
 
     def probe() -> None:
         with suppress(OSError, ValueError, HTTPException):
             with suppress(HTTPError):  # a refusal is an answer too
-                urlopen(url, timeout=PROBE_TIMEOUT_S).close()
+                urlopen(url, timeout=patience_s).close()
             answered.set()
 
     # In a thread, because the look-up of a host's name does not heed the timeout.
     thread = Thread(target=probe, daemon=True)
     thread.start()
-    thread.join(PROBE_TIMEOUT_S)
+    thread.join(patience_s)
     return answered.is_set()
 
 

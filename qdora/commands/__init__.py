@@ -31,15 +31,13 @@ from qdora.errors import EXIT_KEYBOARD, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigE
 from qdora.files import output_may_close
 from qdora.interrupt import Terminated, interrupt, terminated
 from qdora.rank_files import leave_error
+from qdora.waits import check_waits, wait_s
 
 HELP = ("-h", "--help")
 MULTIRUN = {"-m", "--multirun"}
 TEXTS = ("prompt", "system")
 """Options that are taken as they are written, quotes and all: they hold what people say."""
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
-
-GRACE_S = 10.0
-"""How much later than the others rank 0 may find the same mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +76,7 @@ def run(arguments: list[str]) -> int:
     """Runs one command on this rank and returns the exit status; a user's mistake is one message on rank 0."""
     is_main = int(os.environ.get("RANK", 0)) == 0
     try:
+        check_waits()
         if not arguments or arguments[0] in HELP:
             print(_usage())
             return 0 if arguments else EXIT_USER_ERROR
@@ -120,7 +119,7 @@ def _print_once(error: QdoraError, is_main: bool) -> None:
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if under_torchrun and not is_main:
         # torchrun ends all ranks as soon as one has failed: that must be rank 0, which tells what all know.
-        time.sleep(GRACE_S)
+        time.sleep(wait_s("QDORA_GRACE_S"))
     if under_torchrun or is_main:
         print(f"qdora: {error}", file=sys.stderr, flush=True)
 

@@ -35,6 +35,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from qdora import rank_files
 from qdora.errors import EXIT_ERROR, EXIT_KEYBOARD, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError
+from qdora.waits import check_waits, wait_s
 
 T = TypeVar("T")
 
@@ -42,8 +43,6 @@ SHUTDOWN_TIMEOUT_S = 300
 """Time that ranks get to finish their step and save after Ctrl-C or SIGTERM; torchrun's own 30 s would cut a save."""
 PORT = 29400
 """Of the rendezvous, where none is given; torchrun's."""
-PATIENCE_S = 600
-"""How long a machine waits for the one that hosts the rendezvous and may start later; torchrun gives up after 60 s."""
 HANDED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 """Signals that torchrun hands on to its ranks: its own and SIGUSR1, with which Slurm warns of the end."""
 
@@ -67,6 +66,7 @@ def _launch(arguments: list[str], folder: Path) -> int:
     mistakes: list[str] = []
     options = torchrun.parse_args(["--signals-to-handle", ",".join(handed_on), *arguments])
     try:
+        check_waits()
         if options.rdzv_backend == "c10d" and options.rdzv_endpoint and not options.standalone:
             settle_addresses(options)
         with _no_restart_on_mistakes(folder, options.max_restarts, mistakes):
@@ -180,15 +180,16 @@ def settle_addresses(options: Namespace) -> None:
 
 
 def _wait(attempt: Callable[[], T], what: str) -> T:
-    """What `attempt` returns once it does not fail, within `PATIENCE_S`."""
-    deadline, told = time.monotonic() + PATIENCE_S, False
+    """What `attempt` returns once it does not fail, within the wait for the rendezvous."""
+    patience_s = wait_s("QDORA_RENDEZVOUS_S")
+    deadline, told = time.monotonic() + patience_s, False
     while True:
         try:
             return attempt()
         except OSError as error:
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"waited {PATIENCE_S} s for {what} ({error}): is the run started there, and no firewall between?"
+                    f"waited {patience_s:g} s for {what} ({error}): is the run started there, and no firewall between?"
                 ) from None
             if not told:
                 print(f"qdora: waiting for {what}", file=sys.stderr, flush=True)

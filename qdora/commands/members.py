@@ -33,8 +33,9 @@ from qdora.config import RunConfig
 from qdora.config.commands import written
 from qdora.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, QdoraError
 from qdora.files import lock, read_json
-from qdora.interrupt import TWICE_S, heard_signals
+from qdora.interrupt import heard_signals
 from qdora.rank_files import PR_SET_PDEATHSIG
+from qdora.waits import wait_s
 
 TRAIN = "QDORA_TRAIN"
 """Environment variable: what starts a run, `launch/train.sh` when that was called; else NPROC ranks are started."""
@@ -43,7 +44,7 @@ CELL = "cell"
 POLL_S = 0.2
 NAME_LENGTH = 120
 STOP = f"{RECORDS}/stop"
-_OWN = ("output_dir", "run_id", "resume", "allow_changes")
+_OWN = ("output_dir", "run_id", "resume", "allow_changes", "plan.on_exceed", "train.report")
 """Options that may differ between two starts of the same run."""
 
 
@@ -305,7 +306,7 @@ def signals_told(stop: Path) -> Iterator[None]:
     times: list[float] = []
 
     def tell(*_: object) -> None:
-        if times and time.monotonic() - times[-1] < TWICE_S:
+        if times and time.monotonic() - times[-1] < wait_s("QDORA_TWICE_S"):
             return
         times.append(time.monotonic())
         with stop.open("ab") as file:

@@ -218,6 +218,8 @@ class TrainConfig:
     in the step after."""
     on_bad_step: OnBadStep = OnBadStep.stop
     """`stop` ends the run at a step whose loss or gradient is not finite (or a spike), `skip` goes on without it."""
+    report: bool = True
+    """Write report.png and report.html at the end, an eighth of a short run; `qdora report run=...` makes them too."""
     spike_deviations: float | None = None
     """A loss or gradient norm so many standard deviations above the last 128 steps' mean is a spike; null: none is."""
 
@@ -299,7 +301,8 @@ class ParallelConfig:
 @dataclass(kw_only=True, slots=True)
 class PreflightConfig:
     on_exceed: OnExceed = OnExceed.refuse
-    """When a run needs more memory than is there by `qdora plan`: `refuse` to start it, or `warn`."""
+    """When a run needs more memory than is free by `qdora plan`: `refuse` to start it, or `warn`. `off` makes no such
+    plan, a sixth of a short run's start, unless `parallel=auto` needs one; YAML files need quotes around it."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -79,6 +79,7 @@ class ActivationCheckpointing(Enum):
 class OnExceed(Enum):
     refuse = "refuse"
     warn = "warn"
+    off = "off"
 
 
 class Gather(Enum):

@@ -30,10 +30,15 @@ class Settled:
 def settle(config: RunConfig, base: Path, world: World, rates: Rates) -> Settled:
     """Chooses the plan where it is `auto`, and compares what the run needs with the memory that is there. *Collective*.
 
+    Plans nothing where `plan.on_exceed` is `off` and the plan is named.
+
     Raises:
         ConfigError: it needs more, and `plan.on_exceed` is `refuse`.
         ModelError: `auto`, and the model cannot be planned.
     """
+    given = config.parallel
+    if config.plan.on_exceed is OnExceed.off and given.plan is not Plan.auto:
+        return Settled(given, f"parallel={given.plan.name}: not compared with the free memory (plan.on_exceed=off)")
     link = rates.link
     if config.parallel.plan is Plan.auto and world.local_size < world.size and world.size % world.local_size == 0:
         by_node = parallel.start(replace(config.parallel, plan=Plan.hsdp, shard_size=None))

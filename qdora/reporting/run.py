@@ -1,4 +1,4 @@
-"""`qdora report`: reads what a run or a study has left, and writes report.html."""
+"""`qdora report`: reads what a run or a study has left, and writes report.html, for a run report.png too."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ from qdora.config import ReportConfig
 from qdora.errors import ConfigError
 from qdora.files import write_durably
 from qdora.reporting.answers import sample_answers
+from qdora.reporting.curves import write_report
 from qdora.reporting.page import Page, render
 from qdora.reporting.run_page import run_page
 from qdora.reporting.study_page import study_page
@@ -15,7 +16,7 @@ REPORT = "report.html"
 
 
 def report(config: ReportConfig) -> int:
-    """Writes the page that `config` asks for; returns the exit status.
+    """Writes the page that `config` asks for, and report.png beside a run's own; returns the exit status.
 
     Raises:
         QdoraError: there is no such run or study, its data or model cannot be used, or the page not be written.
@@ -26,10 +27,18 @@ def report(config: ReportConfig) -> int:
         page = study_page(folder, output.parent) if config.study else _of_run(folder, config.num_answers)
         output.parent.mkdir(parents=True, exist_ok=True)
         write_durably(output, render(page))
+        if config.run and not config.output:
+            write_run_figure(RunFolder(folder))
     except OSError as error:
         raise ConfigError(f"{error.filename or output} cannot be written or read: {error.strerror}") from None
     print(f"written to {output}: {output.stat().st_size / 1e6:.2f} MB, one file that needs no other")
     return 0
+
+
+def write_run_figure(folder: RunFolder) -> None:
+    """Draws a run's report.png from its metrics.jsonl."""
+    config = folder.read_config()
+    write_report(folder.metrics, folder.report, f"{config.run_id}: {config.adapter.method.name} on {config.model.path}")
 
 
 def write_run_page(folder: RunFolder) -> None:

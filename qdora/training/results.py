@@ -1,4 +1,4 @@
-"""What a run leaves when it ends: adapter or model, summary.json, report.png, and the last lines on the terminal."""
+"""What a run leaves when it ends: adapter or model, summary.json, its report, and the last lines on the terminal."""
 
 import platform
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str, str | None]) -> None:
-    """Writes the adapter (or the model), summary.json and report.png. *Collective*.
+    """Writes the adapter (or the model), summary.json and, with `train.report`, the report. *Collective*.
 
     Args:
         base: the folder that the model came from.
@@ -80,13 +80,11 @@ def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str,
                 "versions": versions(),
             }
         )
-        from qdora.reporting.curves import write_report  # here: their libraries are rank 0's alone
-        from qdora.reporting.run import write_run_page
+        if config.train.report:
+            from qdora.reporting.run import write_run_figure, write_run_page  # here: rank 0 alone needs matplotlib
 
-        write_report(
-            folder.metrics, folder.report, f"{config.run_id}: {config.adapter.method.name} on {config.model.path}"
-        )
-        write_run_page(folder)
+            write_run_figure(folder)
+            write_run_page(folder)
 
 
 @contextmanager
@@ -119,7 +117,8 @@ def conclude(
             print(f"it goes on from {good[-1]}")
         return
     result = folder.model if config.adapter.method is AdapterMethod.none else folder.adapter
-    rows = [("result", str(result)), ("figure", str(folder.report)), ("metrics", str(folder.metrics))]
+    figure = ("figure", str(folder.report)) if config.train.report else ("report", f"qdora report run={folder.path}")
+    rows = [("result", str(result)), figure, ("metrics", str(folder.metrics))]
     if tracker_location:
         rows.append(("W&B run", tracker_location))
     if config.adapter.method is not AdapterMethod.none:

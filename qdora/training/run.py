@@ -156,7 +156,8 @@ def _settle(config: RunConfig, base: Path, world: World, found: Manifest | None)
     dtype = getattr(torch, config.model.dtype.name)
     is_auto = config.parallel.plan is Plan.auto
     if found is not None:
-        config = replace(config, plan=PreflightConfig(on_exceed=OnExceed.warn))
+        if config.plan.on_exceed is OnExceed.refuse:
+            config = replace(config, plan=PreflightConfig(on_exceed=OnExceed.warn))
         if is_auto and found.world_size == world.size:
             then = config_from_values(ParallelConfig, found.config["parallel"])
             chosen = {name: getattr(then, name) for name in ("plan", "cpu_offload", "gather", "offload_activations")}
