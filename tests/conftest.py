@@ -2,9 +2,12 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support import warm
 
 if not ("PYTEST_XDIST_WORKER" in os.environ or any("gpu" in argument for argument in sys.argv)):
     # Before torch looks: the CPU tests are the same on a machine with GPUs; launch/test.sh runs tests/gpu by itself.
@@ -13,7 +16,10 @@ if not ("PYTEST_XDIST_WORKER" in os.environ or any("gpu" in argument for argumen
 # bit those of others; ranks share few cores, so threads that wait must not spin.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+for _name in [name for name in os.environ if name.startswith("QDORA_") and name.endswith("_S")]:
+    del os.environ[_name]  # a developer's own waits
 
+pytest_plugins = ["tests.support.tiers"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,8 +37,19 @@ def smollm2() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lets helpers fork processes that have everything imported; the first one that is asked for starts the server."""
+    cache = str(tmp_path_factory.getbasetemp() / "cache")
+    warm.Server.environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": cache, "WANDB_MODE": "offline"}
+    yield
+    warm.Server.stop()
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenised data of tests does not land in, or come from, the user's cache; W&B never goes online."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("WANDB_MODE", "offline")
+    if verification := sys.modules.get("qdora.merging.verification"):  # its second process, in merges of this one
+        monkeypatch.setattr(verification, "subprocess", warm.SUBPROCESS)

@@ -1,25 +1,137 @@
 """`parallel.gather` changes what is gathered at a time and nothing else."""
 
+import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from qdora import parallel
+from qdora.config import (
+    ActivationCheckpointing,
+    AdapterConfig,
+    Gather,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    QuantConfig,
+)
+from qdora.model import load_model
+from qdora.model.loss import mean_loss
+from qdora.optim import build_optimizer
+from qdora.training import memory
+from qdora.training.trainer import accumulate_gradients
+from tests.distributed.gradients_on_ranks import batches_of
 from tests.support.models import make_model
-from tests.support.processes import run_ranks
+from tests.support.ranks import RankPool
 
-SCRIPT = Path(__file__).with_name("ranks_gather.py")
+NUM_STEPS = 3
+PATIENCE = 5
+"""Milliseconds."""
+
+
+class GatheredBytes(TorchDispatchMode):
+    """Bytes of gathered weights that are alive: buffers of a collective, and the parameters copied out of them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.groups = [
+            group
+            for module in model.modules()
+            if isinstance(module, FSDPModule)
+            for group in module._get_fsdp_state()._fsdp_param_groups  # type: ignore[attr-defined]
+        ]
+        self.received: list[tuple[StorageWeakRef, int]] = []
+        self.at_work = self.at_all = 0
+        """The most, while an adapted layer computes and at any time."""
+
+    def alive(self) -> int:
+        """Now, or as soon as the threads of gloo have let go of what they have sent."""
+        for _ in range(PATIENCE):
+            self.received = [(storage, size) for storage, size in self.received if not storage.expired()]
+            if not self.received:
+                break
+            time.sleep(1e-3)
+        outputs = [out for group in self.groups for param in group.fsdp_params for out in param.all_gather_outputs]
+        return sum(size for _, size in self.received) + sum(out.untyped_storage().size() for out in outputs)
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        if operator is torch.ops.c10d._allgather_base_.default:
+            storage = args[0].untyped_storage()
+            self.received.append((StorageWeakRef(storage), storage.nbytes()))
+        names = (torch.ops.qdora.adapted_linear.default, torch.ops.qdora.adapted_linear_backward.default)
+        if operator in names:
+            self.at_work = max(self.at_work, self.alive())
+        if operator in names or "c10d" in str(operator) or "split_with_sizes_copy" in str(operator):
+            self.at_all = max(self.at_all, self.alive())
+        return result
+
+
+def size_of(module: Any) -> int:
+    """Bytes of its gathered weights: trained ones travel in bfloat16."""
+    return sum(p.numel() * (2 if p.requires_grad else p.element_size()) for p in module.parameters())
+
+
+def train_three_steps(gather: Gather, recomputation: ActivationCheckpointing, folder: Path) -> dict[str, Any]:
+    """Trains; returns the losses and the gathered bytes."""
+    config = ParallelConfig(gather=gather)
+    world = parallel.start(config)
+    model = ModelConfig(path=str(folder))
+    loaded = load_model(folder, model, QuantConfig(embeddings=True), AdapterConfig(rank=4), config, world)
+    need = memory.step_bytes(loaded, world, 2, 24)
+    loaded.recompute(recomputation)
+    loaded.model.train()
+    optimizer = build_optimizer(loaded.model, OptimConfig(learning_rate=1e-2))
+    optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
+    losses = []
+    gathered = GatheredBytes(loaded.model)
+    for _ in range(NUM_STEPS):
+        batches = batches_of(world, accumulate=True)
+        with gathered:
+            loss, _, _ = accumulate_gradients(loaded.model, batches, world)
+        losses.append(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    losses.append(mean_loss(loaded.model, [batches_of(world, accumulate=True)], world))
+    return {
+        "losses": losses,
+        "at_work": gathered.at_work,
+        "at_all": gathered.at_all,
+        "bytes": {
+            "block": size_of(loaded.blocks[0]),
+            "attention": size_of(loaded.blocks[0].self_attn),
+            "mlp": size_of(loaded.blocks[0].mlp),
+            "norm": size_of(loaded.model.model.norm),
+        },
+        "told": need.gathered,
+        "left": gathered.alive(),
+    }
+
+
 Found = dict[str, dict[str, Any]]
 
 
+def train_each_way(folder: Path) -> Found:
+    """Trains three steps in every way, on a rank of several."""
+    return {
+        f"{gather.name}-{recomputation.name}": train_three_steps(gather, recomputation, folder)
+        for gather, recomputation in product(Gather, (ActivationCheckpointing.none, ActivationCheckpointing.full))
+    }
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What was seen on two ranks, by `gather` and recomputation."""
-    folder = tmp_path_factory.mktemp("gather")
-    model = make_model(folder / "model", "llama", num_hidden_layers=4)
-    ranks = run_ranks(SCRIPT, 2, folder / "ranks", str(model))
-    assert ranks[0] == ranks[1]
-    return ranks[0]
+    model = make_model(tmp_path_factory.mktemp("gather"), "llama", num_hidden_layers=4)
+    first, second = pool.run(train_each_way, model, nproc=2)
+    assert first == second
+    return first  # type: ignore[no-any-return]
 
 
 def test_losses_are_the_same_bit_for_bit(found: Found) -> None:

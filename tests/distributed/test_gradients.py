@@ -1,6 +1,5 @@
 """However the same samples are divided, the loss and every gradient are the same."""
 
-import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,19 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.marks import asked, soak_but
+from tests.distributed.gradients_on_ranks import CLIPPED_NORM, run_cases
+from tests.support.marks import asked, nightly_but
 from tests.support.models import make_model
-from tests.support.processes import run_ranks
+from tests.support.ranks import RankPool
 
-SCRIPT = Path(__file__).with_name("ranks_gradients.py")
 FLOAT32_TOLERANCE = 2e-5
 """Relative to the norm of a gradient: sums over tokens and ranks in another order."""
 BFLOAT16_TOLERANCE = 3e-2
 """Relative to the norm of a gradient: bfloat16 products (4e-3 a rounding) of other groups of rows, through 2 layers."""
-
-PATIENCE_S = 500
-CLIPPED_NORM = 0.01
-"""As in the script; below every gradient's norm."""
+TIMEOUT_S = 500
 
 METHODS = {
     "qdora": ("nf4", "dora"),
@@ -125,12 +121,12 @@ ALWAYS = {*REFERENCE.values(), "qdora-one-batch", "qdora-bfloat16", "qdora-ddp",
 ALWAYS |= {"qdora-selective", "full-full", "qdora-compiled-full", "ends-offload", "untied_ends-no-reshard"}
 ALWAYS |= {"qdora-block-none", "untied_ends-part-full", "full-part-selective", "dvora-part", "qdora-offloaded-part"}
 ALWAYS |= {"qdora-hsdp", "full-hsdp"}
-"""The references, and each way to divide or recompute once; the other pairs are for `-m soak`."""
+"""The references, and each way to divide or recompute once; the other pairs are nightly."""
 assert {case["name"] for case in CASES + HSDP_CASES} >= ALWAYS
 
 
 def _names(cases: list[dict[str, Any]]) -> list[Any]:
-    return soak_but(ALWAYS, [case["name"] for case in cases])
+    return nightly_but(ALWAYS, [case["name"] for case in cases])
 
 
 @pytest.fixture(scope="module")
@@ -147,14 +143,16 @@ Results = dict[int, tuple[dict[str, dict[str, float]], Path]]
 
 
 @pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(
+    request: pytest.FixtureRequest, pool: RankPool, models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Results:
     """Losses and norms, and the folder of gradients, by number of ranks: `ALWAYS`, and what selected tests name."""
     names = ALWAYS.union(asked(request, "name"))
     found: Results = {}
     for ranks, of_ranks in ((1, CASES), (2, CASES), (4, HSDP_CASES)):
         cases = [case for case in of_ranks if case["name"] in names]
         output = tmp_path_factory.mktemp(f"ranks-{ranks}")
-        values = run_ranks(SCRIPT, ranks, output, str(models), json.dumps(cases), timeout_s=PATIENCE_S)
+        values = pool.run(run_cases, cases, models, output, nproc=ranks, timeout_s=TIMEOUT_S)
         assert all(other == values[0] for other in values), "ranks differ in the loss or the norm they report"
         found[ranks] = (values[0], output)
     return found

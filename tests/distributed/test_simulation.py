@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.marks import soak
+from tests.support.marks import nightly
 from tests.support.processes import ROOT, run
 
 TOLERANCE = 0.1
@@ -22,7 +22,7 @@ CASES = {
 """Ranks and options, by what is gathered at a time."""
 
 
-@pytest.mark.parametrize("name", ["ahead", *soak("block", "part", "cpu-offload")])
+@pytest.mark.parametrize("name", ["ahead", *nightly("block", "part", "cpu-offload")])
 def test_plan_is_within_a_tenth_of_what_a_step_takes(name: str, tmp_path: Path) -> None:
     ranks, overrides = CASES[name]
     output = tmp_path / "simulation.json"

@@ -1,18 +1,123 @@
 """Inside a run: the norm is fresh after every step and computed once a step, and magnitudes move."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+from torch import Tensor
 
-from tests.support.marks import soak
+from qdora import nf4
+from qdora.adapter.dora import AdaptedLinear, adapted_layers
+from qdora.config import (
+    ActivationCheckpointing,
+    AdapterConfig,
+    AdapterMethod,
+    DataConfig,
+    Dtype,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrackerConfig,
+    TrackerKind,
+    TrainConfig,
+)
+from qdora.sharding import gather_rows, own_rows
+from qdora.training import train
+from qdora.training.trainer import Trainer
+from tests.support.marks import nightly
 from tests.support.models import make_model
-from tests.support.processes import run_ranks
+from tests.support.ranks import RankPool
 
-SCRIPT = Path(__file__).with_name("ranks_training.py")
+CPU = torch.device("cpu")
 NORM_TOLERANCE = 1e-5
 """Relative; the norm is a sum of 128 to 192 float32 squares, against float64."""
+
+
+def stale_by(trainer: Trainer) -> float:
+    """Returns the largest relative difference of a stored gain from m / || W + s B A || in dense float64."""
+    worst = 0.0
+    for layer in adapted_layers(trainer.model).values():
+        assert layer.magnitude is not None
+        assert layer.gain is not None
+        dtype = trainer.loaded.dtype
+        trained = (gather_rows([parameter], dtype, CPU)[0] for parameter in layer.trained_factors())
+        a, b = (matrix.double() for matrix in layer.factors(*trained, dtype))
+        magnitude = gather_rows([layer.magnitude], torch.float32, CPU)[0].double()
+        gain = gather_rows([layer.gain], torch.uint8, CPU)[0].contiguous().view(torch.float32).squeeze(1).double()
+        whole: list[Tensor] = [
+            gather_rows([tensor], torch.uint8, CPU)[0].contiguous() for tensor in layer.base_tensors()[:2]
+        ]
+        weight = nf4.weight_from([*whole, *layer.base_tensors()[2:]], torch.float32).double()
+        dense = magnitude / (weight + layer.scaling * b @ a).norm(dim=1)
+        worst = max(worst, float(((gain - dense) / dense).abs().max()))
+    return worst
+
+
+class Watch:
+    """Looks at the trainer of a whole run before it begins, after each step, and at its end."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {"norm_calls": 0, "layers": 0, "stale_by": []}
+        self._norm, self._run, self._step = AdaptedLinear.expanded_norm, Trainer.run, Trainer.train_step
+
+    def expanded_norm(self, layer: AdaptedLinear, trained_a: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts the call."""
+        self.seen["norm_calls"] += 1
+        return self._norm(layer, trained_a)
+
+    def run(self, trainer: Trainer, save: Any) -> str:
+        """Counts the rows whose magnitude moves."""
+        layers = adapted_layers(trainer.model)
+        self.seen["stale_by"].append(stale_by(trainer))  # also what a resumed run begins with
+        first = {name: own_rows(layer.magnitude)[0].clone() for name, layer in layers.items()}  # type: ignore[arg-type]
+        self.seen["layers"], self.seen["norm_calls"] = len(layers), 0
+        status = self._run(trainer, save)
+        moved = [own_rows(layer.magnitude)[0] != first[name] for name, layer in layers.items()]  # type: ignore[arg-type]
+        self.seen["rows_moved"], self.seen["rows"] = int(sum(m.sum() for m in moved)), sum(m.numel() for m in moved)
+        return status
+
+    def train_step(self, trainer: Trainer, batches: Any) -> Any:
+        """Compares the gains after the step."""
+        result = self._step(trainer, batches)
+        self.seen["stale_by"].append(stale_by(trainer))
+        return result
+
+
+def train_watched(
+    model: Path,
+    data: Path,
+    output: Path,
+    *,
+    num_steps: int,
+    learning_rate: float = 1e-3,
+    dtype: Dtype = Dtype.float32,
+    checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
+    method: AdapterMethod = AdapterMethod.dora,
+) -> dict[str, Any]:
+    """Trains, or goes on, on a rank of several; returns what was seen from inside."""
+    config = RunConfig(
+        model=ModelConfig(path=str(model), dtype=dtype),
+        adapter=AdapterConfig(method=method, rank=4),
+        data=DataConfig(train=str(data), packing=False, cache_dir=str(output / "cache")),
+        optim=OptimConfig(learning_rate=learning_rate),
+        train=TrainConfig(num_steps=num_steps, num_accumulation_steps=4, checkpoint_every=2, report=False),
+        parallel=ParallelConfig(activation_checkpointing=checkpointing),
+        tracker=TrackerConfig(kind=TrackerKind.none),
+        output_dir=str(output / "run"),
+    )
+    watch = Watch()
+    with (
+        mock.patch.object(AdaptedLinear, "expanded_norm", lambda layer, a: watch.expanded_norm(layer, a)),
+        mock.patch.object(Trainer, "run", lambda trainer, save: watch.run(trainer, save)),
+        mock.patch.object(Trainer, "train_step", lambda trainer, batches: watch.train_step(trainer, batches)),
+    ):
+        assert train(config) == 0
+    return watch.seen
 
 
 @pytest.fixture(scope="module")
@@ -30,34 +135,32 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), "llama")
 
 
-def _run(ranks: int, model: Path, data: Path, output: Path, **options: Any) -> list[dict[str, Any]]:
-    settings = {"learning_rate": 1e-3, "num_steps": 4, "dtype": "float32", "checkpointing": "none", "method": "dora"}
-    settings |= {"output_dir": str(output / "run"), **options}
-    return run_ranks(SCRIPT, ranks, output, str(model), str(data), json.dumps(settings))
+Run = Callable[..., list[dict[str, Any]]]
 
 
-@pytest.mark.parametrize(("ranks", "method"), [(2, "dora"), *soak((1, "dora"), (2, "dvora"))])
-def test_norm_is_fresh_after_every_step_and_after_resuming(
-    ranks: int, method: str, model: Path, data: Path, tmp_path: Path
-) -> None:
-    first = _run(ranks, model, data, tmp_path, num_steps=4, method=method)
-    resumed = _run(ranks, model, data, tmp_path, num_steps=6, method=method)
-    for found in (*first, *resumed):
-        assert max(found["stale_by"]) <= NORM_TOLERANCE
-    assert [len(found["stale_by"]) for found in (first[0], resumed[0])] == [5, 3]  # at the start, and each step
+@pytest.fixture
+def run(pool: RankPool, model: Path, data: Path, tmp_path: Path) -> Run:
+    """Trains on so many ranks, with options of `train_watched`; the second time it goes on."""
+    return lambda nproc, **options: pool.run(train_watched, model, data, tmp_path, nproc=nproc, **options)
 
 
-def test_norm_is_computed_once_a_step(model: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "method"), [(2, "dora"), *nightly((1, "dora"), (2, "dvora"))])
+def test_norm_is_fresh_after_every_step_and_after_resuming(ranks: int, method: str, run: Run) -> None:
+    first, resumed = (run(ranks, num_steps=num_steps, method=AdapterMethod[method]) for num_steps in (4, 6))
+    for seen in (*first, *resumed):
+        assert max(seen["stale_by"]) <= NORM_TOLERANCE
+    assert [len(seen["stale_by"]) for seen in (first[0], resumed[0])] == [5, 3]  # at the start, and each step
+
+
+def test_norm_is_computed_once_a_step(run: Run) -> None:
     """With 4 micro-batches a step and every block recomputed in its backward."""
-    for found in _run(2, model, data, tmp_path, num_steps=3, checkpointing="full"):
-        assert found["norm_calls"] == 3 * found["layers"]
+    for seen in run(2, num_steps=3, checkpointing=ActivationCheckpointing.full):
+        assert seen["norm_calls"] == 3 * seen["layers"]
 
 
-@pytest.mark.parametrize("ranks", [1, *soak(2)])
-def test_magnitudes_move_in_bfloat16_at_a_small_learning_rate(
-    ranks: int, model: Path, data: Path, tmp_path: Path
-) -> None:
-    found = _run(ranks, model, data, tmp_path, num_steps=20, dtype="bfloat16", learning_rate=1e-4)
-    rows, moved = (sum(one[key] for one in found) for key in ("rows", "rows_moved"))
+@pytest.mark.parametrize("ranks", [1, *nightly(2)])
+def test_magnitudes_move_in_bfloat16_at_a_small_learning_rate(ranks: int, run: Run) -> None:
+    seen = run(ranks, num_steps=20, dtype=Dtype.bfloat16, learning_rate=1e-4)
+    rows, moved = (sum(one[key] for one in seen) for key in ("rows", "rows_moved"))
     assert rows == 2 * (128 + 64 + 64 + 128 + 192 + 192 + 128)
     assert moved >= 0.99 * rows  # one may pass its start again on the last step

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.models import make_model
 from tests.support.processes import qdora
-from tests.support.runs import long_run, write_sums
+from tests.support.runs import QUICK, long_run, write_sums
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +35,7 @@ def options(tiny: Path, data: Path) -> list[str]:
         "train.micro_batch_size=2",
         "train.num_accumulation_steps=4",
         "tracker=none",
+        *QUICK,
     ]
 
 

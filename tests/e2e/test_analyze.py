@@ -18,10 +18,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from qdora import checkpoint, commands
 from qdora.run_folder import RunFolder
-from tests.support.marks import soak
+from tests.support.marks import nightly
 from tests.support.models import make_model
 from tests.support.processes import qdora
-from tests.support.runs import write_sums
+from tests.support.runs import QUICK, write_sums
 
 METHODS = {
     "qdora": ["adapter=dora", "quant=nf4"],
@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), "llama")
 
 
-@pytest.fixture(scope="module", params=["qdora", "full", *soak("lora")])
+@pytest.fixture(scope="module", params=["qdora", "full", *nightly("lora")])
 def run(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A method, and the folder of its run with three checkpoints, which has been analysed."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
@@ -64,8 +64,8 @@ def run(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.Te
         "train.checkpoint_every=2",
         "train.keep_checkpoints=9",
         "tracker=none",
+        *QUICK,
         f"output_dir={folder}",
-        own_process=request.param == "full",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     done = qdora("analyze", f"run={folder}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.marks import soak, soak_but
+from tests.support.marks import nightly, nightly_but
 from tests.support.models import make_model
 from tests.support.processes import ROOT, qdora, run
 
@@ -96,7 +96,7 @@ NAMES = [
     "no checkpoint",
 ]
 KINDS = ["unknown option", "broken line", "truncated"]
-"""Before the ranks meet, on rank 0's turn, on every rank while loading; the rest in one process is for `-m soak`."""
+"""Before the ranks meet, on rank 0's turn, on every rank while loading; the rest in one process is nightly."""
 
 
 def is_noise(line: str) -> bool:
@@ -116,14 +116,14 @@ def _run(arguments: list[str], nproc: int, output: Path) -> str:
     """stderr of a run that must end with 2 and leave no folder."""
     if not any(argument.startswith("output_dir") for argument in arguments):
         arguments = [*arguments, f"output_dir={output}"]
-    done = qdora("train", *arguments, "tracker=none", nproc=nproc, own_process=True, timeout_s=60)
+    done = qdora("train", *arguments, "tracker=none", nproc=nproc, timeout_s=60)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stdout
     assert not output.exists()
     return str(done.stderr)
 
 
-@pytest.mark.parametrize("name", soak_but(KINDS, NAMES))
+@pytest.mark.parametrize("name", nightly_but(KINDS, NAMES))
 def test_mistake_is_told_in_one_line(name: str, mistakes: Mistakes, tmp_path: Path) -> None:
     assert sorted(NAMES) == sorted(mistakes)
     arguments, words = mistakes[name]
@@ -154,7 +154,7 @@ def test_mistake_on_two_ranks_is_told_once_and_none_hangs(name: str, mistakes: M
     assert not list(ranks.glob("run-*"))
 
 
-@pytest.mark.parametrize("name", ["broken line", *soak("unknown option", "truncated", "no layer", "foreign folder")])
+@pytest.mark.parametrize("name", ["broken line", *nightly("unknown option", "truncated", "no layer", "foreign folder")])
 def test_mistake_under_torchrun_is_told_once(name: str, mistakes: Mistakes, tmp_path: Path) -> None:
     arguments, words = mistakes[name]
     _assert_told(_run(arguments, 2, tmp_path / "run"), words)

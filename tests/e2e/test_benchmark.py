@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.marks import soak
+from tests.support.marks import nightly
 from tests.support.models import make_model
 from tests.support.processes import run
-
-pytestmark = pytest.mark.alone
 
 ARMS = {"peft-qlora", "peft-qdora", "qlora", "qdora", "qdora-compiled"}
 
 
-@pytest.mark.parametrize("ranks", [1, *soak(2)])
+@pytest.mark.parametrize("ranks", [1, *nightly(2)])
 def test_arms_take_the_same_steps(tmp_path: Path, root: Path, ranks: int) -> None:
     model, output = make_model(tmp_path / "model", "llama", num_hidden_layers=1), tmp_path / "steps.json"
     arms = ARMS | ({"peft-lora", "dora"} if ranks == 1 else set())
@@ -33,7 +31,7 @@ def test_arms_take_the_same_steps(tmp_path: Path, root: Path, ranks: int) -> Non
         assert result["losses"][-1] == pytest.approx(record["results"]["peft-qlora"]["losses"][-1], rel=0.01)
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_every_case_of_a_gpu_runs_on_a_toy_model(tmp_path: Path, root: Path) -> None:
     output = tmp_path / "results" / "tiny"

@@ -11,7 +11,7 @@ import torch
 from qdora.doctor import machine, ranks
 from qdora.doctor.finding import Finding, Verdict, joined
 from tests.support.faults import fill, small_disk
-from tests.support.marks import soak
+from tests.support.marks import nightly
 from tests.support.processes import launcher, qdora, run
 
 CHECKS = {"Python", "libraries", "torch", "CPU", "GPU", "NF4 kernel", "speed", "disk", "shared memory", "W&B", "hub"}
@@ -30,7 +30,7 @@ def findings(done: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("nproc", [2, *soak(1)])
+@pytest.mark.parametrize("nproc", [2, *nightly(1)])
 def test_report_on_this_machine(tiny: Path, tmp_path: Path, nproc: int) -> None:
     done = qdora("doctor", f"model.path={tiny}", f"output_dir={tmp_path}", "report=json", nproc=nproc)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -85,7 +85,7 @@ def damaged(tiny: Path, folder: Path, kind: str) -> str:
     return "tokenizer"
 
 
-@pytest.mark.parametrize("kind", ["cut", *soak("no weights", "a shard is missing", "unknown", "no tokenizer")])
+@pytest.mark.parametrize("kind", ["cut", *nightly("no weights", "a shard is missing", "unknown", "no tokenizer")])
 def test_model_that_cannot_be_trained_is_told(tiny: Path, tmp_path: Path, kind: str) -> None:
     words = damaged(tiny, tmp_path / "model", kind)
     done = qdora("doctor", f"model.path={tmp_path}/model", f"output_dir={tmp_path}", "report=json")
@@ -95,7 +95,7 @@ def test_model_that_cannot_be_trained_is_told(tiny: Path, tmp_path: Path, kind: 
     assert words in finding["found"]
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_model_that_is_neither_here_nor_to_be_had(tmp_path: Path) -> None:
     done = qdora("doctor", "model.path=someone/model", f"output_dir={tmp_path}", "report=json")
     assert done.returncode == 1

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from qdora.commands import run
 from qdora.files import lock, write_durably
 from tests.support.faults import fill, small_disk
 from tests.support.processes import interrupt_when, qdora
+from tests.support.runs import QUICK
 
 KILL_AFTER_BATCHES = 4
 
@@ -63,6 +65,10 @@ def test_tasks_have_their_own_scores_and_samples_keep_their_order(whole: Path, t
     ]
     assert [sample["where"] for sample in found["samples"]] == places
     assert found["samples"][3]["answer"] == "odd"
+    prompts = [json.loads(line)["prompt"] for line in (tasks / "parity.jsonl").read_text().splitlines()]
+    for sample, prompt in zip(found["samples"], prompts, strict=False):
+        assert sample["prompt"].replace(" ", "").endswith(prompt.replace(" ", ""))
+        assert sample["prediction"] in sample["scores"]
     assert not list(whole.glob(".scored-*"))
 
 
@@ -79,7 +85,7 @@ def test_two_ranks_score_the_same_bit_for_bit(
 
 def test_ranks_that_share_a_copy_answer_as_one_with_a_copy(tiny: Path, data: Path, tasks: Path, tmp_path: Path) -> None:
     """Of a DoRA run, and with more forwards on one rank than on the other: three batches."""
-    run = ["train", f"model.path={tiny}", f"data.train={data}", "optim.learning_rate=1e-2", "tracker=none"]
+    run = ["train", f"model.path={tiny}", f"data.train={data}", "optim.learning_rate=1e-2", "tracker=none", *QUICK]
     assert qdora(*run, "data.packing=false", "train.num_steps=3", f"output_dir={tmp_path}/run").returncode == 0
     asked = [f"run={tmp_path}/run", f"tasks_path={tasks}", "tasks=[parity]", "limit=9", "protocol=generate"]
     for nproc in (1, 2):
@@ -116,7 +122,12 @@ def test_killed_evaluation_goes_on_with_what_it_had_scored(
 
 
 def test_terminated_evaluation_says_that_it_goes_on(
-    whole: Path, tiny: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path,
+    tiny: Path,
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def write(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -124,9 +135,9 @@ def test_terminated_evaluation_says_that_it_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr("qdora.evaluation.run.write_durably", write)
-        done = qdora(*options(tiny, tasks, tmp_path))
-    assert done.returncode == 75
-    assert done.stderr.count("qdora: interrupted at once; the same command goes on") == 1
+        status = run(options(tiny, tasks, tmp_path))
+    assert status == 75
+    assert capsys.readouterr().err.count("qdora: interrupted at once; the same command goes on") == 1
     assert not (tmp_path / "results.json").exists()
     assert qdora(*options(tiny, tasks, tmp_path)).returncode == 0
     assert results(tmp_path) == results(whole)

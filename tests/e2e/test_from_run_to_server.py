@@ -100,7 +100,7 @@ def test_page_has_the_blocks_that_it_is_about() -> None:
         assert any(wanted in text for text in texts), wanted
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_page_trains_merges_and_answers(outputs: list[str], answer: list[int], tokenizer: Any) -> None:
     trained, merged, loaded, gguf = outputs
     assert "base:" in trained
@@ -114,13 +114,13 @@ def test_page_trains_merges_and_answers(outputs: list[str], answer: list[int], t
     assert tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_merged_folder_has_what_a_server_asks_for(merged: Path, smollm2: Path) -> None:
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json"):
         assert (merged / name).read_bytes() == (smollm2 / name).read_bytes(), name
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_onnxruntime_gives_the_same_greedy_answer(
     merged: Path, question: list[int], answer: list[int], tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -149,7 +149,7 @@ def test_onnxruntime_gives_the_same_greedy_answer(
     assert len(ours) > 5
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_ctranslate2_gives_the_same_logits(
     merged: Path, model: Any, question: list[int], answer: list[int], tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -166,7 +166,7 @@ def test_ctranslate2_gives_the_same_logits(
     assert ours.abs().max() > 1
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_llama_cpp_answers_the_prompt(outputs: list[str], place: Path) -> None:
     """The page's last block, and that the file's own tokenizer and chat template make the tokens that we trained on."""
     if importlib.util.find_spec("llama_cpp") is None:
@@ -175,7 +175,7 @@ def test_llama_cpp_answers_the_prompt(outputs: list[str], place: Path) -> None:
     assert "Demo Team" in execute("python", text, place)
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_llama_cpp_has_the_tokens_and_the_logits_of_transformers(
     outputs: list[str], place: Path, model: Any, question: list[int], answer: list[int], tokenizer: Any
 ) -> None:

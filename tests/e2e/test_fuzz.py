@@ -170,7 +170,7 @@ def some_of_each(statuses: list[int]) -> None:
     assert min(statuses.count(0), statuses.count(2)) >= len(statuses) / 20, statuses
 
 
-SOAK = (pytest.mark.soak, pytest.mark.timeout(3600))
+SOAK = (pytest.mark.nightly, pytest.mark.timeout(3600))
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(800, marks=SOAK)])

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qdora.reporting.answers import MAX_NEW_TOKENS
 from tests.support.models import make_model
 from tests.support.processes import ROOT, qdora
-from tests.support.runs import write_sums
+from tests.support.processes import run as start
+from tests.support.runs import metrics_of, summary_of, write_sums
 
+IN_A_BROWSER = pytest.mark.nightly(paths=["qdora/reporting/*", "qdora/figures.py"], packages=["chromium"])
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTHS = (360, 1280)
 LEGIBLE = 9
@@ -170,9 +173,9 @@ def options(model: Path, data: dict[str, Path], *others: str) -> list[str]:
     return [*given, "train.num_accumulation_steps=1", "parallel=none", "tracker=none", *others]
 
 
-def done(command: str, *arguments: str, own_process: bool = False) -> str:
+def done(command: str, *arguments: str) -> str:
     """What a command that ends well says."""
-    ended = qdora(command, *arguments, own_process=own_process)
+    ended = qdora(command, *arguments)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return str(ended.stdout)
 
@@ -206,6 +209,7 @@ def page(request: pytest.FixtureRequest) -> Path:
     return folder / "report.html"
 
 
+@IN_A_BROWSER
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_page_is_whole_in_a_browser(browser: Browser, page: Path, width: int, scheme: str) -> None:
@@ -230,12 +234,14 @@ def test_page_is_whole_in_a_browser(browser: Browser, page: Path, width: int, sc
     assert (light[0] > 600 > 150 > light[1]) if scheme == "light" else (light[0] < 150 < 600 < light[1])
 
 
+@IN_A_BROWSER
 def test_what_a_prompt_holds_is_text(browser: Browser, run: Path) -> None:
     seen = browser.look((run / "report.html").resolve().as_uri(), 1280)
     assert HOSTILE in seen["text"]
     assert (seen["scripts"], seen["complaints"]) == (0, [])
 
 
+@IN_A_BROWSER
 def test_browser_would_complain(browser: Browser, run: Path, tmp_path: Path) -> None:
     text = (run / "report.html").read_text()
     bad = '<script>console.error("ran")</script><img src="http://127.0.0.1:9/x.png"><p style="width: 5000px">wide</p>'
@@ -292,11 +298,37 @@ def test_second_report_needs_neither_base_nor_data(model: Path, run: Path, data:
             path.rename(path.with_name(path.name.removesuffix("-hidden")))
 
 
+WITHOUT_MATPLOTLIB = """
+import sys
+from qdora.commands import run
+status = run(sys.argv[1:])
+sys.exit(status or 3 * ("matplotlib" in sys.modules))
+"""
+
+
+def test_report_that_a_run_left_out_is_made_later(model: Path, data: dict[str, Path], tmp_path: Path) -> None:
+    """It loads no matplotlib; the rest of it is there, and it goes on with a report."""
+    folder, reports = tmp_path / "run", [tmp_path / "run" / name for name in ("report.png", "report.html")]
+    arguments = options(model, data, "adapter.rank=4", f"output_dir={folder}")
+    without = ["train", *arguments, "train.num_steps=2", "train.report=false"]
+    ended = start([sys.executable, "-c", WITHOUT_MATPLOTLIB, *without], cold=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "qdora report" in ended.stdout
+    assert not any(file.exists() for file in reports)
+    assert (folder / "adapter").is_dir()
+    assert len(metrics_of(folder)) == 3
+    assert summary_of(folder)["status"] == "finished"
+    done("report", f"run={folder}", "num_answers=0")
+    first = [file.read_bytes() for file in reports]
+    assert "going on from step 2 of 6" in done("train", *arguments)
+    assert all(file.read_bytes() != before for file, before in zip(reports, first, strict=True))
+
+
 def test_full_fine_tuning_answers_with_its_base_and_its_result(
     model: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:
     own = ["adapter=none", "quant=none", "optim.learning_rate=1e-3"]
-    done("train", *options(model, data, *own, f"output_dir={tmp_path}/run"), own_process=True)
+    done("train", *options(model, data, *own, f"output_dir={tmp_path}/run"))
     done("report", f"run={tmp_path}/run", "num_answers=3", f"output={tmp_path}/page.html")
     answers = json.loads((tmp_path / "run" / "answers.json").read_text())["answers"]
     prompts = [one["prompt"] for one in answers]

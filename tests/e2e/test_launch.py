@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.marks import soak
+from tests.support.marks import nightly
 from tests.support.processes import ROOT
 
 SLOW_LOADING = """
@@ -28,7 +28,7 @@ main()
 """`qdora`, but loading the model never ends; each rank says in FOLDER that it is there."""
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, *soak(signal.SIGINT, signal.SIGUSR1)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *nightly(signal.SIGINT, signal.SIGUSR1)])
 def test_interrupted_while_loading_is_not_said_to_be_saved(
     options: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.models import make_model
 from tests.support.processes import ROOT, qdora, run
-from tests.support.runs import summary_of
+from tests.support.runs import QUICK, summary_of
 
 GIB = 2**30
 GROUPS = {Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes", Path("/sys/fs/cgroup"): "memory.max"}
@@ -55,7 +55,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         *(f"model.path={model}", f"data.train={folder}/rows.jsonl", f"data.cache_dir={folder}/cache"),
         *("adapter.rank=4", "train.num_steps=1", "train.micro_batch_size=64", "train.num_accumulation_steps=1"),
-        *("data.max_length=256", "tracker=none"),
+        *("data.max_length=256", "tracker=none", *QUICK),
     ]
 
 

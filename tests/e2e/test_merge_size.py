@@ -147,7 +147,7 @@ def merge_s(base: Path, adapter: Path, output: Path, *options: str) -> tuple[flo
     return time.perf_counter() - started, peak
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 @pytest.mark.alone
 @pytest.mark.timeout(2 * PATIENCE_S)
 @pytest.mark.parametrize("options", [["format=hf"], ["format=gguf", "gguf.type=q8_0"], ["format=nf4"]], ids=" ".join)

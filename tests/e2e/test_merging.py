@@ -27,7 +27,7 @@ from qdora.model import writer
 from qdora.run_folder import RunFolder
 from tests.support.adapters import adapted
 from tests.support.models import make_model
-from tests.support.processes import ROOT, qdora
+from tests.support.processes import popen, qdora
 
 IDS = torch.arange(4, 68).view(2, 32)
 Told = pytest.CaptureFixture[str]
@@ -217,7 +217,7 @@ def slow_merge(
         "weights.Weights.start = slow; q.main()"
     )
     command = [sys.executable, "-c", script, "merge", f"run={run}", f"output={output}", "verify=false", *options]
-    return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=subprocess.STDOUT, text=True)
+    return popen(command, stdout=stdout)
 
 
 def journal(output: Path) -> list[str]:
@@ -267,6 +267,27 @@ def test_killed_merge_goes_on_and_ends_the_same(
     assert ours.keys() == theirs.keys()
     assert all(ours[name] == theirs[name] for name in ours if name.endswith((".safetensors", ".json")))
     assert [path.name for path in killed.parent.iterdir()] == ["merged"]
+
+
+def test_journal_of_before_a_restart_of_the_machine_counts_for_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it names had been written, but to the disk nobody knows."""
+    output = tmp_path / "merged"
+    process = slow_merge(run, output)
+    wait_for(lambda: len(journal(output)) > 5, process)
+    process.kill()
+    process.wait()
+    done = {json.loads(line) for line in journal(output)[1:]}
+    written: list[str] = []
+    usual = writer._write_one
+    monkeypatch.setattr(
+        writer, "_write_one", lambda place, *rest: (written.append(place.job.name), usual(place, *rest))[1]
+    )
+    monkeypatch.setattr(writer, "_boot_id", lambda: "another start of the machine")
+    assert merge(f"run={run}", f"output={output}", "verify=false") == 0
+    assert done
+    assert done < set(written) == load_file(output / "model.safetensors").keys()
 
 
 def test_merge_begun_for_something_else_is_not_gone_on_with(run: Path, tmp_path: Path) -> None:

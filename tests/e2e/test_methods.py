@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from qdora.config import OptimConfig
 from qdora.optim import learning_rate
-from tests.support.marks import soak
+from tests.support.marks import nightly
 from tests.support.models import make_model
 from tests.support.processes import qdora
 from tests.support.runs import metrics_of, summary_of
@@ -53,7 +53,7 @@ METRICS = {
 }
 
 
-@pytest.fixture(scope="module", params=["qdora", "full", *soak("dora", "qlora", "lora")])
+@pytest.fixture(scope="module", params=["qdora", "full", *nightly("dora", "qlora", "lora")])
 def runs(
     request: pytest.FixtureRequest, tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[int, Path]]:
@@ -75,9 +75,9 @@ def runs(
             "train.micro_batch_size=2",
             f"train.num_accumulation_steps={4 // nproc}",
             "tracker=none",
+            "plan.on_exceed=off",
             f"output_dir={folders[nproc]}",
             nproc=nproc,
-            own_process=method == "full",
         )
         assert done.returncode == 0, done.stderr[-3000:]
     return method, folders

@@ -33,7 +33,7 @@ MERGED_TOLERANCE = 2e-2
 """Relative; the merged weights are rounded to bfloat16 once more."""
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_loss_survives_train_evaluate_train_merge(smollm2: Path, root: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = RunConfig(

@@ -2,16 +2,25 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.marks import soak
+from qdora.commands import run as command
+from qdora.planning import preflight
+from tests.support.marks import nightly
 from tests.support.processes import qdora, run
-from tests.support.runs import summary_of
+from tests.support.runs import assert_same, summary_of
 
 HUGE = ["data.max_length=50000000", "train.micro_batch_size=4"]
+
+
+@pytest.fixture
+def options(options: list[str]) -> list[str]:
+    """The same with the plan that they leave out."""
+    return [*options, "plan.on_exceed=refuse"]
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_loads(options: list[str], tmp_path: Path) -> None:
@@ -44,7 +53,31 @@ def test_it_may_start_all_the_same(options: list[str], tmp_path: Path) -> None:
     assert "warning: this run needs about" in done.stdout
 
 
-@pytest.mark.parametrize("nproc", [2, *soak(1)])
+def test_off_plans_nothing_and_trains_the_same(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bit for bit; `parallel=auto` has to plan all the same."""
+    made: list[object] = []
+
+    class Counted(preflight.Planner):
+        def __init__(self, *arguments: Any) -> None:
+            made.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(preflight, "Planner", Counted)
+    num_plans = {}
+    for name, more in {"warn": [], "off": [], "auto": ["parallel=auto", "train.num_steps=1"]}.items():
+        word = "warn" if name == "warn" else "off"
+        arguments = [*options, f"plan.on_exceed={word}", *more, f"output_dir={tmp_path}/{name}"]
+        assert command(["train", *arguments]) == 0
+        told = "not compared with the free memory (plan.on_exceed=off)" in capsys.readouterr().out
+        assert told == (name == "off")
+        num_plans[name] = len(made) - sum(num_plans.values())
+    assert num_plans == {"warn": 1, "off": 0, "auto": 1}
+    assert_same(tmp_path / "warn", tmp_path / "off")
+
+
+@pytest.mark.parametrize("nproc", [2, *nightly(1)])
 def test_auto_trains_what_its_plan_trains(nproc: int, options: list[str], tmp_path: Path) -> None:
     """Says what it took and why, takes it, and goes on from its own checkpoint."""
     told, adapters = [], []

@@ -12,9 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.support.marks import soak
+from qdora.commands import compose, typed
+from qdora.config import RunConfig
+from qdora.run_folder import RunFolder, config_values, flatten
+from tests.support.marks import nightly
 from tests.support.models import make_model, make_tokenizer
 from tests.support.processes import ROOT, qdora, run, start, wait_for_steps
 from tests.support.runs import copy_without_result, long_run, losses_of, metrics_of, summary_of
@@ -23,7 +27,7 @@ DIVERGING = ["adapter=lora", "optim.learning_rate=1e25", "optim.max_grad_norm=0"
 """DoRA's norm keeps its outputs finite at any learning rate; LoRA's overflow."""
 
 
-@pytest.mark.parametrize("nproc", [1, *soak(2)])
+@pytest.mark.parametrize("nproc", [1, *nightly(2)])
 def test_killed_run_goes_on_as_if_it_had_not_been(
     uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
@@ -49,10 +53,10 @@ def test_killed_run_goes_on_as_if_it_had_not_been(
     ("nproc", "number", "group"),
     [
         pytest.param(1, signal.SIGINT, False, id="ctrl-c"),
-        pytest.param(1, signal.SIGUSR1, False, id="sigusr1", marks=pytest.mark.soak),
+        pytest.param(1, signal.SIGUSR1, False, id="sigusr1", marks=pytest.mark.nightly),
         pytest.param(2, signal.SIGINT, True, id="ctrl-c-ranks"),
-        pytest.param(2, signal.SIGTERM, False, id="sigterm-launcher", marks=pytest.mark.soak),
-        pytest.param(2, signal.SIGUSR1, False, id="sigusr1-launcher", marks=pytest.mark.soak),
+        pytest.param(2, signal.SIGTERM, False, id="sigterm-launcher", marks=pytest.mark.nightly),
+        pytest.param(2, signal.SIGUSR1, False, id="sigusr1-launcher", marks=pytest.mark.nightly),
     ],
 )
 def test_interrupted_run_saves_says_how_to_go_on_and_does(
@@ -78,7 +82,7 @@ def test_interrupted_run_saves_says_how_to_go_on_and_does(
     assert losses_of(tmp_path / "run") == losses_of(uninterrupted[nproc])
 
 
-@pytest.mark.parametrize("nproc", [2, *soak(1)])
+@pytest.mark.parametrize("nproc", [2, *nightly(1)])
 def test_full_fine_tuning_with_evaluations_resumes_bit_for_bit(
     tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
@@ -86,9 +90,9 @@ def test_full_fine_tuning_with_evaluations_resumes_bit_for_bit(
     arguments = [*long_run(tiny, data), f"data.eval={data}", "adapter=none", "quant=none", "adapter.dropout=0"]
     arguments += ["optim.learning_rate=1e-3", "train.num_steps=6", "train.checkpoint_every=3", "train.eval_every=3"]
     whole, part = tmp_path / "whole", tmp_path / "part"
-    assert qdora("train", *arguments, f"output_dir={whole}", nproc=nproc, own_process=True).returncode == 0
+    assert qdora("train", *arguments, f"output_dir={whole}", nproc=nproc).returncode == 0
     checkpoint = whole / "checkpoints" / "step-00000003"
-    done = qdora("train", *arguments, f"output_dir={part}", f"resume={checkpoint}", nproc=nproc, own_process=True)
+    done = qdora("train", *arguments, f"output_dir={part}", f"resume={checkpoint}", nproc=nproc)
     assert "going on from step 3 of 6" in done.stdout, done.stderr
     models = [load_file(folder / "model" / "model.safetensors") for folder in (whole, part)]
     start = load_file(tiny / "model.safetensors")
@@ -193,7 +197,7 @@ def test_seed_fixes_the_run(
     assert losses_of(tmp_path / "other") != losses_of(uninterrupted[1])
 
 
-@pytest.mark.parametrize("nproc", [1, *soak(2)])
+@pytest.mark.parametrize("nproc", [1, *nightly(2)])
 def test_loss_that_is_not_finite_stops_and_goes_on_from_the_last_good_checkpoint(
     options: list[str], data: Path, tmp_path: Path, nproc: int
 ) -> None:
@@ -231,7 +235,7 @@ def broken_row(options: list[str], tiny: Path, tmp_path: Path) -> list[str]:
     return [*arguments, "train.micro_batch_size=1"]
 
 
-@pytest.mark.parametrize("nproc", [2, *soak(1)])
+@pytest.mark.parametrize("nproc", [2, *nightly(1)])
 def test_row_that_breaks_the_loss_is_named(broken_row: list[str], tmp_path: Path, nproc: int) -> None:
     done = qdora("train", *broken_row, f"train.num_accumulation_steps={16 // nproc}", nproc=nproc)
     assert done.returncode == 2, done.stderr
@@ -239,7 +243,7 @@ def test_row_that_breaks_the_loss_is_named(broken_row: list[str], tmp_path: Path
     assert "There is no earlier checkpoint" in done.stderr
 
 
-@pytest.mark.parametrize("nproc", [2, *soak(1)])
+@pytest.mark.parametrize("nproc", [2, *nightly(1)])
 def test_bad_step_is_left_out_if_wanted(broken_row: list[str], tmp_path: Path, nproc: int) -> None:
     """Of the four steps of each epoch one has the row; the run ends, and so does one that was resumed in between."""
     arguments = [*broken_row, "train.on_bad_step=skip", f"train.num_accumulation_steps={4 // nproc}"]
@@ -267,6 +271,50 @@ def test_steps_that_are_all_bad_stop_though_they_may_be_left_out(broken_row: lis
     assert done.returncode == 2, done.stderr
     assert "qdora: step 11: the loss is nan" in done.stderr
     assert "and 10 steps before it were left out" in done.stderr
+
+
+def test_spike_stops_the_run_or_is_left_out(options: list[str], tmp_path: Path) -> None:
+    """One row of another kind, at step 67: steps are compared from 64 on, with a window that a checkpoint keeps."""
+    rows = [{"prompt": "1+1=", "completion": "so so so" if n != 70 else "@~@~@~@~"} for n in range(80)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [*options, f"data.train={tmp_path}/rows.jsonl", f"output_dir={tmp_path}/run", "train.num_steps=68"]
+    arguments += ["train.micro_batch_size=1", "train.num_accumulation_steps=1", "train.checkpoint_every=65"]
+    arguments += ["optim.learning_rate=1e-6", "train.spike_deviations=6"]
+    done = qdora("train", *arguments)
+    assert done.returncode == 2, done.stderr
+    spike = (
+        r"step 67: the (loss|gradient norm) is [\d.]+, more than train\.spike_deviations=6 standard deviations .* "
+        rf"above the .* of the 66 steps before, on {re.escape(str(tmp_path))}/rows\.jsonl line 71\. Nothing was updated"
+    )
+    assert re.search(spike, done.stderr), done.stderr
+    assert f"goes on from {tmp_path}/run/checkpoints/step-00000065" in done.stderr
+    assert summary_of(tmp_path / "run")["status"] == "failed"
+    done = qdora("train", *arguments, "train.on_bad_step=skip")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 65 of 68" in done.stdout
+    assert re.search(f"{spike}; going on without it", done.stderr), done.stderr
+    assert summary_of(tmp_path / "run")["num_skipped_steps"] == 1
+    assert [record["step"] for record in metrics_of(tmp_path / "run") if record.get("skipped")] == [67]
+
+
+def test_config_of_a_run_has_every_option(uninterrupted: dict[int, Path], tiny: Path, data: Path) -> None:
+    """Also those that nobody gave, with the values that the command line resolves to."""
+    stored = yaml.safe_load((uninterrupted[1] / "config.yaml").read_text())
+    values = compose("train", [*long_run(tiny, data), f"output_dir={uninterrupted[1]}", f"run_id={stored['run_id']}"])
+    assert values is not None
+    config: RunConfig = typed(values, RunConfig)
+    assert flatten(stored) == flatten(config_values(config))
+    assert RunFolder(uninterrupted[1]).read_config() == config
+
+
+def test_seconds_that_steps_waited_for_checkpoints_are_recorded(uninterrupted: dict[int, Path]) -> None:
+    """With each step; the sum in the summary has the last checkpoint's too."""
+    stalls = {record["step"]: record["checkpoint_stall_s"] for record in metrics_of(uninterrupted[1])}
+    waited = {step for step, seconds in stalls.items() if seconds > 0}
+    assert {step + 1 for step in range(5, 30, 5)} <= waited, "a checkpoint begins when its step has been recorded"
+    assert 1 not in waited
+    total = summary_of(uninterrupted[1])["checkpoint_stall_s"]
+    assert sum(stalls.values()) < total < 60
 
 
 def test_weights_that_are_not_finite_stop_at_the_first_step(options: list[str], tmp_path: Path) -> None:
@@ -313,7 +361,7 @@ PLANS = {
 }
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_trains_and_resumes_bit_for_bit(options: list[str], data: Path, tmp_path: Path, plan: str) -> None:
     """Losses as on one rank; what goes on from a checkpoint is what was never stopped."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qdora.checkpoint import read_manifest
-from tests.support.marks import soak
+from tests.support.marks import nightly
 from tests.support.processes import qdora
 
 SECRETS = {
@@ -26,13 +26,13 @@ def files_with(secret: str, folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
 
-@pytest.mark.parametrize("nproc", [2, *soak(1)])
+@pytest.mark.parametrize("nproc", [2, *nightly(1)])
 def test_secrets_reach_no_file_and_no_message(options: list[str], tmp_path: Path, nproc: int) -> None:
     """A run that ends well, and two that fail: its folder, W&B's files, and all that was printed."""
-    arguments = [*options, "tracker=wandb", f"output_dir={tmp_path}/run", "train.num_steps=2"]
+    arguments = [*options, "tracker=wandb", "train.report=true", f"output_dir={tmp_path}/run", "train.num_steps=2"]
     wrong = [[*arguments, f"model.path={tmp_path}/none"], [*arguments, "train.num_stepz=2"]]
     for given, status in ((arguments, 0), (wrong[0], 2), (wrong[1], 2)):
-        done = qdora("train", *given, nproc=nproc, own_process=True, WANDB_DIR=str(tmp_path), **SECRETS)
+        done = qdora("train", *given, nproc=nproc, WANDB_DIR=str(tmp_path), **SECRETS)
         assert done.returncode == status, done.stderr
         for name, secret in SECRETS.items():
             assert secret not in done.stdout + done.stderr, name

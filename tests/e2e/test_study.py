@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 
 from qdora.commands.members import _is_done
+from qdora.config import OnExceed
 from qdora.errors import ConfigError
 from qdora.run_folder import RunFolder
 from tests.support.models import make_model
 from tests.support.processes import interrupt_when, qdora
 from tests.support.runs import metrics_of, summary_of
 
+pytestmark = pytest.mark.nightly(
+    paths=["qdora/study/*", "qdora/commands/study.py", "qdora/commands/members.py", "qdora/subject.py", "conf/study/*"]
+)
 METHODS = ("qlora", "qdora")
 NAMES = [f"{method}-rank-2-rate-0.01-seed-{seed}" for method in METHODS for seed in (0, 1)]
 
@@ -48,6 +52,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "seeds=[0,1]",
         "train.num_steps=3",
         "tracker=none",
+        "train.report=false",
         "parallel=none",
     ]
 
@@ -60,7 +65,7 @@ def finished(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     assert interrupt_when(is_time, command, signal.SIGTERM) == 75
     assert not (folder / "study.json").exists()
     two = "launcher=['hydra/launcher=joblib','hydra.launcher.n_jobs=2']"
-    done = qdora(*options, two, f"output_dir={folder}", own_process=True, timeout_s=400)
+    done = qdora(*options, two, f"output_dir={folder}", timeout_s=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "is finished already" in done.stdout
     return folder
@@ -143,25 +148,27 @@ def test_run_over_what_was_replaced_is_not_taken_for_finished(finished: Path, tm
     folder = RunFolder(Path(shutil.copytree(finished / NAMES[0], tmp_path / "run")))
     config = folder.read_config()
     assert _is_done(folder.path, config)
+    config.train.report, config.plan.on_exceed = not config.train.report, OnExceed.off
+    assert _is_done(folder.path, config), "neither changes a result"
     summary = json.loads(folder.summary.read_text())
     folder.write_summary({**summary, "data_fingerprints": {"data.train": "another"}})
     with pytest.raises(ConfigError, match=r"what data\.train names is not what it was trained with"):
         _is_done(folder.path, config)
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_other_options_and_places_are_no_part_of_a_finished_study(
     finished: Path, options: list[str], tmp_path: Path
 ) -> None:
     copy = shutil.copytree(finished, tmp_path / "study")
     before = read(copy)
-    longer = qdora(*options, f"output_dir={copy}", "train.num_steps=4", own_process=True, timeout_s=240)
+    longer = qdora(*options, f"output_dir={copy}", "train.num_steps=4", timeout_s=240)
     assert longer.returncode == 2
     assert "has train.num_steps=3 (now 4)" in longer.stderr.splitlines()[-1]
     assert read(copy) == before
     shutil.rmtree(copy / NAMES[-1] / "evaluation")
     moved = shutil.copytree(options_value(options, "tasks_path"), tmp_path / "moved")
-    again = qdora(*options, f"output_dir={copy}", f"tasks_path={moved}", own_process=True, timeout_s=240)
+    again = qdora(*options, f"output_dir={copy}", f"tasks_path={moved}", timeout_s=240)
     assert again.returncode == 0, again.stderr[-3000:]
     assert read(copy)["arms"] == before["arms"]
 
@@ -171,10 +178,10 @@ def options_value(options: list[str], name: str) -> str:
     return next(text.partition("=")[2] for text in options if text.startswith(f"{name}="))
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_finished_study_trains_nothing_again(finished: Path, options: list[str]) -> None:
     before = read(finished)
-    again = qdora(*options, f"output_dir={finished}", own_process=True, timeout_s=240)
+    again = qdora(*options, f"output_dir={finished}", timeout_s=240)
     assert again.returncode == 0
     assert again.stdout.count("is finished already") == 3 + 4
     after = read(finished)

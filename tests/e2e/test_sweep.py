@@ -12,16 +12,22 @@ import psutil
 import pytest
 
 from qdora.commands.members import member_name
-from tests.support.processes import ROOT, run, start_command, wait_for_steps
-from tests.support.runs import long_run, losses_of, summary_of, wandb_records
+from tests.support.marks import nightly
+from tests.support.processes import ROOT, launcher, popen, run, wait_for_steps
+from tests.support.runs import QUICK, long_run, losses_of, summary_of, wandb_records
 
 TRAIN = str(ROOT / "launch" / "train.sh")
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
 
-def sweep(*arguments: str, nproc: int = 1) -> Any:
-    """A finished `launch/train.sh -m ...`."""
-    return run([TRAIN, "-m", *arguments], NPROC=str(nproc), timeout_s=540)
+LONG = pytest.mark.nightly(paths=["qdora/commands/sweep*.py", "qdora/commands/members.py", "qdora/interrupt.py"])
+SWEEP = [*launcher(1), "-m", "qdora", "train", "-m"]
+
+
+def sweep(*arguments: str, nproc: int = 1, by_script: bool = False) -> Any:
+    """Runs a sweep to its end, by `qdora train -m ...` or launch/train.sh."""
+    command = [TRAIN, "-m"] if by_script else SWEEP
+    return run([*command, *arguments], NPROC=str(nproc), timeout_s=540)
 
 
 def members_of(folder: Path) -> list[dict[str, Any]]:
@@ -32,7 +38,15 @@ def members_of(folder: Path) -> list[dict[str, Any]]:
 
 def start_sweep(*arguments: str) -> "subprocess.Popen[str]":
     """A sweep with one rank a run, in a process group of its own, as a terminal has one."""
-    return start_command(["env", "NPROC=1", TRAIN, "-m", *arguments])
+    return popen([*SWEEP, *arguments], session=True, NPROC="1")
+
+
+def end_by(process: "subprocess.Popen[str]", number: int) -> str:
+    """Ctrl-C as a terminal sends it, any other signal to the sweep alone. Returns what was printed until the end."""
+    if number == signal.SIGINT:
+        return press_ctrl_c(process)
+    process.send_signal(number)
+    return process.communicate(timeout=120)[0]
 
 
 def press_ctrl_c(process: "subprocess.Popen[str]") -> str:
@@ -47,13 +61,14 @@ def grid(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     folder = tmp_path_factory.mktemp("sweeps") / "grid"
     arguments = [
         *(f"model.path={tiny}", f"data.train={data}", f"data.eval={data}", "data.packing=false", "train.num_steps=3"),
-        *("tracker=none", "optim.learning_rate=1e-3,1e-2", "adapter.rank=2,4", f"output_dir={folder}"),
+        *("tracker=none", *QUICK, "optim.learning_rate=1e-3,1e-2", "adapter.rank=2,4", f"output_dir={folder}"),
     ]
     done = sweep(*arguments)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder, arguments, done.stdout
 
 
+@LONG
 def test_sweep_trains_each_combination(grid: tuple[Path, list[str], str]) -> None:
     folder, _, _ = grid
     members = members_of(folder)
@@ -77,6 +92,7 @@ def test_sweep_trains_each_combination(grid: tuple[Path, list[str], str]) -> Non
     assert len({member["eval_loss"] for member in members}) == 4
 
 
+@LONG
 def test_sweep_ends_in_a_table_and_a_figure(grid: tuple[Path, list[str], str]) -> None:
     folder, _, told = grid
     assert (folder / "sweep.png").stat().st_size > 10_000
@@ -88,6 +104,7 @@ def test_sweep_ends_in_a_table_and_a_figure(grid: tuple[Path, list[str], str]) -
     assert f"best: {best['folder']}" in told
 
 
+@LONG
 def test_sweep_again_trains_only_what_is_new(grid: tuple[Path, list[str], str]) -> None:
     folder, arguments, _ = grid
     done = sweep(*arguments)
@@ -104,6 +121,7 @@ def test_sweep_again_trains_only_what_is_new(grid: tuple[Path, list[str], str]) 
     assert (new["overrides"]["optim.learning_rate"], new["status"]) == ("0.003", "finished")
 
 
+@LONG
 def test_sweep_does_not_take_a_run_of_other_options_for_its_own(grid: tuple[Path, list[str], str]) -> None:
     folder, arguments, _ = grid
     done = sweep(*arguments, "optim.learning_rate=1e-3,1e-2", "adapter.rank=choice(2)", "train.num_steps=5")
@@ -112,10 +130,10 @@ def test_sweep_does_not_take_a_run_of_other_options_for_its_own(grid: tuple[Path
     assert [(one["status"], one["exit_status"]) for one in members_of(folder)] == [("failed", 2)] * 2
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_each_run_has_the_ranks_of_train_sh_and_all_are_a_group_in_wandb(options: list[str], tmp_path: Path) -> None:
     arguments = [*options, "train.num_accumulation_steps=2", "tracker=wandb", "seed=0,1", f"output_dir={tmp_path}/s"]
-    done = sweep(*arguments, nproc=2)
+    done = sweep(*arguments, nproc=2, by_script=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     for seed in ("0", "1"):
         folder = tmp_path / "s" / f"seed-{seed}"
@@ -150,14 +168,15 @@ def test_mistake_that_all_runs_share_starts_none(options: list[str], tmp_path: P
     assert "==" not in done.stdout
 
 
-def test_ctrl_c_saves_the_run_under_way_and_the_same_command_goes_on(
-    tiny: Path, data: Path, uninterrupted: dict[int, Path], tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, *nightly(signal.SIGTERM)], ids=lambda number: number.name)
+def test_signal_saves_the_run_under_way_and_the_same_command_goes_on(
+    tiny: Path, data: Path, uninterrupted: dict[int, Path], tmp_path: Path, number: signal.Signals
 ) -> None:
     arguments = [*long_run(tiny, data), "optim.learning_rate=1e-2,1e-3", f"output_dir={tmp_path}/s"]
     first = tmp_path / "s" / "learning_rate-0.01"
     process = start_sweep(*arguments)
     wait_for_steps(first, 3, process)
-    told = press_ctrl_c(process)
+    told = end_by(process, number)
     assert process.returncode == 75, told[-3000:]
     assert "interrupted; the same command goes on with what is left" in told
     assert "Traceback" not in told
@@ -170,7 +189,7 @@ def test_ctrl_c_saves_the_run_under_way_and_the_same_command_goes_on(
     assert losses_of(first) == losses_of(uninterrupted[1])
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_run_of_a_killed_sweep_saves_and_ends(tiny: Path, data: Path, tmp_path: Path) -> None:
     process = start_sweep(*long_run(tiny, data), "seed=0,1", f"output_dir={tmp_path}/s")
     first = tmp_path / "s" / "seed-0"
@@ -185,7 +204,7 @@ def test_run_of_a_killed_sweep_saves_and_ends(tiny: Path, data: Path, tmp_path: 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("joblib") is None, reason="hydra-joblib-launcher is not installed")
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_joblib_trains_side_by_side_and_ctrl_c_reaches_all(tiny: Path, data: Path, tmp_path: Path) -> None:
     arguments = [*long_run(tiny, data), "seed=0,1,2", *JOBLIB, f"output_dir={tmp_path}/s"]
     process = start_sweep(*arguments)
@@ -204,7 +223,7 @@ def test_joblib_trains_side_by_side_and_ctrl_c_reaches_all(tiny: Path, data: Pat
 
 
 @pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="hydra-submitit-launcher is not installed")
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_submitit_trains_in_jobs_of_its_own(options: list[str], tmp_path: Path) -> None:
     done = sweep(*options, "adapter.rank=2,4", "hydra/launcher=submitit_local", f"output_dir={tmp_path}/s")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

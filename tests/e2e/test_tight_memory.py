@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.marks import soak
+from tests.support.marks import nightly
 from tests.support.models import make_model
 from tests.support.processes import qdora
-from tests.support.runs import adapter_of, losses_of, summary_of, train_and_summarise
+from tests.support.runs import QUICK, adapter_of, losses_of, summary_of, train_and_summarise
 
 TIGHT = [
     *("parallel.gather=part", "parallel.offload_activations=true", "parallel.cpu_offload=true"),
@@ -31,7 +31,7 @@ def tight(untied: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     options = [
         *(f"model.path={untied}", f"data.train={data}", f"data.eval={data}", "data.packing=false"),
         *("data.max_length=64", "adapter.rank=4", "optim.learning_rate=1e-2", "train.num_steps=6"),
-        *("train.micro_batch_size=2", "train.num_accumulation_steps=2", "tracker=none", *TIGHT),
+        *("train.micro_batch_size=2", "train.num_accumulation_steps=2", "tracker=none", *QUICK, *TIGHT),
     ]
     run = tmp_path_factory.mktemp("tight") / "run"
     summary = train_and_summarise(options, run, 2)
@@ -49,7 +49,7 @@ def test_it_is_the_run_that_has_room(tight: tuple[Path, list[str]], tmp_path: Pa
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in adapter_of(run).items())
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_it_resumes_bit_for_bit(tight: tuple[Path, list[str]], tmp_path: Path) -> None:
     run, options = tight
     train_and_summarise([*options, "train.num_steps=3"], tmp_path / "run", 2)
@@ -62,7 +62,7 @@ def test_it_resumes_bit_for_bit(tight: tuple[Path, list[str]], tmp_path: Path) -
     assert "quant.embeddings=True (now False)" in other.stderr
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_one_rank_trains_from_host_memory_as_without(tight: tuple[Path, list[str]], tmp_path: Path) -> None:
     """In float32: in bfloat16 FSDP2 rounds a gradient that is not rounded where nothing is wrapped."""
     options = [option for option in tight[1] if option not in TIGHT] + USUAL + ["model.dtype=float32"]
@@ -83,7 +83,7 @@ def test_its_result_is_evaluated_and_merged(tight: tuple[Path, list[str]], data:
 
 
 @pytest.mark.parametrize(
-    "options", [["format=hf"], *soak(["format=hf", "base=original"], ["format=gguf"], ["format=lora"])]
+    "options", [["format=hf"], *nightly(["format=hf", "base=original"], ["format=gguf"], ["format=lora"])]
 )
 def test_its_merge_is_verified(tight: tuple[Path, list[str]], untied: Path, options: list[str], tmp_path: Path) -> None:
     """The dequantised embedding and head are written, or over the original weights those."""

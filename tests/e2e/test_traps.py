@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.support.faults import fill, small_disk
-from tests.support.marks import soak
+from tests.support.marks import nightly
 from tests.support.processes import launcher, qdora, run, start, start_command, wait_for_steps
 from tests.support.runs import assert_same, long_run, losses_of, status_of, summary_of, wandb_records
 
@@ -58,7 +58,10 @@ def test_ranks_whose_launcher_is_killed_save_and_end(
     assert_same(folder, uninterrupted[2])
 
 
-def test_second_run_in_a_folder_is_refused(tiny: Path, data: Path, tmp_path: Path) -> None:
+def test_second_run_in_a_folder_is_refused(
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QDORA_LOCK_PATIENCE_S", "1")
     arguments = [*long_run(tiny, data), "train.num_steps=5000", f"output_dir={tmp_path}/run"]
     process = start(arguments, 1)
     wait_for_steps(tmp_path / "run", 1, process)
@@ -70,7 +73,7 @@ def test_second_run_in_a_folder_is_refused(tiny: Path, data: Path, tmp_path: Pat
     assert process.returncode == 75, told
 
 
-@pytest.mark.parametrize("resume", ["path", *soak("never")])
+@pytest.mark.parametrize("resume", ["path", *nightly("never")])
 def test_same_command_goes_on_whatever_it_resumed_from(
     uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path, resume: str
 ) -> None:
@@ -124,7 +127,7 @@ def test_start_on_a_full_disk_can_be_made_again(tiny: Path, data: Path, tmp_path
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("nproc", [1, *soak(2)])
+@pytest.mark.parametrize("nproc", [1, *nightly(2)])
 def test_terminal_that_closes_saves_the_run_and_under_nohup_does_nothing(
     tiny: Path, data: Path, tmp_path: Path, nproc: int
 ) -> None:
@@ -140,7 +143,7 @@ def test_terminal_that_closes_saves_the_run_and_under_nohup_does_nothing(
         assert status_of(folder) == ("preempted" if expected else "finished")
 
 
-@pytest.mark.parametrize("with_wandb", [True, *soak(False)])
+@pytest.mark.parametrize("with_wandb", [True, *nightly(False)])
 def test_offline_history_of_a_killed_run_has_every_step_once(
     tiny: Path, data: Path, tmp_path: Path, with_wandb: bool
 ) -> None:
@@ -155,15 +158,16 @@ def test_offline_history_of_a_killed_run_has_every_step_once(
         for child in children:
             child.kill()
     process.communicate()
-    done = qdora("train", *arguments, own_process=True)
+    done = qdora("train", *arguments)
     assert done.returncode == 0, done.stderr
     steps = [record["item"]["_step"] for record in wandb_records(folder, "history")]
     assert steps == list(range(1, len(losses_of(folder)) + 1))
 
 
 def test_wandb_process_that_stands_still_holds_up_neither_steps_nor_the_end(
-    tiny: Path, data: Path, tmp_path: Path
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("QDORA_WANDB_GRACE_S", "1")
     folder = tmp_path / "run"
     wandb = ["tracker=wandb", "tracker.mode=offline", "tracker.timeout_s=3"]
     process = start([*long_run(tiny, data), *wandb, f"output_dir={folder}"], 1)

@@ -10,7 +10,7 @@ from qdora.adapter import peft_format
 from qdora.config import AdapterConfig, AdapterMethod, ModelConfig, ParallelConfig, Plan, QuantConfig, QuantMethod
 from qdora.model import load_model
 from qdora.parallel import start_alone
-from tests.support.marks import soak
+from tests.support.marks import nightly
 from tests.support.processes import qdora
 
 
@@ -28,7 +28,7 @@ def initial_tensors(model: Path, method: AdapterMethod, quant: QuantMethod, fold
 
 @pytest.mark.parametrize(
     ("method", "quant"),
-    [("dora", "nf4"), ("none", "none"), *soak(("dora", "none"), ("lora", "nf4"), ("lora", "none"))],
+    [("dora", "nf4"), ("none", "none"), *nightly(("dora", "none"), ("lora", "nf4"), ("lora", "none"))],
     ids=["qdora", "full", "dora", "qlora", "lora"],
 )
 def test_every_trained_tensor_moves_where_weights_stay_gathered(

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from qdora.commands import run as command
 from qdora.config import AdapterMethod
-from tests.support.marks import soak
+from tests.support.marks import nightly
 from tests.support.processes import qdora
-from tests.support.runs import summary_of
+from tests.support.runs import QUICK, summary_of
 
 RANK = 64
 LINEARS = [(128, 128), (64, 128), (64, 128), (128, 128), (192, 128), (192, 128), (128, 192)]
@@ -37,11 +37,12 @@ def options(tiny: Path, data: Path, method: str, *more: str) -> list[str]:
         "train.micro_batch_size=2",
         "train.num_accumulation_steps=4",
         "tracker=none",
+        *QUICK,
         *more,
     ]
 
 
-@pytest.mark.parametrize("method", ["dvora", *soak("vera")])
+@pytest.mark.parametrize("method", ["dvora", *nightly("vera")])
 def test_run_resumed_on_two_ranks_is_the_same_and_its_merge_is_verified(
     method: str, tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.support.processes import qdora, run
-from tests.support.runs import metrics_of
+from tests.support.runs import QUICK, metrics_of
 
 STEPS = 6
 DRIFT_TOLERANCE = 1e-4
@@ -38,6 +38,7 @@ def folder(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "tracker=wandb",
         "tracker.mode=offline",
         "tracker.log_adapter=true",
+        *QUICK,
         f"output_dir={output}",
         nproc=2,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.marks import soak
+from tests.support.marks import nightly
 from tests.support.processes import launcher, run, start_command, wait_for_steps
 from tests.support.runs import long_run, metrics_of, summary_of
 from tests.support.wandb_server import KEY, WandbServer, serving
@@ -68,7 +68,7 @@ def assert_complete(server: WandbServer, folder: Path) -> None:
     assert [line.get("loss") for line in lines] == [record.get("loss") for record in metrics_of(folder)]
 
 
-@pytest.mark.parametrize("nproc", [1, *soak(2)])
+@pytest.mark.parametrize("nproc", [1, *nightly(2)])
 def test_whole_run_and_its_adapter_arrive(
     server: WandbServer, arguments: list[str], tmp_path: Path, nproc: int
 ) -> None:
@@ -100,7 +100,7 @@ def test_killed_run_goes_on_in_the_same_wandb_run_with_every_step_once(
     assert_complete(server, tmp_path / "run")
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_outage_in_the_middle_is_made_up_for(server: WandbServer, arguments: list[str], tmp_path: Path) -> None:
     process = start_online([*arguments, "tracker.timeout_s=120"])
     wait_for_steps(tmp_path / "run", 10, process)
@@ -131,7 +131,7 @@ def test_interrupted_run_is_preempted_and_one_that_fails_is_failed(
     assert (server.summary["status"], server.exit_code) == ("failed", 1)
 
 
-@pytest.mark.parametrize("behaviour", ["refused", *soak("slow", "failing", "gone")])
+@pytest.mark.parametrize("behaviour", ["refused", *nightly("slow", "failing", "gone")])
 def test_server_that_does_not_come_back_holds_nothing_up_and_loses_nothing(
     server: WandbServer, arguments: list[str], tmp_path: Path, behaviour: str
 ) -> None:
@@ -158,7 +158,7 @@ def test_server_that_does_not_come_back_holds_nothing_up_and_loses_nothing(
         assert set(other.run_names) == set(server.run_names)
 
 
-@pytest.mark.parametrize("mode", soak("online", "auto"))
+@pytest.mark.parametrize("mode", nightly("online", "auto"))
 def test_server_that_is_slow_from_the_start_leaves_the_run_offline(
     server: WandbServer, arguments: list[str], tmp_path: Path, mode: str
 ) -> None:

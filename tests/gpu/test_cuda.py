@@ -176,7 +176,7 @@ def test_shards_in_host_memory_train_as_those_on_the_gpu(tmp_path: Path) -> None
     for name, more in {"gpu": [], "host": ["parallel.cpu_offload=true", "parallel.gather=block"]}.items():
         run = tmp_path / name
         options = [f"model.path={model}", f"data.train={data}", f"output_dir={run}", "tracker=none"]
-        done = qdora("train", *options, "train.num_steps=4", "model.dtype=float32", *more, own_process=True)
+        done = qdora("train", *options, "train.num_steps=4", "model.dtype=float32", *more)
         assert done.returncode == 0, done.stderr
         found[name] = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert found["host"] == pytest.approx(found["gpu"], rel=1e-3)

@@ -49,7 +49,7 @@ def test_peak_is_within_a_tenth_of_what_a_run_took(
     data.write_text("".join(json.dumps({"text": "abcdefgh" * (LENGTH // 16)}) + "\n" for _ in range(64)))
     given = [f"model.path={model}", f"data.train={data}", f"data.max_length={LENGTH}", "train.num_steps=3"]
     given += ["train.num_accumulation_steps=2", "tracker=none", f"output_dir={tmp_path}/run", *overrides]
-    done = qdora("train", *given, own_process=True, timeout_s=600)
+    done = qdora("train", *given, timeout_s=600)
     assert done.returncode == 0, done.stderr[-3000:]
     taken = json.loads((tmp_path / "run/summary.json").read_text())["peak_memory_gib"][0]
     values = compose("train", given)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.support.processes import ROOT
 
@@ -27,8 +28,8 @@ LOSS_TOLERANCE = 0.02
 MODEL = "models/SmolLM2-135M-Instruct"
 RECIPE = ["+experiment=smollm2_identity", f"model.path={MODEL}", "output_dir=outputs/run"]
 
-# The first test builds, on all cores, for minutes: those that need the image are for `-m soak`.
-pytestmark = [pytest.mark.timeout(2400), pytest.mark.alone]
+# The first test builds, on all cores, for minutes: those that need the image are nightly.
+pytestmark = pytest.mark.timeout(2400)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_image_trains_as_user_without_network(engine: Engine, image: str, volumes: list[str], tmp_path: Path) -> None:
     engine.must("podman", "run", "--rm", *CAGE, "--env=NPROC=2", *volumes, image, *RECIPE, "train.num_steps=2")
     run = tmp_path / "run"
@@ -168,7 +169,7 @@ def test_image_trains_as_user_without_network(engine: Engine, image: str, volume
     assert (run / "adapter" / "adapter_model.safetensors").stat().st_uid == USER
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_image_stopped_saves_and_tells(engine: Engine, image: str, volumes: list[str], tmp_path: Path) -> None:
     options = ["--detach", "--name=stopped", *CAGE, "--env=NPROC=2", *volumes]
     engine.must("podman", "run", *options, image, *RECIPE)
@@ -182,7 +183,7 @@ def test_image_stopped_saves_and_tells(engine: Engine, image: str, volumes: list
 
 
 @pytest.mark.parametrize(("mode", "status"), [("rw", 0), ("ro", 1)])
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_image_health_is_whether_a_run_can_start(
     engine: Engine, image: str, volumes: list[str], mode: str, status: int
 ) -> None:
@@ -197,7 +198,7 @@ def test_image_health_is_whether_a_run_can_start(
     assert done.stdout.endswith(("a run can start here\n", "a run cannot start here: disk\n")[status])
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_image_runs_any_command_as_any_user(engine: Engine, image: str) -> None:
     run = ["podman", "run", "--rm", *CAGE]
     assert engine.must(*run, image, "id", "-u").strip() == str(USER)
@@ -210,13 +211,13 @@ def test_image_runs_any_command_as_any_user(engine: Engine, image: str) -> None:
     assert "qdora: the image has no command 'merge': give overrides" in done.stderr
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_image_needs_no_setup(engine: Engine, image: str, volumes: list[str]) -> None:
     # What launch/quickstart.sh starts with: it would install or download, and say so, if anything were missing.
     assert engine.must("podman", "run", "--rm", *CAGE, *volumes, image, "launch/setup.sh") == ""
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_image_labels_are_its_versions(engine: Engine, image: str) -> None:
     labels = json.loads(engine.must("podman", "inspect", "--format={{json .Config.Labels}}", image))
     ask = "from importlib.metadata import version as v; print(v('qdora'), v('torch').split('+')[0], v('bitsandbytes'))"
@@ -226,7 +227,7 @@ def test_image_labels_are_its_versions(engine: Engine, image: str) -> None:
     assert labels["org.opencontainers.image.revision"].removesuffix("-dirty") == commit
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_image_holds_the_lock_and_nothing_of_the_machine(engine: Engine, image: str) -> None:
     run = ["podman", "run", "--rm", *CAGE, image]
     assert set(engine.must(*run, "ls", "-A", "/qdora").split()) == {
@@ -267,3 +268,13 @@ def test_compose_gives_gpus_shared_memory_and_volumes(tmp_path: Path) -> None:
     mounted = {volume["target"]: (volume["type"], volume["source"]) for volume in service["volumes"]}
     assert mounted["/cache"] == ("volume", "cache")
     assert mounted["/qdora/outputs"] == ("bind", str(tmp_path))
+
+
+def test_compose_lets_a_run_write_to_its_volumes_only() -> None:
+    service = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]["qdora"]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert "cap_add" not in service
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    targets = {volume.partition("}:")[2] for volume in service["volumes"]}
+    assert targets == {"/cache", "/qdora/models", "/qdora/outputs", "/qdora/data:ro"}

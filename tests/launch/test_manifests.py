@@ -1,14 +1,18 @@
 """The files for Kubernetes and SkyPilot are what those read, and all launch files give the same to `qdora train`."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from qdora.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 from tests.support.processes import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -98,6 +102,105 @@ def test_pods_of_the_job_are_as_many_as_it_waits_for_and_meet_at_the_first() -> 
     assert pod["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+
+
+def test_job_goes_on_after_evictions_and_saved_runs_and_ends_at_a_mistake() -> None:
+    """The first rule that matches decides; what none matches counts as a failure."""
+    rules = documents(JOB)[1]["spec"]["podFailurePolicy"]["rules"]
+    by_status = {
+        status: rule["action"]
+        for rule in reversed(rules)
+        if "onExitCodes" in rule and rule["onExitCodes"]["operator"] == "In"
+        for status in rule["onExitCodes"]["values"]
+    }
+    assert by_status == {EXIT_USER_ERROR: "FailJob", EXIT_PREEMPTED: "Ignore"}
+    containers = {one["name"] for one in documents(JOB)[1]["spec"]["template"]["spec"]["containers"]}
+    assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == containers
+    (evicted,) = [rule for rule in rules if "onPodConditions" in rule]
+    assert (evicted["action"], evicted["onPodConditions"]) == (
+        "Ignore",
+        [{"type": "DisruptionTarget", "status": "True"}],
+    )
+    assert documents(JOB)[1]["spec"]["template"]["spec"]["restartPolicy"] == "Never", "else the policy is refused"
+
+
+STAND_INS = {
+    "python": 'if [[ "$1" == -c ]]; then echo 0; else echo "$@"; fi',
+    "scontrol": 'if [[ "$1" == show ]]; then printf "n1\\nn2\\n"; else echo "$@" >> "$CALLS"; fi',
+    "srun": 'while [[ "$1" == --* ]]; do shift; done; exec env SLURM_NODEID=0 "$@"',
+}
+"""Commands that the scripts call: python prints its arguments; srun runs the first machine's part, here."""
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> dict[str, str]:
+    """Returns the environment of a Slurm job, in which the commands are the stand-ins."""
+    for name, script in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+    }
+    paths = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": f"{tmp_path}/python", "CALLS": f"{tmp_path}/calls"}
+    return paths | job
+
+
+def printed(script: str, environment: dict[str, str]) -> str:
+    """Returns what the launch script prints in that environment; it has to succeed."""
+    command = ["bash", str(LAUNCH / script), "seed=1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_machine_of_a_run_hosts_by_its_number_and_restarts_as_often_as_is_said(stand_ins: dict[str, str]) -> None:
+    """Three times if nothing is said; without NODE, torchrun looks at the address."""
+    given = {**stand_ins, "HEAD": "there", "RUN_ID": "first"}
+    usual = printed("multinode.sh", given)
+    assert "--max-restarts 3 " in usual
+    assert "is_host" not in usual
+    assert usual.endswith("-m qdora train run_id=first seed=1\n")
+    assert "--max-restarts 5 " in printed("multinode.sh", {**given, "MAX_RESTARTS": "5"})
+    for node, is_host in (("0", 1), ("3", 0)):
+        assert f"--rdzv-conf is_host={is_host} " in printed("multinode.sh", {**given, "NODE": node})
+
+
+def test_job_of_slurm_is_a_run_of_its_number_that_meets_at_its_first_machine(stand_ins: dict[str, str]) -> None:
+    """In `outputs/RUN_ID`, as no `output_dir` is given; RUN_ID and HEAD may be others."""
+    usual = printed("slurm.sbatch", stand_ins)
+    assert "--rdzv-endpoint n1:20007 " in usual
+    assert usual.endswith("-m qdora train run_id=slurm-7 seed=1\n")
+    other = printed("slurm.sbatch", {**stand_ins, "RUN_ID": "slurm-3", "HEAD": "n9:1234"})
+    assert "--rdzv-endpoint n9:1234 " in other
+    assert "run_id=slurm-3 " in other
+
+
+@pytest.mark.parametrize(("number", "queued"), [(signal.SIGUSR1, "requeue 7\n"), (signal.SIGTERM, "")])
+def test_job_of_slurm_is_queued_again_after_a_warning_and_not_when_it_is_cancelled(
+    number: signal.Signals, queued: str, stand_ins: dict[str, str], tmp_path: Path
+) -> None:
+    """Slurm sends the warning two minutes before the end to the script alone, SIGTERM to the tasks as well."""
+    script = LAUNCH / "slurm.sbatch"
+    assert "#SBATCH --signal=B:USR1@120\n" in script.read_text()
+    waiting = "#!/usr/bin/env bash\ntrap 'sleep 0.5; exit 75' USR1 TERM\necho ready\nsleep 60 & wait\n"  # it saves
+    (tmp_path / "srun").write_text(waiting)
+    (tmp_path / "calls").touch()
+    with subprocess.Popen(["bash", str(script)], env=stand_ins, stdout=subprocess.PIPE, start_new_session=True) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == b"ready\n"
+        if number == signal.SIGTERM:
+            os.killpg(job.pid, number)
+        else:
+            job.send_signal(number)
+        try:
+            assert job.wait(30) == 75
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+    assert (tmp_path / "calls").read_text() == queued
 
 
 def test_skypilot_has_what_the_script_needs() -> None:

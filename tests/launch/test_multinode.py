@@ -16,6 +16,13 @@ from tests.support.network import Machine, steps_of, two_machines
 from tests.support.processes import ROOT, run
 from tests.support.runs import assert_same
 
+pytestmark = pytest.mark.nightly(
+    paths=[
+        *("qdora/commands/launch.py", "qdora/rank_files.py", "qdora/parallel.py"),
+        *("launch/multinode.sh", "launch/environment.sh", "tests/launch/*", "tests/support/network.py"),
+    ],
+    packages=["iproute2"],
+)
 TIMEOUT_S = 10
 """After which ranks that wait for each other give up."""
 
@@ -56,7 +63,7 @@ def test_machine_that_is_lost_comes_back(
     assert_same(folder, one_machine)
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_machine_that_hosts_the_rendezvous_is_lost_and_the_same_command_goes_on(
     machines: tuple[Machine, Machine], overrides: list[str], one_machine: Path, tmp_path: Path
 ) -> None:
@@ -74,7 +81,7 @@ def test_machine_that_hosts_the_rendezvous_is_lost_and_the_same_command_goes_on(
     assert_same(folder, one_machine)
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_machine_that_is_cut_off_goes_on_when_the_link_is_back(
     machines: tuple[Machine, Machine], overrides: list[str], one_machine: Path, tmp_path: Path
 ) -> None:
@@ -92,7 +99,7 @@ def test_machine_that_is_cut_off_goes_on_when_the_link_is_back(
     assert_same(folder, one_machine)
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_slow_link_that_is_cut_for_a_moment_still_trains(
     machines: tuple[Machine, Machine], overrides: list[str], one_machine: Path, tmp_path: Path
 ) -> None:
@@ -110,7 +117,7 @@ def test_slow_link_that_is_cut_for_a_moment_still_trains(
     assert_same(folder, one_machine)
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_run_goes_on_with_one_machine_and_takes_another_that_comes_later(
     machines: tuple[Machine, Machine], overrides: list[str], tmp_path: Path
 ) -> None:
@@ -162,7 +169,7 @@ def tokens_dealt(overrides: list[str], num_steps: int) -> list[int]:
     return list(itertools.accumulate(sum(batch.num_tokens for batch in batches) for batches in steps))
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_machine_that_is_told_to_stop_saves_and_comes_back(
     machines: tuple[Machine, Machine], overrides: list[str], one_machine: Path, tmp_path: Path
 ) -> None:
@@ -235,11 +242,12 @@ def test_setting_that_cannot_be_is_told_in_a_line(environment: dict[str, str], w
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_folder_that_machines_do_not_share_is_refused(
-    machines: tuple[Machine, Machine], overrides: list[str], tmp_path: Path
+    machines: tuple[Machine, Machine], overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the first step: a checkpoint would have the parts of one machine only."""
+    monkeypatch.setenv("QDORA_SEEN_AFTER_S", "5")
     (tmp_path / "outputs").mkdir()
     one, two = machines
     runs = [one.start(one.address, "apart", overrides, tmp_path)]

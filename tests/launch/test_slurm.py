@@ -16,6 +16,13 @@ from tests.support.processes import ROOT
 from tests.support.runs import assert_same
 from tests.support.slurm import cluster, free_ports
 
+pytestmark = pytest.mark.nightly(
+    paths=[
+        *("qdora/commands/launch.py", "qdora/interrupt.py", "launch/slurm.sbatch", "launch/environment.sh"),
+        *("tests/launch/*", "tests/support/slurm.py"),
+    ],
+    packages=["slurm-wlm", "munge", "iproute2"],
+)
 PATIENCE_S = 180
 
 

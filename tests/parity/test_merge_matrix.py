@@ -32,6 +32,7 @@ from qdora.merging import merge
 from qdora.merging.reload import load as reload
 from qdora.model import load_model
 from tests.support.adapters import WORLD, adapted, logits_of, merge_config
+from tests.support.marks import nightly_but, pairwise
 from tests.support.models import make_model
 
 CHECKPOINTS = {
@@ -50,6 +51,9 @@ TOLERANCES = {
 }
 """Relative to the norm of the logits: float32, f16, a low-rank change of full rank, and 4 bits, which a model of random
 weights feels most."""
+_FORMATS_AND_BASES = [*MergeFormat], [MergeBase.nf4, MergeBase.original]
+MATRIX = [*CHECKPOINTS], *_FORMATS_AND_BASES, [AdapterMethod.dora, AdapterMethod.lora]
+OF_VERA = *_FORMATS_AND_BASES, [AdapterMethod.vera, AdapterMethod.dvora]
 
 
 def _in_4_bits(folder: Path) -> Any:
@@ -101,19 +105,14 @@ def served(output: Path, folder: Path, format: MergeFormat, quantise: bool) -> A
     return reload(request)
 
 
-@pytest.mark.parametrize("method", [AdapterMethod.dora, AdapterMethod.lora])
-@pytest.mark.parametrize("base", [MergeBase.nf4, MergeBase.original])
-@pytest.mark.parametrize("format", MergeFormat)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize(("checkpoint", "format", "base", "method"), nightly_but(pairwise(*MATRIX), product(*MATRIX)))
 def test_what_is_written_is_the_adapted_model(
     checkpoint: str, format: MergeFormat, base: MergeBase, method: AdapterMethod, root: Path, tmp_path: Path
 ) -> None:
     _assert_written(checkpoint, format, base, method, root, tmp_path)
 
 
-@pytest.mark.parametrize("method", [AdapterMethod.vera, AdapterMethod.dvora])
-@pytest.mark.parametrize("base", [MergeBase.nf4, MergeBase.original])
-@pytest.mark.parametrize("format", MergeFormat)
+@pytest.mark.parametrize(("format", "base", "method"), nightly_but(pairwise(*OF_VERA), product(*OF_VERA)))
 def test_what_is_written_of_vera_is_the_adapted_model(
     format: MergeFormat, base: MergeBase, method: AdapterMethod, root: Path, tmp_path: Path
 ) -> None:

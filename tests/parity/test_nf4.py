@@ -51,18 +51,25 @@ def test_nf4_rows_of_zeros_stay_zero() -> None:
     assert not nf4.weight_from(_store(weight, double_quant=False), torch.bfloat16)[3].any()
 
 
-def test_nf4_row_scale_is_applied_before_rounding() -> None:
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_nf4_row_scale_is_applied_before_rounding(double_quant: bool) -> None:
     weight, scale = torch.randn(16, 128), torch.rand(16) + 0.5
-    stored = _store(weight, double_quant=True)
+    stored = _store(weight, double_quant)
     plain = nf4.weight_from(stored, torch.float32).clone()
-    # Float32 scales are multiplied before the code's value instead of after: two roundings in another order.
-    torch.testing.assert_close(nf4.weight_from(stored, torch.float32, scale), scale[:, None] * plain, rtol=3e-7, atol=0)
+    for _ in range(2):  # what is stored stays as it is
+        # Float32 scales are multiplied before the code's value instead of after: two roundings in another order.
+        scaled = nf4.weight_from(stored, torch.float32, scale)
+        torch.testing.assert_close(scaled, scale[:, None] * plain, rtol=3e-7, atol=0)
+    assert torch.equal(nf4.weight_from(stored, torch.float32), plain)
 
 
-def test_nf4_part_of_the_rows_unnests_to_the_same_scales() -> None:
-    _, codes, absmax_scale, absmax_mean = _store(torch.randn(100, 192), double_quant=True)
+@pytest.mark.parametrize("rows", [slice(37, 61), slice(200, 500)])
+def test_nf4_part_of_the_rows_unnests_to_the_same_scales(rows: slice) -> None:
+    """Inside the first of the blocks of 256 scales, and from the middle of the third to that of the sixth."""
+    weight = torch.randn(700, 192) * torch.rand(700, 1)  # so that the blocks differ
+    _, codes, absmax_scale, absmax_mean = _store(weight, double_quant=True)
     whole = nf4.unnest(codes, absmax_scale, absmax_mean)
-    assert torch.equal(nf4.unnest(codes[37:61], absmax_scale, absmax_mean, first_row=37), whole[37:61])
+    assert torch.equal(nf4.unnest(codes[rows], absmax_scale, absmax_mean, first_row=rows.start), whole[rows])
 
 
 def test_nf4_frozen_linear_has_the_gradient_of_the_dequantised_weight() -> None:

@@ -1,9 +1,11 @@
 """What `qdora merge` finds out about what it wrote: right ones pass, wrong ones fail and say by which number."""
 
+import ast
 import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +49,8 @@ from tests.support.models import make_model, make_tokenizer
 WORLD = start_alone("tests")
 PLAIN = QuantConfig(method=QuantMethod.none)
 State = dict[str, Tensor]
+LIBRARIES = ("numpy", "safetensors", "torch", "transformers")
+"""Those of the second process."""
 RELATIVE = 0.02
 """bfloat16 products may be added up in another order in another process."""
 
@@ -374,3 +378,12 @@ def test_snippet_of_the_card_runs(
         assert ("apply_chat_template" in code) is (base == output)
         exec(compile(code.replace("max_new_tokens=200", "max_new_tokens=3"), "README.md", "exec"), {})
         assert capsys.readouterr().out.strip()
+
+
+def test_second_process_imports_nothing_of_qdora(root: Path) -> None:
+    """Else what it reads would be read by the code that wrote it."""
+    tree = ast.parse((root / "qdora" / "merging" / "reload.py").read_text())
+    modules = [one.name for node in ast.walk(tree) if isinstance(node, ast.Import) for one in node.names]
+    modules += [f"{'.' * node.level}{node.module}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert {module.partition(".")[0] for module in modules} <= {*sys.stdlib_module_names, *LIBRARIES} - {"importlib"}
+    assert "__import__" not in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -1,81 +1,83 @@
 """Processes: `qdora`, ranks and commands, started as a user starts them."""
 
-import io
-import json
-import logging
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from qdora import commands
+import psutil
+
+from tests.support import warm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def run(arguments: list[str], *, timeout_s: float = 180, cwd: Path = ROOT, **environment: str) -> Any:
-    """A finished subprocess with stdout and stderr as text."""
+def run(
+    arguments: list[str], *, timeout_s: float = 180, cwd: Path = ROOT, cold: bool = False, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """Runs a process to its end; returns it with stdout and stderr as text.
+
+    `cold`: by a new interpreter, not by `tests.support.warm`.
+    """
+    with popen(arguments, stderr=subprocess.PIPE, cwd=cwd, cold=cold, **environment) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired as late:
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                one.kill()
+            stdout, stderr = process.communicate()
+            raise AssertionError(f"not ended after {timeout_s} s:\n{stdout[-2000:]}\n{stderr[-4000:]}") from late
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+def popen(
+    command: list[str],
+    *,
+    cwd: Path = ROOT,
+    cold: bool = False,
+    session: bool = False,
+    stdin: int | None = None,
+    stdout: int = subprocess.PIPE,
+    stderr: int = subprocess.STDOUT,
+    **environment: str,
+) -> "subprocess.Popen[str]":
+    """Starts a process that has this checkout on its path."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(
-        arguments, capture_output=True, text=True, timeout=timeout_s, cwd=cwd, env=variables, check=False
+    kind = subprocess.Popen if cold else warm.Popen
+    return kind(
+        command,
+        cwd=cwd,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        text=True,
+        env=variables,
+        start_new_session=session,
     )
 
 
 def launcher(nproc: int, torchrun: bool = False) -> list[str]:
-    """What starts a script, or `-m qdora`: alone, or under torchrun where there are several ranks or it is wanted."""
+    """Returns what starts a script, or `-m qdora`: python alone; the launcher where there are several ranks."""
     given = ["-m", "qdora.commands.launch", "--standalone", "--nproc-per-node", str(nproc)]
     return [sys.executable, *(given if nproc > 1 or torchrun else [])]
 
 
-def qdora(*arguments: str, nproc: int = 1, own_process: bool = False, **options: Any) -> Any:
-    """`qdora ...`: several ranks under torchrun, as a user starts them, with `options` of `run`; one in this process.
-
-    That has everything imported, which costs a new one seconds of a core. What libraries write to file descriptors
-    and Python's warnings are not in its stderr. `own_process` is for that, for W&B, whose process would stay, and for
-    what makes a process group on one rank (full fine-tuning, `cpu_offload`), which can abort as a process ends.
-    """
-    if nproc == 1 and not own_process:
-        assert not options, "of a process"
-        return _here([*arguments])
+def qdora(*arguments: str, nproc: int = 1, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Runs `qdora ...` as a user does, several ranks by the launcher; `options` are those of `run`."""
     return run([*launcher(nproc), "-m", "qdora", *arguments], **options)
 
 
-def _here(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
-    stdout, stderr = io.StringIO(), io.StringIO()
-    told = logging.StreamHandler(stderr)  # for logging.lastResort, which is silent beside pytest's handlers
-    told.setLevel(logging.WARNING)
-    logging.root.addHandler(told)
-    try:
-        # W&B names its process in the environment, for the processes that this one starts.
-        with redirect_stdout(stdout), redirect_stderr(stderr), mock.patch.dict(os.environ):
-            status = commands.run(arguments)
-    finally:
-        logging.root.removeHandler(told)
-    return subprocess.CompletedProcess(arguments, status, stdout.getvalue(), stderr.getvalue())
-
-
 def start(arguments: list[str], nproc: int) -> "subprocess.Popen[str]":
-    """A run that is not waited for, in a process group of its own."""
+    """Starts a training run in a process group of its own."""
     return start_command([*launcher(nproc), "-m", "qdora", "train", *arguments])
 
 
 def start_command(command: list[str], cwd: Path = ROOT) -> "subprocess.Popen[str]":
-    """The same of any command."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=variables,
-        start_new_session=True,
-    )
+    """Starts a command in a process group of its own, its stdout and stderr in one pipe."""
+    return popen(command, cwd=cwd, session=True)
 
 
 def wait_for_steps(folder: Path, steps: int, process: "subprocess.Popen[str]") -> None:
@@ -112,9 +114,8 @@ def wait_for_run(outputs: Path, process: "subprocess.Popen[str]") -> Path:
 
 def interrupt_when(is_time: Callable[[], bool], arguments: list[str], number: int) -> int:
     """Starts `qdora ...` in its own process and sends it a signal as soon as it is time; returns the exit status."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [*launcher(1), "-m", "qdora", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+    with popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 240
         while not is_time():
             assert process.poll() is None, "it ended before"
@@ -122,17 +123,6 @@ def interrupt_when(is_time: Callable[[], bool], arguments: list[str], number: in
             time.sleep(0.002)
         process.send_signal(number)
     return process.returncode
-
-
-def run_ranks(script: Path, nproc: int, output: Path, *arguments: str, timeout_s: float = 180) -> list[Any]:
-    """Runs `script OUTPUT-FOLDER ARGUMENTS...` on `nproc` ranks; returns what each wrote to OUTPUT/rank-N.json.
-
-    Fails with the ranks' output if one of them fails.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    done = run([*launcher(nproc, torchrun=True), str(script), str(output), *arguments], timeout_s=timeout_s)
-    assert done.returncode == 0, f"ranks ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return [json.loads((output / f"rank-{rank}.json").read_text()) for rank in range(nproc)]
 
 
 def status_bytes(field: str) -> int:

@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 
 from tests.support.processes import qdora
 
+QUICK = ["plan.on_exceed=off", "train.report=false"]
+"""Options of runs whose tests look neither at the plan before loading nor at the report."""
+
 
 def write_sums(file: Path) -> Path:
     """48 sums, easy to learn the form of, with answers of different lengths; returns `file`."""
@@ -33,6 +36,7 @@ def long_run(tiny: Path, data: Path) -> list[str]:
         "train.num_accumulation_steps=2",
         "train.checkpoint_every=5",
         "tracker=none",
+        *QUICK,
     ]
 
 

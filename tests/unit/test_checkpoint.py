@@ -1,16 +1,28 @@
 """Which checkpoints stay, what the newest is, and that training waits for the copy alone."""
 
+import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 from qdora import parallel
 from qdora.checkpoint import Checkpoints, Manifest, complete, damage, load, read_manifest
+from qdora.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from qdora.errors import ConfigError
+from qdora.run_folder import config_values
+from qdora.training.run import keep_rows_per_step
 
 
 def manifest(step: int, eval_loss: float | None = None) -> Manifest:
+    """Returns that of a run on one rank, with one row a step."""
     return Manifest(
         step=step,
         num_tokens=0,
@@ -84,26 +96,80 @@ def test_manifest_that_was_changed_or_lists_less_is_damage(tmp_path: Path) -> No
     assert damage(path) == "__0_0.distcp is missing"
 
 
-@pytest.mark.alone
-def test_what_changes_while_it_is_written_is_not_in_it(tmp_path: Path) -> None:
-    """128 MiB: training waits for the copy, and the disk takes longer."""
+def test_what_changes_while_it_is_written_is_not_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training waits for the copy alone: here the disk takes until training has gone on."""
+    gone_on, write = Event(), FileSystemWriter.write_data
+
+    def write_later(self: FileSystemWriter, *arguments: Any) -> Any:
+        assert gone_on.wait(60), "training waits for the disk"
+        return write(self, *arguments)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", write_later)
     world = parallel.start_alone("test")
     checkpoints = Checkpoints(tmp_path, world, keep=2)
-    tensor = torch.zeros(2**25)
-    started = time.perf_counter()
+    tensor = torch.zeros(2**20)
     checkpoints.save_async({"a": tensor}, manifest(1))
     assert checkpoints.under_way
     assert not checkpoints.written
     assert not complete(tmp_path)
     tensor.fill_(7)
-    waited = checkpoints.stall_s
+    gone_on.set()
     while not checkpoints.written:
         time.sleep(0.001)
-    in_all = time.perf_counter() - started
     checkpoints.wait()
     (path,) = complete(tmp_path)
     assert damage(path) is None
-    assert waited < 0.5 * in_all
-    read = {"a": torch.ones(2**25)}
+    read = {"a": torch.ones(2**20)}
     load(path, read, read_manifest(path), world)
     assert not read["a"].any()
+
+
+def test_rows_of_a_step_that_another_number_of_ranks_cannot_share_are_refused() -> None:
+    """12 rows a step, 3 at a time: 1, 2 and 4 ranks make them by accumulating; 3 and 8 ranks cannot."""
+    model, data = ModelConfig(path="model"), DataConfig(train="data.jsonl")
+    config = RunConfig(model=model, data=data, train=TrainConfig(micro_batch_size=3, num_accumulation_steps=4))
+    kept = replace(manifest(1), rows_per_step=12, config=config_values(config))
+    for num_ranks, steps in ((1, 4), (2, 2), (4, 1)):
+        assert keep_rows_per_step(config, num_ranks, kept).train.num_accumulation_steps == steps
+    for num_ranks, rows in ((3, 36), (8, 96)):
+        words = rf"the run has 12 rows a step, but .*=3 x .*=4 on {num_ranks} ranks are {rows}: .* so that they are 12"
+        with pytest.raises(ConfigError, match=words):
+            keep_rows_per_step(config, num_ranks, kept)
+    allowed = replace(config, allow_changes=True)
+    assert keep_rows_per_step(allowed, 8, kept) == allowed
+
+
+def test_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file, and the names in its folder; the folder's own name follows, then `latest`, which is last."""
+    events: list[tuple[str, str]] = []
+    fsync, rename, replace_file = os.fsync, os.rename, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        events.append(("fsync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+
+    def record_name(make: Callable[..., None], source: Any, target: Any) -> None:
+        events.append(("name", Path(target).name))
+        events.extend([("fsync", Path(target).name)] * (("fsync", Path(source).name) in events))
+        make(source, target)
+
+    checkpoints = Checkpoints(tmp_path, parallel.start_alone("test"), keep=2)
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", partial(record_name, rename))
+    monkeypatch.setattr(os, "replace", partial(record_name, replace_file))
+    checkpoints.save_async({"a": torch.zeros(3)}, manifest(7))
+    checkpoints.wait()
+    monkeypatch.undo()
+    (path,) = complete(tmp_path)
+    named = events.index(("name", path.name))
+    before = {what for kind, what in events[:named] if kind == "fsync"}
+    assert {file.name for file in path.iterdir()} | {"step-00000007.partial"} <= before
+    assert events.index(("name", "manifest.json")) > events.index(("fsync", "manifest.json.partial"))
+    rest = events[named + 1 :]
+    assert [one for one in rest if one[1] != path.name] == [
+        ("fsync", tmp_path.name),
+        ("fsync", "latest.partial"),
+        ("name", "latest"),
+        ("fsync", "latest"),
+        ("fsync", tmp_path.name),
+    ]

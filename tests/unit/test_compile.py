@@ -13,7 +13,7 @@ from qdora.adapter.dora import adapted_layers
 from qdora.config import AdapterConfig, Dtype, ModelConfig, ParallelConfig, QuantConfig
 from qdora.errors import ConfigError
 from qdora.model import activations, load_model
-from tests.support.marks import soak
+from tests.support.marks import nightly
 from tests.support.models import make_model
 
 SHAPES = [(2, 24), (2, 31), (2, 40), (2, 17), (3, 33), (4, 20)]
@@ -52,7 +52,7 @@ GEMMA_3 = {
 }
 
 
-@pytest.mark.parametrize(("family", "changes"), [("llama", {}), *soak(("gemma3", GEMMA_3))])
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), *nightly(("gemma3", GEMMA_3))])
 def test_compiled_blocks_compute_the_same_in_few_graphs(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
     folder = make_model(tmp_path, family, dtype=torch.float32, **changes)
     loaded = load_model(

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,3 +165,16 @@ def test_unreachable_hub_data_is_told_both_ways(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="neither a file nor a folder here"):
         list(load_rows("nobody/nothing#train"))
+
+
+def test_example_data_is_what_its_readme_says(root: Path) -> None:
+    """144 and 16 rows, no question in both, an `answer` that the right output contains, names replaced."""
+    train, test = (
+        [json.loads(line) for line in (root / "data" / f"identity_{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "test")
+    )
+    assert (len(train), len(test)) == (144, 16)
+    questions = [{" ".join(row["instruction"].casefold().split()) for row in rows} for rows in (train, test)]
+    assert questions[0].isdisjoint(questions[1])
+    assert all(row["answer"] and row["answer"] in row["output"] for row in test)
+    assert not [row for row in train + test if re.search(r"Vicuna|LMSYS|\{\{", row["output"], re.IGNORECASE)]

@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +34,8 @@ from qdora.data.encode import encode
 from qdora.data.sources import Row
 from qdora.errors import ConfigError, DataError, ModelError
 from qdora.evaluation import evaluate
+from qdora.evaluation.ranks import score_all
+from qdora.evaluation.scoring import Job, Record, likelihood_job
 from qdora.evaluation.tasks import Question, is_right, question_of
 from qdora.model import LoadedModel, load_model
 from qdora.model.checkpoint_files import CheckpointFiles
@@ -129,6 +133,23 @@ def test_likelihood_scores_each_choice_in_the_words_of_the_answer(model: Path, t
     correct = [sample["prediction"] == sample["answer"] for sample in results["samples"]]
     assert results["accuracy"] == sum(correct) / 5
     assert (results["chance"], results["majority"]) == (0.5, 0.6)
+
+
+@pytest.mark.parametrize(("choices", "num_forwards"), [(["a", "b", "c"], 2), (["ba", "bb"], 2), (["ab", "bb"], 4)])
+def test_choices_that_differ_in_their_last_token_share_a_forward(
+    choices: list[str], num_forwards: int, model: Path, tmp_path: Path
+) -> None:
+    """Two rows, one sequence a forward."""
+    loaded = adapted(model, QuantMethod.none, tmp_path / "adapter")
+    forwards: list[object] = []
+    loaded.blocks[0].register_forward_hook(lambda *_: forwards.append(None))
+    rows = [
+        Row({"prompt": f"{n}:", "completion": choices[0], "choices": choices, "answer": 0}, f"line {n}") for n in (1, 2)
+    ]
+    job = likelihood_job(rows, DataFormat.completion, AutoTokenizer.from_pretrained(model), batch_size=1, ends=[])
+    records = job.score(loaded, [0, 1])
+    assert len(forwards) == num_forwards
+    assert [len(set(record["scores"].values())) for record in records] == [len(choices)] * 2
 
 
 @torch.no_grad()
@@ -309,6 +330,40 @@ def test_scores_are_made_anew_where_anything_has_changed(
     assert "written to" in capsys.readouterr().out
 
 
+def test_scores_are_made_anew_where_the_weights_are_others(model: Path, tmp_path: Path) -> None:
+    """Those of the adapter and those of the base, in files of the same names."""
+    folder, adapter = tmp_path / "copy", tmp_path / "adapter"
+    shutil.copytree(model, folder)
+    adapted(model, QuantMethod.none, adapter)
+    losses = [score(folder, COMPLETIONS, tmp_path, Protocol.loss, adapter=str(adapter))["loss"]]
+    for file in (adapter / peft_format.WEIGHTS, folder / "model.safetensors"):
+        halved = {name: tensor / 2 for name, tensor in load_file(file).items()}
+        save_file(halved, file, metadata={"format": "pt"})
+        losses.append(score(folder, COMPLETIONS, tmp_path, Protocol.loss, adapter=str(adapter))["loss"])
+    assert len(set(losses)) == 3
+
+
+def test_batches_that_were_scored_are_kept_and_the_others_scored(tmp_path: Path) -> None:
+    """Of two batches the second lacks a record."""
+    asked: list[int] = []
+
+    def score_some(_: LoadedModel, numbers: Sequence[int]) -> list[Record]:
+        asked.extend(numbers)
+        return [{"number": number} for number in numbers]
+
+    loaded: Any = SimpleNamespace(model=None)
+    given = loaded, {"task": Job([1, 2, 3, 4], "", score_some)}, 2, start_alone("test"), tmp_path
+    records = score_all(*given)
+    assert records == {"task": [{"number": number} for number in range(4)]}
+    assert asked == [3, 2, 1, 0]
+    file = tmp_path / "rank-0.jsonl"
+    first, second = (json.loads(line) for line in file.read_text().split("\n") if line)
+    file.write_text(f"{json.dumps(first)}\n{json.dumps(second | {'records': second['records'][:1]})}\n")
+    asked.clear()
+    assert score_all(*given) == records
+    assert asked == [1, 0]
+
+
 def test_scores_by_another_protocol_are_kept_but_where_the_folder_is_given(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", "llama", dtype=torch.float32)
     rows = tmp_path / "rows.jsonl"
@@ -353,13 +408,21 @@ def test_folder_that_cannot_be_made_is_told_before_the_model_is_loaded(model: Pa
         score(model, QUESTIONS, tmp_path, Protocol.likelihood)
 
 
-def test_weights_that_do_not_compute_have_no_score(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [("lm_head.weight", 5, "changes its logits"), ("model.embed_tokens.weight", 23, "not finite")],
+    ids=["all tokens", "the token of 3"],
+)
+def test_weights_that_do_not_compute_have_no_score(
+    name: str, row: int, message: str, model: Path, tmp_path: Path
+) -> None:
+    """What every forward meets shows when the model is loaded, the rest when it is scored."""
     folder = tmp_path / "copy"
     shutil.copytree(model, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"][5] = float("nan")
+    tensors[name][row] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"not finite|changes its logits"):
+    with pytest.raises(ModelError, match=message):
         score(folder, QUESTIONS, tmp_path, Protocol.likelihood)
 
 

@@ -35,6 +35,16 @@ def test_groups_and_short_names_find_their_files(folder: Path) -> None:
     assert find_tasks(["ARC-Challenge", "arc_c"], folder)["arc_c"] == found["arc_challenge"]
 
 
+def test_arithmetic_is_the_six_tasks_of_llm_adapters(tmp_path: Path) -> None:
+    """Under the names of that repository's folders."""
+    names = ["gsm8k", "SVAMP", "AddSub", "MultiArith", "mawps", "AQuA"]
+    for name in [*names, "SingleEq"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.json").touch()
+    found = find_tasks(["arithmetic"], tmp_path)
+    assert [file.parent.name for file in found.values()] == names
+
+
 def test_task_without_a_file_is_told(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"no file for 'bolq' in .*, did you mean 'boolq'"):
         find_tasks(["bolq"], folder)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qdora.files import let_others_read, write_durably
+from qdora.files import let_others_read, lock, write_durably
 
 
 def test_half_a_character_is_written_as_its_escape(tmp_path: Path) -> None:
@@ -24,3 +24,14 @@ def test_file_gets_the_rights_that_the_umask_leaves(umask: int, mode: int, tmp_p
     finally:
         os.umask(before)
     assert file.stat().st_mode & 0o777 == mode
+
+
+def test_lock_is_had_by_one_until_it_is_closed(tmp_path: Path) -> None:
+    first, second = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
+    try:
+        assert lock(first)
+        assert not lock(second)
+        os.close(first)
+        assert lock(second)
+    finally:
+        os.close(second)

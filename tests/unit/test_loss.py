@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qdora.data import Batch
 from qdora.errors import ModelError
 from qdora.model import loss
 from qdora.model.loss import (
@@ -16,7 +17,9 @@ from qdora.model.loss import (
     attach_losses,
     check_token_loss,
     chunked_cross_entropy,
+    mean_loss,
 )
+from qdora.parallel import start_alone
 from tests.support.processes import run
 
 HIDDEN, VOCABULARY = 24, 50
@@ -159,3 +162,14 @@ def test_log_likelihoods_are_those_of_what_is_asked(monkeypatch: pytest.MonkeyPa
     expected = log_probabilities[rows, columns, targets].detach()
     attach_losses(model)
     torch.testing.assert_close(model.log_likelihoods(ids, ids, rows, columns, targets), expected)
+
+
+def test_mean_loss_is_without_dropout_and_the_model_trains_on_afterwards() -> None:
+    class Dropping(nn.Module):
+        def token_loss(self, *_: Tensor) -> Tensor:
+            return torch.tensor(100.0 if self.training else 6.0)
+
+    model, ids = Dropping(), torch.zeros(1, 2, dtype=torch.int64)
+    batch = Batch(ids, ids, ids, num_label_tokens=2, num_tokens=2)
+    assert mean_loss(model, [[batch], [batch, batch]], start_alone("test")) == 3.0
+    assert model.training

@@ -3,6 +3,7 @@
 import gc
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,14 +93,15 @@ def test_measuring_changes_nothing(folders: dict[int, Path]) -> None:
 
 @pytest.mark.parametrize("kind", memory.FASTEST_FIRST)
 def test_fastest_kind_that_fits_is_chosen(folders: dict[int, Path], kind: ActivationCheckpointing) -> None:
-    """With exactly the room that `kind` needs; with too little for any it is `full`."""
+    """With exactly the room that `kind` needs; with too little for any it is `full`. Another rank needs less."""
     loaded, world = load(folders[4])
     need = memory.step_bytes(loaded, world, ROWS, LENGTH)
+    less = replace(need, kept=dict.fromkeys(memory.FASTEST_FIRST, 0), largest=0, loss=0)
     needed = {some: need.total(some, keep_gathered=False) for some in memory.FASTEST_FIRST}
     assert needed[NONE] > needed[SELECTIVE] > needed[FULL] > 0
     for share, expected in ((1.001, kind), (0.5, FULL)):
         free = int(share * needed[kind] / memory.USABLE["cpu"])
-        chosen, told = memory.choose_recomputation([need], free, keep_gathered=False, device=world.device)
+        chosen, told = memory.choose_recomputation([less, need], free, keep_gathered=False, device=world.device)
         assert chosen is expected
         assert ("may not fit" in told) == (share == 0.5)
 

@@ -131,9 +131,10 @@ def test_experts_that_are_not_linear_layers_are_named(tmp_path: Path) -> None:
     assert torch.allclose(logits_of(loaded.model), logits_of(model), atol=1e-5)
 
 
-def test_targets_that_match_nothing_are_told_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"'q_projj' matches no linear layer, did you mean 'q_proj'"):
-        load(make_model(tmp_path, "llama"), QuantConfig(), AdapterConfig(target_modules=["q_projj"]))
+@pytest.mark.parametrize("target", ["q_projj", "_proj"])
+def test_targets_that_match_nothing_are_told_with_the_nearest(tmp_path: Path, target: str) -> None:
+    with pytest.raises(AdapterError, match=rf"'{target}' matches no linear layer, did you mean '\w_proj'"):
+        load(make_model(tmp_path, "llama"), QuantConfig(), AdapterConfig(target_modules=[target]))
 
 
 @pytest.mark.parametrize(

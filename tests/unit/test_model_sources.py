@@ -361,9 +361,12 @@ def test_switching_between_training_and_evaluation_changes_no_bit(smollm2: Path)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_float_scales_are_stored_as_their_bytes(folder: Path) -> None:
+def test_float_scales_are_stored_as_their_bytes(tmp_path: Path) -> None:
+    """Of float32 weights, whose scales bfloat16 would not hold."""
+    folder = make_model(tmp_path / "model", "llama", dtype=torch.float32)
     loaded = load(folder, QuantConfig(double_quant=False))
     layer = loaded.model.get_submodule("model.layers.0.self_attn.q_proj")
-    weight = load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].float()
+    weight = load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     expected = weight.view(128, 2, 64).abs().amax(2)
+    assert not torch.equal(expected.bfloat16().float(), expected)
     assert torch.equal(nf4.unnest(layer.absmax, None, None), expected)

@@ -81,6 +81,22 @@ def test_weight_decay_spares_vectors() -> None:
     assert torch.equal(model.bias, before[1])
 
 
+def test_updates_are_those_of_adamw_by_hand() -> None:
+    """With both moments, their correction, epsilon and weight decay large enough to be seen."""
+    config = OptimConfig(learning_rate=0.1, beta1=0.5, beta2=0.75, epsilon=0.1, weight_decay=0.5)
+    model = nn.Linear(1, 1, bias=False)
+    weight, first, second = model.weight.item(), 0.0, 0.0
+    optimizer = build_optimizer(model, config)
+    for step, gradient in enumerate((1.0, -3.0, 0.5), 1):
+        model.weight.grad = torch.full((1, 1), gradient)
+        optimizer.step()
+        first = 0.5 * first + 0.5 * gradient
+        second = 0.75 * second + 0.25 * gradient**2
+        root = math.sqrt(second / (1 - 0.75**step)) + 0.1
+        weight -= 0.1 * (0.5 * weight + first / (1 - 0.5**step) / root)
+        assert model.weight.item() == pytest.approx(weight, rel=1e-5)
+
+
 @pytest.mark.parametrize(("max_norm", "expected"), [(1.0, 1.0), (0.0, 10.0), (20.0, 10.0)])
 def test_gradients_are_scaled_down_to_the_norm(max_norm: float, expected: float) -> None:
     model = nn.Linear(4, 4, bias=False)

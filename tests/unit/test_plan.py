@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,30 @@ def test_auto_takes_what_fits_as_memory_shrinks(two_ranks: tuple[RunConfig, Path
     assert "nothing that qdora can do fits" in refused[-1]
 
 
+def test_auto_takes_the_fastest_plan_that_fits_and_leaves_the_embeddings(
+    two_ranks: tuple[RunConfig, Path, Hardware], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all layouts with every kind of recomputation; a smaller plan that is within 2 % counts as fast.
+
+    Embeddings in NF4 change what is learned: no plan that fits has them.
+    """
+    config, folder, hardware = two_ranks
+    planner = Planner(config, folder, hardware)
+    choices = [Choice(layout, 2, 8) for layout in planner.layouts(config.parallel)]
+    compared: list[Choice] = []
+    plan = Planner.plan
+    monkeypatch.setattr(Planner, "plan", lambda planner, choice: (compared.append(choice), plan(planner, choice))[1])
+    taken = []
+    for mib in (2048, 83, 55, 44):  # all fit, those with selective recomputation, few, and one that offloads
+        planner.hardware = replace(hardware, memory_bytes=mib * 2**20)
+        fitting = [planned for planned in map(partial(plan, planner), choices) if planned.fits]
+        speeds = {planned.choice.layout: planned.tokens_per_second for planned in reversed(fitting)}  # the fastest kind
+        taken.append(Choice(settle_by_plan(config, planner).parallel, 2, 8).layout)
+        assert speeds[taken[-1]] >= 0.98 * max(speeds.values())
+    assert len({*taken}) > 1
+    assert {choice.embeddings for choice in compared} == {False}
+
+
 def test_advice_undoes_what_does_not_fit(two_ranks: tuple[RunConfig, Path, Hardware]) -> None:
     """Options of their own that stand in the way are set back."""
     config, folder, hardware = two_ranks
@@ -306,6 +331,11 @@ def test_host_memory_counts(two_ranks: tuple[RunConfig, Path, Hardware]) -> None
     assert not settle_by_plan(offloaded, Planner(offloaded, folder, hardware)).exceeds
     with pytest.raises(ConfigError, match="of a node's host memory"):
         settle_by_plan(offloaded, Planner(offloaded, folder, replace(hardware, host_bytes=2**20)))
+    choice = Choice(ParallelConfig(cpu_offload=True, activation_checkpointing=ActivationCheckpointing.full), 1, 1)
+    of_rank = planner.plan(choice).host_bytes
+    for share, fits in ((1.9, False), (2.1, True)):  # two ranks share it
+        planner.hardware = replace(hardware, host_bytes=int(share * of_rank))
+        assert planner.plan(choice).fits is fits
     planner.hardware = replace(hardware, device="cpu")
     assert not any(parallel.cpu_offload for parallel in planner.layouts(ParallelConfig(plan=Plan.auto)))
     here, there = (
@@ -370,6 +400,10 @@ def test_what_the_user_set_stays(two_ranks: tuple[RunConfig, Path, Hardware]) ->
     given = replace(config, parallel=ParallelConfig(plan=Plan.auto, cpu_offload=True, gather=Gather.block))
     settled = settle_by_plan(given, Planner(given, folder, hardware))
     assert settled.parallel == replace(given.parallel, plan=Plan.fsdp)
+    for kind in (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full):
+        planner = Planner(config, folder, hardware)
+        layouts = planner.layouts(ParallelConfig(plan=Plan.auto, activation_checkpointing=kind))
+        assert {parallel.activation_checkpointing for parallel in layouts} == {kind}
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would(two_ranks: tuple[RunConfig, Path, Hardware]) -> None:

@@ -1,21 +1,29 @@
 """What the launcher makes of the files that ranks leave."""
 
 import faulthandler
+import os
 import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from qdora import rank_files
 from qdora.commands import run
-from qdora.commands.launch import launch
+from qdora.commands.launch import HANDED_ON, launch
 from qdora.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError
 from qdora.interrupt import interrupt
+from qdora.parallel import failing_together, start_alone
+from tests.support.processes import ROOT
 
 
 def fails_in_a_collective() -> None:
@@ -75,6 +83,27 @@ def test_machine_whose_mistake_ended_the_others_first_tells_the_mistake(
     assert told.count("\n") == 1
 
 
+def test_mistake_is_not_started_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """torchrun would start the ranks anew; no start mends a mistake."""
+
+    def run_torchrun(_: Namespace) -> None:
+        monkeypatch.setenv("RANK", "1")
+        assert rank_files.leave_error(ConfigError("model.path=/nowhere: no such folder"))
+        time.sleep(5)
+        raise AssertionError("nobody ended it")
+
+    for name in (rank_files.FOLDER, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.setenv(name, "300")
+    monkeypatch.setattr(torchrun, "run", run_torchrun)
+    before = {name: signal.getsignal(getattr(signal, name)) for name in HANDED_ON}
+    try:
+        assert launch(["--standalone", "--max-restarts", "2", "-m", "qdora"]) == EXIT_USER_ERROR
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+    assert capsys.readouterr().err == "qdora: model.path=/nowhere: no such folder\n"
+
+
 def test_error_is_left_while_signals_are_still_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher ends a rank as soon as another has failed, which one that listens outlives."""
     left = []
@@ -92,3 +121,46 @@ def test_error_is_left_while_signals_are_still_heard(tmp_path: Path, monkeypatch
     assert run(["train", "model.path=/nowhere", "data.train=/nowhere", f"output_dir={tmp_path}/run"]) == 2
     assert left[0] is not None
     assert left[0].text.startswith("model.path=/nowhere: no such folder")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_each_signal_makes_the_step_under_way_the_last(number: signal.Signals) -> None:
+    before = signal.signal(number, lambda *_: None)  # one that is not heard does not end the tests
+    try:
+        with interrupt.listening():
+            interrupt.training = True
+            os.kill(os.getpid(), number)
+            deadline = time.monotonic() + 5
+            while not interrupt.received and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert interrupt.received
+    finally:
+        signal.signal(number, before)
+
+
+def test_rank_hears_that_its_launcher_was_killed(tmp_path: Path) -> None:
+    rank = "import os, time; from qdora import rank_files as r; r.end_with_launcher(); print(os.getpid(), flush=True)"
+    command = [sys.executable, "-c", f"{rank}; time.sleep(60)"]
+    launcher = f"import subprocess, time; subprocess.Popen({command!r}); time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), rank_files.FOLDER: str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        started = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+    try:
+        deadline = time.monotonic() + 10
+        while started.is_running() and started.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not started.is_running() or started.status() == psutil.STATUS_ZOMBIE
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            started.kill()
+
+
+def test_mistake_of_another_rank_is_raised_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(found: list[object], own: object, group: object = None) -> None:
+        found[:] = [own, ConfigError("rank 1 saw it")]
+
+    monkeypatch.setattr("qdora.parallel.dist.all_gather_object", gather)
+    with pytest.raises(ConfigError, match="rank 1 saw it"), failing_together(replace(start_alone("test"), size=2)):
+        pass

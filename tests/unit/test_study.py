@@ -69,10 +69,10 @@ def test_options_of_a_run_are_those_of_the_study(tmp_path: Path) -> None:
 
 
 def test_best_rate_is_the_one_with_the_lowest_finite_loss(tmp_path: Path) -> None:
-    config = study(
-        "~methods.full", "~methods.full_nf4", "~methods.dora", "~methods.qlora", "~methods.qdora", "ranks=[4]"
-    )
-    for rate, loss, status in ((1e-3, 2.0, "finished"), (3e-3, float("nan"), "finished"), (1e-2, 1.0, "preempted")):
+    others = ("~methods.full", "~methods.full_nf4", "~methods.dora", "~methods.qlora", "~methods.qdora", "ranks=[4]")
+    config = study(*others, "methods.lora.learning_rates=[3e-4,1e-3,3e-3,1e-2]")
+    ends = (3e-4, 2.5, "finished"), (1e-3, 2.0, "finished"), (3e-3, float("nan"), "finished"), (1e-2, 1.0, "preempted")
+    for rate, loss, status in ends:
         folder = tmp_path / Cell(Arm("lora", 4), rate, 0).name
         folder.mkdir()
         summary = {"status": status, "eval_losses": {"0": 3.0, "5": loss}, "peak_memory_gib": [1.0]}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from qdora.commands import compose, run
 from qdora.commands.members import _own_gpus, member_name
-from qdora.commands.sweep import sweep
+from qdora.commands.sweep import _folder, _parsed, sweep
 from qdora.commands.sweep_results import RECORDS, Member, conclude
 from qdora.errors import ConfigError
 
@@ -79,6 +80,17 @@ def test_folder_of_a_run_is_not_made_a_sweep(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     with pytest.raises(ConfigError, match="is the folder of a run: give another"):
         sweep([f"output_dir={tmp_path}", "seed=1,2"])
+
+
+def test_folder_of_a_sweep_without_output_dir_is_that_of_its_options() -> None:
+    """Whatever their order and Hydra's own options; other values get another one."""
+    options = ["seed=1,2", "adapter.rank=4"]
+    folder = _folder(_parsed(options))
+    assert re.fullmatch(r"outputs/sweep-\w+", str(folder))
+    for same in (options[::-1], [*options, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]):
+        assert _folder(_parsed(same)) == folder
+    for other in (["seed=1,3", "adapter.rank=4"], ["seed=1,2"], ["seed=1,2", "adapter.rank=8"]):
+        assert _folder(_parsed(other)) != folder
 
 
 def test_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:

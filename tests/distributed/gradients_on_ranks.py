@@ -1,17 +1,12 @@
-"""One rank of test_gradients: loss and every gradient, gathered whole, of some cases.
+"""Loss and every gradient, gathered whole, of the cases of test_gradients."""
 
-ranks_gradients.py OUTPUT MODELS CASES   (MODELS: folder of a model by name; CASES: JSON list, see `run_case`)
-"""
-
-import json
-import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo.utils
+import torch._inductor.compile_fx  # for the compiled cases: a second of a core, before ranks are forked
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,6 +34,7 @@ from qdora.training.trainer import accumulate_gradients
 
 NUM_BATCHES, ROWS, LENGTH = 4, 2, 24
 CLIPPED_NORM = 0.01
+"""Below every gradient's norm."""
 
 
 class ReceivedBytes(TorchDispatchMode):
@@ -141,13 +137,6 @@ def run_case(case: dict[str, Any], models: Path, output: Path) -> dict[str, floa
     }
 
 
-def main() -> None:
-    """Runs the cases and writes their losses and norms."""
-    output, models, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-    found = {case["name"]: run_case(case, models, output) for case in cases}
-    (output / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
-    os._exit(0)  # see docs/design/0004
-
-
-if __name__ == "__main__":
-    main()
+def run_cases(cases: list[dict[str, Any]], models: Path, output: Path) -> dict[str, dict[str, float]]:
+    """Runs the cases one after the other, on a rank of several; returns their losses and norms by name."""
+    return {case["name"]: run_case(case, models, output) for case in cases}

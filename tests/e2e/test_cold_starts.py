@@ -1,0 +1,27 @@
+"""A new interpreter trains what a warm process trains, however it is started.
+
+Other cold starts: accelerate and train.sh (test_run.py), multinode.sh and Slurm (tests/launch), quickstart (.ci/run).
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import launcher, run
+from tests.support.runs import assert_same, long_run
+
+TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize(
+    ("command", "nproc"),
+    [([*launcher(1), "-m"], 1), ([*launcher(2), "-m"], 2), ([*TORCHRUN, "-m"], 2)],
+    ids=["python", "launcher", "torchrun"],
+)
+def test_cold_start_trains_what_a_warm_one_does(
+    command: list[str], nproc: int, uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    done = run([*command, "qdora", "train", *long_run(tiny, data), f"output_dir={tmp_path}/run"], cold=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(tmp_path / "run", uninterrupted[nproc])
