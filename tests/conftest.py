@@ -47,9 +47,17 @@ def _warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenised data of tests does not land in, or come from, the user's cache; W&B never goes online."""
+def _own_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tokenised data of tests does not land in, or come from, the user's cache; W&B never goes online.
+
+    What a test, or a library that it imports, writes into the environment is gone after it.
+    """
+    before = dict(os.environ)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     if verification := sys.modules.get("qdora.merging.verification"):  # its second process, in merges of this one
         monkeypatch.setattr(verification, "subprocess", warm.SUBPROCESS)
+    yield
+    monkeypatch.undo()
+    os.environ.clear()
+    os.environ.update(before)

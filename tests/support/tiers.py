@@ -90,7 +90,7 @@ def reason_to_run(marks: Sequence[pytest.Mark], changed: Sequence[str]) -> str |
     return reason
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups next
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what the tier has not, and puts tests that share a costly run into one group."""
     report, tier = config.stash[_REPORT], config.getoption("tier")

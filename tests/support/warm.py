@@ -59,8 +59,8 @@ MODULES = (
     ),
 )
 """What the server imports beside all of qdora."""
-READ_LATER = {"PYTHONUNBUFFERED", "TORCHINDUCTOR_CACHE_DIR"}
-"""Variables with such a name that `become` takes, or that torch reads anew (and sets itself)."""
+READ_LATER = {"PYTHONUNBUFFERED", "TORCHINDUCTOR_CACHE_DIR", "HF_XET_HIGH_PERFORMANCE"}
+"""Variables with such a name that `become` takes, that torch reads anew (and sets), or that lm-eval sets for hubs."""
 _INT = struct.Struct("i")
 _LOADED_WITH: dict[str, str] = {}
 _NEVER_FREED: list[Any] = []
