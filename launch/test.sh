@@ -14,5 +14,5 @@ if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available(
     .venv/bin/python -m pytest tests/gpu
 fi
 # Files with long tests first, and tests that share a costly run in one worker: see tests/support/tiers.py.
-exec .venv/bin/python -m pytest --tier "$tier" -n "${WORKERS:-2}" --dist loadgroup --no-loadscope-reorder \
+exec .venv/bin/python -m pytest --tier "$tier" -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder \
     --durations 25 "$@"

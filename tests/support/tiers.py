@@ -12,6 +12,7 @@ import fnmatch
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_REPORT] = {"changed": changed, "ran": {}, "left_out": {}}
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Hands the changed files to a worker of pytest-xdist."""
     node.workerinput["changed_files"] = node.config.stash[_REPORT]["changed"]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """Takes a worker's report."""
     node.config.stash[_REPORT].update(getattr(node, "workeroutput", {}).get("tiers", {}))
@@ -90,9 +93,9 @@ def reason_to_run(marks: Sequence[pytest.Mark], changed: Sequence[str]) -> str |
     return reason
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups next
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what the tier has not, and puts tests that share a costly run into one group."""
+    """Leaves out what the tier has not, and orders the rest."""
     report, tier = config.stash[_REPORT], config.getoption("tier")
     chosen: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
@@ -116,26 +119,42 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out, chosen = items[:], []
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-    for item in chosen:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
     items[:] = sorted(chosen, key=_order)  # stable
 
 
-SHARED = ("uninterrupted",)
-"""Session fixtures that train: the tests that use one run in one worker, one after the other."""
+SHARED = ("uninterrupted", "one_machine")
+"""Session fixtures that train: the files that use one run in one worker, one after the other."""
 FOLDERS = ("e2e", "launch", "distributed", "parity", "unit")
 """The order in which files are given to workers: those with long tests first, so that no worker waits at the end."""
 
 
-def _group(item: pytest.Item) -> str:
-    shared = [name for name in SHARED if name in getattr(item, "fixturenames", ())]
-    return shared[0] if shared else item.nodeid.partition("::")[0]
+@cache
+def group_of(file: str) -> str:
+    """Returns the name of the tests that run in one worker with those of a file, given relative to the repository."""
+    path = ROOT / file
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return next((name for name in SHARED if name in text), file)
 
 
 def _order(item: pytest.Item) -> tuple[bool, int]:
     folder = item.path.parent.name
-    shared = any(name in getattr(item, "fixturenames", ()) for name in SHARED)
+    shared = group_of(item.nodeid.partition("::")[0]) in SHARED
     return not shared, FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives a worker of pytest-xdist whole groups.
+
+    `--dist loadgroup` does not: pytest-xdist 3.8 writes the group into a node's id, which pytest 9.2 does not read.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class GroupScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(super()._split_scope(nodeid))
+
+    return GroupScheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

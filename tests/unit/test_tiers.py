@@ -98,6 +98,18 @@ def test_packages_are_those_of_the_chosen_tests(tmp_path: Path) -> None:
     assert (tmp_path / "packages").read_text() == ""
 
 
+def test_worker_gets_a_whole_file_and_all_that_share_a_run(tmp_path: Path) -> None:
+    """Each test of this file ran in one worker; so do those of files that use the same run."""
+    (tmp_path / "test_other.py").write_text("".join(f"def test_{n}(): pass\n" for n in range(8)))
+    done = run_pytest(tmp_path, "--tier", "all", "-n", "2", "--dist", "loadfile", str(tmp_path / "test_other.py"))
+    for file in ("test_some", "test_other"):
+        workers = {line.partition("]")[0] for line in done.splitlines() if "PASSED" in line and file in line}
+        assert len(workers) == 1, done
+    groups = {tiers.group_of(f"tests/e2e/{name}.py") for name in ("test_run", "test_faults", "test_traps")}
+    assert groups == {"uninterrupted"}
+    assert tiers.group_of("tests/e2e/test_methods.py") == "tests/e2e/test_methods.py"
+
+
 def run_pytest(folder: Path, *options: str) -> str:
     """Runs the tests above with this plugin alone; returns what it prints."""
     (folder / "test_some.py").write_text(TESTS)
