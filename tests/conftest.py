@@ -55,9 +55,8 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
     before = dict(os.environ)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("WANDB_MODE", "offline")
-    if verification := sys.modules.get("qdora.merging.verification"):  # its second process, in merges of this one
-        monkeypatch.setattr(verification, "subprocess", warm.SUBPROCESS)
     yield
     monkeypatch.undo()
-    os.environ.clear()
-    os.environ.update(before)
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})

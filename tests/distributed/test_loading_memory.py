@@ -20,8 +20,6 @@ from tests.support.models import make_tokenizer
 from tests.support.processes import status_bytes
 from tests.support.ranks import RankPool
 
-pytestmark = pytest.mark.alone
-
 ALLOWANCE_BYTES = 300 * 2**20
 """What loading may hold beside the rank's shard: 2^24 values in bf16 and in float32, and the allocator's rest."""
 READ_ALLOWANCE = 0.01

@@ -11,17 +11,18 @@ import pytest
 from tests.support.processes import launcher, run
 from tests.support.runs import assert_same, long_run
 
-TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
+SCRIPTS = Path(sys.executable).parent
+TORCHRUN = [str(SCRIPTS / "torchrun"), "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.mark.parametrize(
     ("command", "nproc"),
-    [([*launcher(1), "-m"], 1), ([*launcher(2), "-m"], 2), ([*TORCHRUN, "-m"], 2)],
-    ids=["python", "launcher", "torchrun"],
+    [([str(SCRIPTS / "qdora")], 1), ([*launcher(2), "-m", "qdora"], 2), ([*TORCHRUN, "-m", "qdora"], 2)],
+    ids=["qdora", "launcher", "torchrun"],
 )
 def test_cold_start_trains_what_a_warm_one_does(
     command: list[str], nproc: int, uninterrupted: dict[int, Path], tiny: Path, data: Path, tmp_path: Path
 ) -> None:
-    done = run([*command, "qdora", "train", *long_run(tiny, data), f"output_dir={tmp_path}/run"], cold=True)
+    done = run([*command, "train", *long_run(tiny, data), f"output_dir={tmp_path}/run"], cold=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(tmp_path / "run", uninterrupted[nproc])

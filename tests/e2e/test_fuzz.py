@@ -170,10 +170,10 @@ def some_of_each(statuses: list[int]) -> None:
     assert min(statuses.count(0), statuses.count(2)) >= len(statuses) / 20, statuses
 
 
-SOAK = (pytest.mark.nightly, pytest.mark.timeout(3600))
+LONG = (pytest.mark.nightly, pytest.mark.timeout(3600))
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(800, marks=SOAK)])
+@pytest.mark.parametrize("count", [12, pytest.param(800, marks=LONG)])
 def test_random_overrides_train_or_end_in_one_message(
     count: int, tiny: Path, data: Path, tmp_path_factory: Any, capsys: Any
 ) -> None:
@@ -321,7 +321,7 @@ def files(draw: Any) -> tuple[str, bytes]:
     return f"{name}.{suffix}{packed.removesuffix(' wrong')}", content
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(500, marks=SOAK)])
+@pytest.mark.parametrize("count", [12, pytest.param(500, marks=LONG)])
 def test_malformed_data_trains_or_ends_in_one_message(
     count: int, tiny: Path, tmp_path_factory: Any, capsys: Any
 ) -> None:

@@ -142,7 +142,7 @@ class Browser:
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """One for all pages."""
     if CHROMIUM is None:
-        pytest.skip("there is no chromium: apt-get install chromium, as .ci/run does")
+        pytest.skip("there is no chromium: apt-get install chromium")
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()

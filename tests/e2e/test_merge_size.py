@@ -148,7 +148,6 @@ def merge_s(base: Path, adapter: Path, output: Path, *options: str) -> tuple[flo
 
 
 @pytest.mark.nightly
-@pytest.mark.alone
 @pytest.mark.timeout(2 * PATIENCE_S)
 @pytest.mark.parametrize("options", [["format=hf"], ["format=gguf", "gguf.type=q8_0"], ["format=nf4"]], ids=" ".join)
 def test_merge_of_8_gb_in_little_memory(options: list[str], tmp_path: Path) -> None:

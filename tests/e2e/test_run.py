@@ -331,7 +331,7 @@ def test_weights_that_are_not_finite_stop_at_the_first_step(options: list[str], 
 def test_accelerate_launch_starts_the_ranks(options: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "qdora", "train"]
-    done = run([*command, *options, f"output_dir={tmp_path}/run", f"data.cache_dir={tmp_path}/cache"])
+    done = run([*command, *options, f"output_dir={tmp_path}/run", f"data.cache_dir={tmp_path}/cache"], cold=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert summary_of(tmp_path / "run")["world_size"] == 2
 

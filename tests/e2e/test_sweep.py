@@ -20,7 +20,9 @@ TRAIN = str(ROOT / "launch" / "train.sh")
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
 
-LONG = pytest.mark.nightly(paths=["qdora/commands/sweep*.py", "qdora/commands/members.py", "qdora/interrupt.py"])
+LONG = pytest.mark.nightly(
+    paths=["qdora/commands/sweep*.py", "qdora/commands/members.py", "qdora/interrupt.py", "launch/train.sh"]
+)
 SWEEP = [*launcher(1), "-m", "qdora", "train", "-m"]
 
 
@@ -130,7 +132,7 @@ def test_sweep_does_not_take_a_run_of_other_options_for_its_own(grid: tuple[Path
     assert [(one["status"], one["exit_status"]) for one in members_of(folder)] == [("failed", 2)] * 2
 
 
-@pytest.mark.nightly
+@LONG
 def test_each_run_has_the_ranks_of_train_sh_and_all_are_a_group_in_wandb(options: list[str], tmp_path: Path) -> None:
     arguments = [*options, "train.num_accumulation_steps=2", "tracker=wandb", "seed=0,1", f"output_dir={tmp_path}/s"]
     done = sweep(*arguments, nproc=2, by_script=True)

@@ -22,6 +22,9 @@ from tests.support.processes import ROOT
 BASE, IMAGE = "localhost/debian-base", "localhost/qdora"
 TOOLS = ("buildah", "podman", "debootstrap", "runc", "git")
 PACKAGES = "buildah podman debootstrap runc fuse-overlayfs uidmap"
+IMAGE_TEST = pytest.mark.nightly(
+    paths=["docker/Dockerfile", "docker/*.sh", "launch/setup.sh"], packages=PACKAGES.split()
+)
 USER = 1000
 LOSS_TOLERANCE = 0.02
 """Processors round bf16 products differently."""
@@ -157,7 +160,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-@pytest.mark.nightly
+@IMAGE_TEST
 def test_image_trains_as_user_without_network(engine: Engine, image: str, volumes: list[str], tmp_path: Path) -> None:
     engine.must("podman", "run", "--rm", *CAGE, "--env=NPROC=2", *volumes, image, *RECIPE, "train.num_steps=2")
     run = tmp_path / "run"
@@ -169,7 +172,7 @@ def test_image_trains_as_user_without_network(engine: Engine, image: str, volume
     assert (run / "adapter" / "adapter_model.safetensors").stat().st_uid == USER
 
 
-@pytest.mark.nightly
+@IMAGE_TEST
 def test_image_stopped_saves_and_tells(engine: Engine, image: str, volumes: list[str], tmp_path: Path) -> None:
     options = ["--detach", "--name=stopped", *CAGE, "--env=NPROC=2", *volumes]
     engine.must("podman", "run", *options, image, *RECIPE)
@@ -183,7 +186,7 @@ def test_image_stopped_saves_and_tells(engine: Engine, image: str, volumes: list
 
 
 @pytest.mark.parametrize(("mode", "status"), [("rw", 0), ("ro", 1)])
-@pytest.mark.nightly
+@IMAGE_TEST
 def test_image_health_is_whether_a_run_can_start(
     engine: Engine, image: str, volumes: list[str], mode: str, status: int
 ) -> None:
@@ -198,7 +201,7 @@ def test_image_health_is_whether_a_run_can_start(
     assert done.stdout.endswith(("a run can start here\n", "a run cannot start here: disk\n")[status])
 
 
-@pytest.mark.nightly
+@IMAGE_TEST
 def test_image_runs_any_command_as_any_user(engine: Engine, image: str) -> None:
     run = ["podman", "run", "--rm", *CAGE]
     assert engine.must(*run, image, "id", "-u").strip() == str(USER)
@@ -211,13 +214,13 @@ def test_image_runs_any_command_as_any_user(engine: Engine, image: str) -> None:
     assert "qdora: the image has no command 'merge': give overrides" in done.stderr
 
 
-@pytest.mark.nightly
+@IMAGE_TEST
 def test_image_needs_no_setup(engine: Engine, image: str, volumes: list[str]) -> None:
     # What launch/quickstart.sh starts with: it would install or download, and say so, if anything were missing.
     assert engine.must("podman", "run", "--rm", *CAGE, *volumes, image, "launch/setup.sh") == ""
 
 
-@pytest.mark.nightly
+@IMAGE_TEST
 def test_image_labels_are_its_versions(engine: Engine, image: str) -> None:
     labels = json.loads(engine.must("podman", "inspect", "--format={{json .Config.Labels}}", image))
     ask = "from importlib.metadata import version as v; print(v('qdora'), v('torch').split('+')[0], v('bitsandbytes'))"
@@ -227,7 +230,7 @@ def test_image_labels_are_its_versions(engine: Engine, image: str) -> None:
     assert labels["org.opencontainers.image.revision"].removesuffix("-dirty") == commit
 
 
-@pytest.mark.nightly
+@IMAGE_TEST
 def test_image_holds_the_lock_and_nothing_of_the_machine(engine: Engine, image: str) -> None:
     run = ["podman", "run", "--rm", *CAGE, image]
     assert set(engine.must(*run, "ls", "-A", "/qdora").split()) == {

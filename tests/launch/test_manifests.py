@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from qdora.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, run
 
 LAUNCH = ROOT / "launch"
 JOB, TRAINJOB, SKY = (
@@ -249,3 +249,22 @@ def test_scripts_pass_shellcheck(tmp_path: Path) -> None:
     command = [shellcheck, "--external-sources", *files, str(tmp_path / "run.sh")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RUN_ID": "one"}, "HEAD is not set: give the name or address of the first machine"),
+        ({"HEAD": "10.0.0.1"}, "RUN_ID is not set: give the run a name, the same on each machine"),
+        ({"HEAD": "10.0.0.1", "RUN_ID": "a/b"}, "RUN_ID=a/b: a name has letters, digits"),
+        ({"HEAD": "10.0.0.1", "RUN_ID": "one", "NNODES": "two"}, "NNODES=two is not a number of machines"),
+        ({"HEAD": "10.0.0.1", "RUN_ID": "one", "NODE": "first"}, "NODE=first is not the number of this machine"),
+        ({"HEAD": "10.0.0.1", "RUN_ID": "one", "MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1 is not a number of restarts"),
+        ({"HEAD": "10.0.0.1", "RUN_ID": "one", "NPROC": "0"}, "NPROC=0 is not a number of ranks"),
+    ],
+)
+def test_setting_of_multinode_that_cannot_be_is_told_in_a_line(environment: dict[str, str], words: str) -> None:
+    done = run([str(ROOT / "launch" / "multinode.sh")], **environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"qdora: {words}"), done.stderr
+    assert done.stderr.count("\n") == 1

@@ -13,7 +13,6 @@ from qdora.config import DataConfig
 from qdora.data import BatchLoader, prepare
 from qdora.run_folder import read_metrics
 from tests.support.network import Machine, steps_of, two_machines
-from tests.support.processes import ROOT, run
 from tests.support.runs import assert_same
 
 pytestmark = pytest.mark.nightly(
@@ -221,25 +220,6 @@ def test_address_that_no_other_machine_reaches_is_refused(
     told = machines[0].start("head", "alone", overrides, tmp_path).end(2)
     assert "qdora: head is 127.0.1.1 on this machine, where no other can reach it: give the address" in told
     assert "Traceback" not in told
-
-
-@pytest.mark.parametrize(
-    ("environment", "words"),
-    [
-        ({"RUN_ID": "one"}, "HEAD is not set: give the name or address of the first machine"),
-        ({"HEAD": "10.0.0.1"}, "RUN_ID is not set: give the run a name, the same on each machine"),
-        ({"HEAD": "10.0.0.1", "RUN_ID": "a/b"}, "RUN_ID=a/b: a name has letters, digits"),
-        ({"HEAD": "10.0.0.1", "RUN_ID": "one", "NNODES": "two"}, "NNODES=two is not a number of machines"),
-        ({"HEAD": "10.0.0.1", "RUN_ID": "one", "NODE": "first"}, "NODE=first is not the number of this machine"),
-        ({"HEAD": "10.0.0.1", "RUN_ID": "one", "MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1 is not a number of restarts"),
-        ({"HEAD": "10.0.0.1", "RUN_ID": "one", "NPROC": "0"}, "NPROC=0 is not a number of ranks"),
-    ],
-)
-def test_setting_that_cannot_be_is_told_in_a_line(environment: dict[str, str], words: str) -> None:
-    done = run([str(ROOT / "launch" / "multinode.sh")], **environment)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"qdora: {words}"), done.stderr
-    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.nightly

@@ -16,7 +16,8 @@ def kill(process: "subprocess.Popen[str]", only_one: bool, choose: random.Random
     parent = psutil.Process(process.pid)
     ranks = [child for child in parent.children(recursive=True) if "qdora" in " ".join(child.cmdline())]
     for one in [choose.choice(ranks)] if only_one and ranks else [parent, *parent.children(recursive=True)]:
-        one.kill()
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile
+            one.kill()
     process.communicate(timeout=60)
 
 

@@ -17,9 +17,6 @@ def nightly_but(kept: Collection[Any], cases: Iterable[Any]) -> list[Any]:
     return [case if case in kept else nightly(case)[0] for case in cases]
 
 
-soak, soak_but = nightly, nightly_but
-
-
 def asked(request: pytest.FixtureRequest, name: str) -> list[Any]:
     """The values of parameter `name` in the tests that are run, for a fixture that computes all of them at once."""
     items = [item for item in request.session.items if item.path == request.path]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ def run(
         try:
             stdout, stderr = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired as late:
-            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-                one.kill()
+            with suppress(psutil.NoSuchProcess):
+                for one in psutil.Process(process.pid).children(recursive=True):
+                    one.kill()
+            process.kill()
             stdout, stderr = process.communicate()
             raise AssertionError(f"not ended after {timeout_s} s:\n{stdout[-2000:]}\n{stderr[-4000:]}") from late
     return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)

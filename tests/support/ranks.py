@@ -26,6 +26,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing import Pipe
@@ -243,7 +244,8 @@ def _end_orphans() -> None:
     server = psutil.Process()
     while server.children():
         for process in server.children(recursive=True):
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         os.waitpid(-1, 0)
 
 

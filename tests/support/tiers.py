@@ -4,13 +4,13 @@ A test marked `nightly` is left out, but with `--tier nightly` or `all`, or if a
 
     @pytest.mark.nightly(paths=["launch/slurm.sbatch", "qdora/commands/launch.py"], packages=["slurm-wlm", "munge"])
 
-A changed file is one that differs from `--changed-since`, a commit; without it from the last commit that is older than
-a day, as last night's run has seen that one. At the end the run says which nightly tests it ran and left out, and why.
+With `paths` it also runs if its own file or one of `COMMON` changed. A changed file is one that differs from
+`--changed-since`, a commit; without it from the last commit of this branch that is older than a day, as last night's
+run has seen that one. At the end the run says which nightly tests it chose and left out, and why.
 """
 
 import fnmatch
 import subprocess
-from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TIERS = ("default", "nightly", "all")
+COMMON = ("constraints.txt", "tests/conftest.py", "tests/support/processes.py", "tests/support/warm*.py")
+"""Files that every nightly test with `paths` depends on."""
 _REPORT = pytest.StashKey[dict[str, Any]]()
 
 
@@ -39,8 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if worker is not None:
         changed = worker["changed_files"]
     else:
-        changed = changed_files(config.getoption("changed_since")) if config.getoption("tier") == "default" else []
-    config.stash[_REPORT] = {"changed": changed, "ran": {}, "left_out": {}}
+        changed = (
+            changed_files(config.rootpath, config.getoption("changed_since"))
+            if config.getoption("tier") == "default"
+            else []
+        )
+    config.stash[_REPORT] = {"changed": changed, "chosen": {}, "left_out": {}}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -59,35 +65,49 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hands the report to the process that started this worker."""
     if hasattr(session.config, "workeroutput"):
         report = session.config.stash[_REPORT]
-        session.config.workeroutput["tiers"] = {"ran": report["ran"], "left_out": report["left_out"]}
+        session.config.workeroutput["tiers"] = {"chosen": report["chosen"], "left_out": report["left_out"]}
 
 
-def changed_files(since: str | None) -> list[str]:
-    """Returns the files that differ from a commit, or from the last one that is a day older than the newest.
+def changed_files(folder: Path, since: str | None) -> list[str] | None:
+    """Returns the files of a repository that differ from a commit, or from the last one that is a day older.
+
+    None where that cannot be known: no git, no repository, or one whose history does not go back a day.
 
     Raises:
         pytest.UsageError: there is no such commit.
     """
+    newest = _git(folder, "log", "-1", "--format=%ct")
+    if newest is None:
+        return None
     if since is None:
-        newest = int(_git("log", "-1", "--format=%ct") or 0)
-        since = _git("rev-list", "-1", f"--before={newest - 24 * 3600}", "HEAD").strip()
-    elif not _git("rev-parse", "--verify", "--quiet", f"{since}^{{commit}}"):
-        raise pytest.UsageError(f"--changed-since={since} is no commit of {ROOT}")
-    changed = _git("diff", "--name-only", since) if since else _git("ls-files")
-    return sorted({*changed.splitlines(), *_git("ls-files", "--others", "--exclude-standard").splitlines()})
+        shallow = _git(folder, "rev-parse", "--is-shallow-repository") == "true\n"
+        before = f"--before={int(newest) - 24 * 3600}"
+        since = (_git(folder, "rev-list", "-1", "--first-parent", before, "HEAD") or "").strip()
+        if shallow and not since:
+            return None
+    elif _git(folder, "rev-parse", "--verify", "--quiet", f"{since}^{{commit}}") is None:
+        raise pytest.UsageError(f"--changed-since={since} is no commit of {folder}")
+    changed = _git(folder, "diff", "--name-only", since) if since else _git(folder, "ls-files")
+    new = _git(folder, "ls-files", "--others", "--exclude-standard")
+    return None if changed is None or new is None else sorted({*changed.splitlines(), *new.splitlines()})
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Returns what git prints, or None where it fails."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return None if done.returncode else done.stdout
 
 
-def reason_to_run(marks: Sequence[pytest.Mark], changed: Sequence[str]) -> str | None:
-    """Returns a changed file for which a test with these nightly marks runs; None where a mark names none of them."""
+def reason_to_run(file: str, marks: Sequence[pytest.Mark], changed: Sequence[str]) -> str | None:
+    """Returns a changed file for which a test of `file` with these nightly marks runs; None where a mark names none."""
     reason = None
     for mark in marks:
-        patterns = mark.kwargs.get("paths", ())
-        reason = next((file for file in changed if any(fnmatch.fnmatch(file, one) for one in patterns)), None)
+        paths = mark.kwargs.get("paths", ())
+        patterns = (*paths, file, *COMMON) if paths else ()
+        reason = next((one for one in changed if any(fnmatch.fnmatch(one, pattern) for pattern in patterns)), None)
         if reason is None:
             return None
     return reason
@@ -103,7 +123,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         marks = [*item.iter_markers("nightly")]
         file = item.nodeid.partition("::")[0]
-        reason = tier if tier != "default" else reason_to_run(marks, report["changed"])
+        reason = tier if tier != "default" else reason_to_run(file, marks, report["changed"] or ())
         if (marks and reason is None) or (not marks and tier == "nightly"):
             left_out.append(item)
             if marks:
@@ -112,8 +132,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen.append(item)
         if marks:
             packages.update(package for mark in marks for package in mark.kwargs.get("packages", ()))
-            ran = report["ran"].setdefault(file, {})
-            ran[reason] = ran.get(reason, 0) + 1
+            chosen_for = report["chosen"].setdefault(file, {})
+            chosen_for[reason] = chosen_for.get(reason, 0) + 1
     if config.getoption("packages"):
         Path(config.getoption("packages")).write_text("".join(f"{package}\n" for package in sorted(packages)))
         left_out, chosen = items[:], []
@@ -133,7 +153,7 @@ def group_of(file: str) -> str:
     """Returns the name of the tests that run in one worker with those of a file, given relative to the repository."""
     path = ROOT / file
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return next((name for name in SHARED if name in text), file)
+    return next((name for name in SHARED if f"{name}: " in text), file)  # a test's parameter
 
 
 def _order(item: pytest.Item) -> tuple[bool, int]:
@@ -158,17 +178,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Says which nightly tests ran, which did not, and why."""
+    """Says which nightly tests were chosen, which not, and why."""
     report = config.stash[_REPORT]
-    if not report["ran"] and not report["left_out"]:
+    if not report["chosen"] and not report["left_out"]:
         return
     terminalreporter.section(f"tier: {config.getoption('tier')}")
-    ran = Counter({(file, reason): n for file, reasons in report["ran"].items() for reason, n in reasons.items()})
-    for (file, reason), count in sorted(ran.items()):
+    chosen = {(file, reason): count for file, some in report["chosen"].items() for reason, count in some.items()}
+    for (file, reason), count in sorted(chosen.items()):
         why = "" if reason in TIERS else f", as {reason} has changed"
-        terminalreporter.write_line(f"ran {count} nightly of {file}{why}")
+        terminalreporter.write_line(f"chose {count} nightly of {file}{why}")
     if report["left_out"]:
         files = ", ".join(f"{file} {count}" for file, count in sorted(report["left_out"].items()))
         number = sum(report["left_out"].values())
-        terminalreporter.write_line(f"left out {number} nightly (they name no file that has changed): {files}")
+        why = "git cannot tell what changed" if report["changed"] is None else "they name no file that has changed"
+        terminalreporter.write_line(f"left out {number} nightly ({why}): {files}")
         terminalreporter.write_line("`launch/test.sh all` runs everything")

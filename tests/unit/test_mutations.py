@@ -46,6 +46,13 @@ def test_faults_are_many_and_have_names_of_their_own() -> None:
     assert [name for name, count in names.items() if count > 1] == []
 
 
+def test_table_has_the_faults_that_there_are() -> None:
+    table = (ROOT / "docs" / "mutations.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table if line.startswith("| ")][2:]
+    assert rows == [fault.name for fault in load_faults()]
+    assert not [line for line in table if "SURVIVED" in line or " error: " in line]
+
+
 def test_every_fault_applies_and_its_tests_exist() -> None:
     problems = {fault.name: problem for fault in load_faults() if (problem := problem_of(fault)) is not None}
     assert problems == {}

@@ -248,18 +248,18 @@ def test_fault_that_readme_has_not_is_reported() -> None:
 
 MODULE = """
 IN_A_BROWSER = pytest.mark.nightly(paths=["a"], packages=["b"])
-SOAK = (pytest.mark.nightly, pytest.mark.timeout(3600))
+LONG = (pytest.mark.nightly, pytest.mark.timeout(3600))
 NAMES = ["a", *nightly("b")]
 LATE = nightly("a", "b")
 def test_default(): pass
 @pytest.mark.parametrize("a", [1, *nightly(2)])
 def test_default_by_one_case(): pass
 @pytest.mark.parametrize("a", NAMES)
-@pytest.mark.alone
+@pytest.mark.timeout(9)
 def test_default_by_name(): pass
 @pytest.mark.parametrize("a", nightly_but(NAMES, [1, 2]))
 def test_default_by_those_kept(): pass
-@pytest.mark.parametrize("a", [12, pytest.param(800, marks=SOAK)])
+@pytest.mark.parametrize("a", [12, pytest.param(800, marks=LONG)])
 def test_default_by_param(): pass
 @pytest.mark.nightly
 def test_nightly(): pass
@@ -273,7 +273,7 @@ def test_nightly_with_paths(): pass
 def test_nightly_by_all_cases(): pass
 @pytest.mark.parametrize("a", argvalues=LATE)
 def test_nightly_by_name_of_cases(): pass
-@pytest.mark.parametrize("a", [*nightly(1), pytest.param(2, marks=SOAK), pytest.param(3, marks=[IN_A_BROWSER])])
+@pytest.mark.parametrize("a", [*nightly(1), pytest.param(2, marks=LONG), pytest.param(3, marks=[IN_A_BROWSER])])
 def test_nightly_by_each_case(): pass
 """
 
@@ -284,7 +284,7 @@ def test_tier_is_that_of_the_marks() -> None:
     assert all(name.split("_")[1] == tier for name, tier in tiers.items()), tiers
 
 
-@pytest.mark.parametrize("mark", ["pytest.mark.nightly(paths=[])", "[pytest.mark.alone, pytest.mark.nightly]"])
+@pytest.mark.parametrize("mark", ["pytest.mark.nightly(paths=[])", "[pytest.mark.timeout(9), pytest.mark.nightly]"])
 def test_tier_is_that_of_the_module(mark: str) -> None:
     assert {*tiers_in(f"{MODULE}\npytestmark = {mark}").values()} == {"nightly"}
-    assert {*tiers_in(f"{MODULE}\npytestmark = pytest.mark.alone").values()} == {"default", "nightly"}
+    assert {*tiers_in(f"{MODULE}\npytestmark = pytest.mark.timeout(9)").values()} == {"default", "nightly"}

@@ -35,7 +35,6 @@ def git(folder: Path, *arguments: str) -> str:
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two commits, two days apart, and a file that is not committed."""
-    monkeypatch.setattr(tiers, "ROOT", tmp_path)
     git(tmp_path, "init", "-q")
     for number, name in ((1, "old.py"), (3, "new.py")):
         (tmp_path / name).write_text(name)
@@ -47,18 +46,24 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_changed_files_are_those_since_yesterday_or_a_commit(repository: Path) -> None:
-    assert tiers.changed_files(None) == ["added.py", "new.py"]
-    assert tiers.changed_files("HEAD") == ["added.py"]
+    assert tiers.changed_files(repository, None) == ["added.py", "new.py"]
+    assert tiers.changed_files(repository, "HEAD") == ["added.py"]
     (repository / "old.py").write_text("other")
-    assert tiers.changed_files("HEAD~1") == ["added.py", "new.py", "old.py"]
+    assert tiers.changed_files(repository, "HEAD~1") == ["added.py", "new.py", "old.py"]
     with pytest.raises(pytest.UsageError, match="--changed-since=nothing is no commit"):
-        tiers.changed_files("nothing")
+        tiers.changed_files(repository, "nothing")
+
+
+def test_nothing_is_known_without_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiers.changed_files(tmp_path, None) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert tiers.changed_files(tmp_path, "HEAD") is None
 
 
 def test_everything_has_changed_where_all_is_of_today(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git(repository, "checkout", "-q", "--orphan", "fresh")
     git(repository, "commit", "-q", "-m", "all")
-    assert tiers.changed_files(None) == ["added.py", "new.py", "old.py"]
+    assert tiers.changed_files(repository, None) == ["added.py", "new.py", "old.py"]
 
 
 @pytest.mark.parametrize(
@@ -85,10 +90,16 @@ def test_changed_file_brings_back_the_tests_that_name_it(tmp_path: Path) -> None
         return pytest.mark.nightly(**options).mark
 
     script = mark(paths=["launch/*.sh"])
-    assert tiers.reason_to_run([script], ["qdora/a.py", "launch/test.sh"]) == "launch/test.sh"
-    assert tiers.reason_to_run([script], ["qdora/a.py"]) is None
-    assert tiers.reason_to_run([script, mark()], ["launch/test.sh"]) is None
-    assert tiers.reason_to_run([mark()], ["launch/test.sh"]) is None
+
+    def reason(marks: list[pytest.Mark], *changed: str) -> str | None:
+        return tiers.reason_to_run("tests/test_a.py", marks, changed)
+
+    assert reason([script], "qdora/a.py", "launch/test.sh") == "launch/test.sh"
+    assert reason([script], "qdora/a.py", "tests/test_a.py") == "tests/test_a.py"
+    assert reason([script], "constraints.txt") == "constraints.txt"
+    assert reason([script], "qdora/a.py") is None
+    assert reason([script, mark()], "launch/test.sh") is None
+    assert reason([mark()], "launch/test.sh", "tests/test_a.py") is None
 
 
 def test_packages_are_those_of_the_chosen_tests(tmp_path: Path) -> None:
@@ -114,6 +125,10 @@ def run_pytest(folder: Path, *options: str) -> str:
     """Runs the tests above with this plugin alone; returns what it prints."""
     (folder / "test_some.py").write_text(TESTS)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = nightly: see tests/support/tiers.py\n")
+    if not (folder / ".git").exists():
+        git(folder, "init", "-q")
+        git(folder, "add", ".")
+        git(folder, "commit", "-q", "-m", "all")
     command = [sys.executable, "-m", "pytest", "-v", "-p", "tests.support.tiers", f"--rootdir={folder}", *options]
     done = run([*command, str(folder / "test_some.py")], cwd=folder)
     assert done.returncode in (0, 5), done.stdout + done.stderr

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support import warm
 from tests.support.processes import popen, run
+from tests.support.warm_process import Program
 
 TELL = """
 import json, os, signal, sys, threading
@@ -94,10 +94,10 @@ def test_what_is_read_at_load_makes_a_cold_start(options: dict[str, str]) -> Non
 
 
 def test_interpreter_options_and_other_programs_are_cold() -> None:
-    read = warm.Program.read
+    read = Program.read
     assert read(["bash", "-c", "true"]) is None
     assert read([sys.executable, "-X", "dev", "script.py"]) is None
-    assert read([sys.executable, "-u", "-m", "qdora", "train", "-m"]) == warm.Program(
+    assert read([sys.executable, "-u", "-m", "qdora", "train", "-m"]) == Program(
         [sys.executable, "-u", "-m", "qdora", "train", "-m"], "-m", "qdora", ["train", "-m"], True, False
     )
 
