@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import warm
+from tests.support import ROOT, warm
 
 if not ("PYTEST_XDIST_WORKER" in os.environ or any("gpu" in argument for argument in sys.argv)):
     # Before torch looks: the CPU tests are the same on a machine with GPUs; launch/test.sh runs tests/gpu by itself.
@@ -20,7 +20,6 @@ for _name in [name for name in os.environ if name.startswith("QDORA_") and name.
     del os.environ[_name]  # a developer's own waits
 
 pytest_plugins = ["tests.support.tiers"]
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")

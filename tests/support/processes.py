@@ -11,9 +11,7 @@ from typing import Any
 
 import psutil
 
-from tests.support import warm
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.support import ROOT, warm
 
 
 def run(
@@ -62,10 +60,10 @@ def popen(
     )
 
 
-def launcher(nproc: int, torchrun: bool = False) -> list[str]:
+def launcher(nproc: int) -> list[str]:
     """Returns what starts a script, or `-m qdora`: python alone; the launcher where there are several ranks."""
     given = ["-m", "qdora.commands.launch", "--standalone", "--nproc-per-node", str(nproc)]
-    return [sys.executable, *(given if nproc > 1 or torchrun else [])]
+    return [sys.executable, *(given if nproc > 1 else [])]
 
 
 def qdora(*arguments: str, nproc: int = 1, **options: Any) -> "subprocess.CompletedProcess[str]":

@@ -36,7 +36,9 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from qdora.rank_files import PR_SET_PDEATHSIG
+from tests.support import ROOT
+
 IMPORTS = ("qdora.training.run", "transformers.models.llama.modeling_llama")
 """Modules that the server imports before it forks; a function's own module follows at its first call."""
 START_S = 180.0
@@ -49,7 +51,7 @@ SPARE_S = 30.0
 """Time for the server to answer beyond what its ranks may take, before it is taken for dead."""
 SHOWN_OUTPUT = 6000
 """Characters of a rank's output in the message of a failure; the last ones."""
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_CHILD_SUBREAPER = 36
 
 
 class RanksError(AssertionError):

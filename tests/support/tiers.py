@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.support import ROOT
+
 TIERS = ("default", "nightly", "all")
 COMMON = ("constraints.txt", "tests/conftest.py", "tests/support/processes.py", "tests/support/warm*.py")
 """Files that every nightly test with `paths` depends on."""

@@ -26,12 +26,10 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from tests.support import ROOT
 from tests.support.warm_process import STATUS, Start, can_retitle, needs_new_interpreter
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
@@ -42,12 +40,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
     def _execute_child(self, args: Any, *others: Any) -> None:
         start = Start.read(args, others)
-        if (
-            start is None
-            or start.preexec
-            or "QDORA_TESTS_COLD" in start.environment
-            or not Server.fits(start.environment)
-        ):
+        if start is None or start.preexec or not Server.fits(start.environment):
             super()._execute_child(args, *others)  # type: ignore[misc]
             return
         self._status, self.pid = Server.start().fork(start)
@@ -58,7 +51,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         if self._status is None:
             return super()._internal_poll(*arguments, **options)  # type: ignore[misc,no-any-return]
         if self.returncode is None and select.select([self._status], [], [], 0)[0]:
-            self._read_status()
+            self.returncode = os.waitstatus_to_exitcode(self._take_status())
         return self.returncode
 
     def _try_wait(self, flags: int) -> tuple[int, int]:
@@ -67,9 +60,6 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         if not flags & os.WNOHANG or select.select([self._status], [], [], 0)[0]:
             return self.pid, self._take_status()
         return 0, 0
-
-    def _read_status(self) -> None:
-        self.returncode = os.waitstatus_to_exitcode(self._take_status())
 
     def _take_status(self) -> int:
         assert self._status is not None

@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.support import ROOT
+
 LATER_PREFIXES = (
     *("QDORA_", "WANDB_", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_NCCL_"),
     *("NCCL_", "GLOO_", "HYDRA_", "PYTEST_", "COVERAGE_", "SLURM_"),
@@ -351,8 +352,8 @@ def _run(program: Program) -> int:
 
 def _run_main(program: Program) -> None:
     first = {"-m": str(Path.cwd()), "-c": "", "script": str(Path(program.name).resolve().parent)}[program.kind]
-    path = [entry for entry in _PATH if entry not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     from_environment = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    path = [entry for entry in _PATH if entry not in from_environment]
     sys.path[:] = [*([] if program.safe_path else [first]), *from_environment, *path]
     importlib.invalidate_caches()
     if program.kind == "-m":
