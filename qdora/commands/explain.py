@@ -38,7 +38,8 @@ def check_known(values: DictConfig, config_class: type, prefix: str = "") -> Non
 def explain(error: Exception, config_class: type, conf: Path, arguments: list[str]) -> str:
     """One message for an error that composing the command's configuration raised."""
     chain = [error]
-    while (cause := chain[-1].__cause__) is not None:
+    # With OC_CAUSE=1, or under a debugger, OmegaConf makes an error its own cause.
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)  # type: ignore[arg-type]
     for link in chain:
         if isinstance(link, OverrideParseException):

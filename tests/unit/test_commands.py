@@ -48,13 +48,15 @@ from tests.support.processes import run as run_process
     ],
 )
 def test_mistake_is_one_line_and_status_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(arguments) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1
-    assert told[0].startswith("qdora: ")
-    assert message in told[0]
+    """Also where OmegaConf is asked for causes, as it is under a debugger: then an error is its own cause."""
+    for causes in ("0", "1"):
+        monkeypatch.setenv("OC_CAUSE", causes)
+        assert run(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("qdora: ")
+        assert message in line
 
 
 @pytest.mark.parametrize("command", ["merge", "evaluate"])
