@@ -154,7 +154,8 @@ def _no_restart_on_mistakes(folder: Path, max_restarts: int, told: list[str]) ->
 def settle_addresses(options: Namespace) -> None:
     """Puts `is_host` and `local_addr` into torchrun's options, unless they are given, and names gloo's interface.
 
-    Waits for the machine that hosts the rendezvous.
+    Waits for the machine that hosts the rendezvous. Of several launchers on one machine, which meet at its loopback
+    address, the first one hosts it: torchrun finds that out.
 
     Raises:
         ConfigError: its name or port does not answer, or it is an address by which no other machine reaches it.
@@ -169,7 +170,9 @@ def settle_addresses(options: Namespace) -> None:
             "network of the machines"
         )
     is_host = given["is_host"].lower() in ("1", "true", "t", "yes") if "is_host" in given else own == address[0]
-    options.rdzv_conf = ",".join(f"{key}={value}" for key, value in (given | {"is_host": str(is_host)}).items())
+    if not _means_loopback(host):
+        given["is_host"] = str(is_host)
+    options.rdzv_conf = ",".join(f"{key}={value}" for key, value in given.items())
     options.local_addr = options.local_addr or own
     if not ipaddress.ip_address(own).is_loopback:
         for name, addresses in psutil.net_if_addrs().items():
