@@ -18,8 +18,16 @@ if ! grep -qsx "$wanted" "$stamp" .venv/installed-dev; then
     echo "installing into .venv"
     [[ -x .venv/bin/python ]] || "$base_python" -m venv .venv
     # torch first and by its pin: an open requirement can take gigabytes of CUDA libraries on a machine without a GPU.
-    .venv/bin/python -m pip install --quiet "$(grep -E '^torch==' constraints.txt)"
-    .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".${extra:+[$extra]}"
+    # Not compiled: that takes as long as all the rest, and most files are never imported. Python compiles what it imports.
+    .venv/bin/python -m pip install --quiet --no-compile "$(grep -E '^torch==' constraints.txt)"
+    .venv/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".${extra:+[$extra]}"
+    # Here at once, also where the environment says that nobody is to write what is compiled.
+    env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c '
+import importlib, pkgutil, qdora, torch._dynamo
+for module in pkgutil.walk_packages(qdora.__path__, "qdora."):
+    if not module.name.endswith(("__main__", "harness", "reload")):
+        importlib.import_module(module.name)
+'
     echo "$wanted" >"$stamp"
 fi
 

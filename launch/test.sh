@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+unset PYTHONDONTWRITEBYTECODE # what tests start again and again is compiled once
 launch/setup.sh dev
 case "${1:-default}" in
 default | nightly | all) tier="${1:-default}" && shift $(($# > 0)) ;;
