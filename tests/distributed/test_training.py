@@ -1,7 +1,11 @@
-"""Inside a run: the norm is fresh after every step and computed once a step, and magnitudes move."""
+"""Inside a run: the norm is fresh after every step and computed once a step, magnitudes move, a disk may be slow."""
 
 import json
+import os
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,8 +13,10 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from qdora import nf4
+from qdora import nf4, parallel
 from qdora.adapter.dora import AdaptedLinear, adapted_layers
 from qdora.config import (
     ActivationCheckpointing,
@@ -26,12 +32,15 @@ from qdora.config import (
     TrackerKind,
     TrainConfig,
 )
+from qdora.errors import ConfigError
+from qdora.parallel import arm_watchdog
 from qdora.sharding import gather_rows, own_rows
 from qdora.training import train
 from qdora.training.trainer import Trainer
 from tests.support.marks import nightly
 from tests.support.models import make_model
 from tests.support.ranks import RankPool
+from tests.support.runs import status_of
 
 CPU = torch.device("cpu")
 NORM_TOLERANCE = 1e-5
@@ -120,6 +129,33 @@ def train_watched(
     return watch.seen
 
 
+def train_on_a_slow_disk(model: Path, data: Path, output: Path) -> int:
+    """Trains one step on a rank of several; writing its checkpoint takes longer than a step may take."""
+    step, write, timeout_s = Trainer.train_step, FileSystemWriter.write_data, 2
+
+    def train_step(trainer: Trainer, batches: Any) -> Any:
+        result = step(trainer, batches)
+        arm_watchdog(replace(trainer.world, timeout_s=timeout_s))  # as the last micro-batch did, for fewer seconds
+        return result
+
+    def write_data(writer: FileSystemWriter, *arguments: Any) -> Any:
+        time.sleep(timeout_s)
+        return write(writer, *arguments)
+
+    config = RunConfig(
+        model=ModelConfig(path=str(model)),
+        data=DataConfig(train=str(data), cache_dir=str(output / "cache")),
+        train=TrainConfig(num_steps=1, report=False),
+        tracker=TrackerConfig(kind=TrackerKind.none),
+        output_dir=str(output / "run"),
+    )
+    with (
+        mock.patch.object(Trainer, "train_step", train_step),
+        mock.patch.object(FileSystemWriter, "write_data", write_data),
+    ):
+        return train(config)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few questions with answers of different lengths."""
@@ -164,3 +200,53 @@ def test_magnitudes_move_in_bfloat16_at_a_small_learning_rate(ranks: int, run: R
     rows, moved = (sum(one[key] for one in seen) for key in ("rows", "rows_moved"))
     assert rows == 2 * (128 + 64 + 64 + 128 + 192 + 192 + 128)
     assert moved >= 0.99 * rows  # one may pass its start again on the last step
+
+
+def test_disk_may_be_slower_than_a_step(pool: RankPool, model: Path, data: Path, tmp_path: Path) -> None:
+    """The watchdog ends a rank whose step takes too long, not one that waits for its checkpoint."""
+    assert pool.run(train_on_a_slow_disk, model, data, tmp_path, nproc=2) == [0, 0]
+    assert status_of(tmp_path / "run") == "finished"
+
+
+def prepare_slowly(step_timeout_s: float, prepare_s: float) -> int:
+    """Prepares on rank 0 for longer than a collective of a step may take; returns what this rank got."""
+    world = parallel.start(ParallelConfig())
+    _set_pg_timeout(timedelta(seconds=step_timeout_s), None)  # once they have met, which may take seconds
+
+    def prepare() -> int:
+        if world.is_main:
+            time.sleep(prepare_s)
+        return world.rank
+
+    return parallel.main_first(world, prepare)
+
+
+def test_ranks_wait_longer_for_data_than_for_a_step(pool: RankPool) -> None:
+    """Rank 0 may download and tokenise for longer than parallel.timeout_s."""
+    assert pool.run(prepare_slowly, 0.5, 1.5, nproc=2) == [0, 1]
+
+
+def train_apart(model: Path, data: Path, folder: Path) -> str:
+    """Starts a run as the only rank of a machine with its own disk; returns the mistake that ends it."""
+    rank = os.environ["RANK"]
+    os.environ |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "QDORA_SEEN_AFTER_S": "0.5"}
+    (folder / rank).mkdir()
+    os.chdir(folder / rank)
+    config = RunConfig(
+        model=ModelConfig(path=str(model)),
+        data=DataConfig(train=str(data), cache_dir=str(folder / "cache")),
+        train=TrainConfig(num_steps=1, report=False),
+        tracker=TrackerConfig(kind=TrackerKind.none),
+        output_dir="outputs/apart",
+    )
+    with pytest.raises(ConfigError) as mistake:
+        train(config)
+    return str(mistake.value)
+
+
+def test_folder_of_each_machine_is_refused_before_the_first_step(
+    pool: RankPool, model: Path, data: Path, tmp_path: Path
+) -> None:
+    for told in pool.run(train_apart, model, data, tmp_path, nproc=2):
+        assert told.startswith("output_dir=outputs/apart is not the same folder on every machine")
+    assert (tmp_path / "0/outputs/apart/metrics.jsonl").read_text() == ""

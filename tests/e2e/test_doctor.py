@@ -8,15 +8,21 @@ from typing import Any
 import pytest
 import torch
 
+from qdora.config import ModelConfig
 from qdora.doctor import machine, ranks
 from qdora.doctor.finding import Finding, Verdict, joined
+from qdora.doctor.model import model
 from tests.support.faults import fill, small_disk
 from tests.support.marks import nightly
+from tests.support.models import make_model
 from tests.support.processes import launcher, qdora, run
 
 CHECKS = {"Python", "libraries", "torch", "CPU", "GPU", "NF4 kernel", "speed", "disk", "shared memory", "W&B", "hub"}
-GATHERS = ["all-gather", "all-gather, uneven"]
-COLLECTIVES = {*GATHERS, "reduce-scatter float32", "reduce-scatter bfloat16", "all-reduce", "broadcast"}
+COLLECTIVES = [
+    *("all-gather", "all-gather, uneven"),
+    *("reduce-scatter float32", "reduce-scatter bfloat16", "all-reduce", "broadcast"),
+]
+"""In the order in which they are tried."""
 
 
 def findings(done: Any) -> dict[str, dict[str, Any]]:
@@ -35,10 +41,9 @@ def test_report_on_this_machine(tiny: Path, tmp_path: Path, nproc: int) -> None:
     done = qdora("doctor", f"model.path={tiny}", f"output_dir={tmp_path}", "report=json", nproc=nproc)
     assert done.returncode == 0, done.stdout + done.stderr
     found = findings(done)
-    assert found.keys() == CHECKS | {"model"} | ({"collectives"} if nproc == 1 else COLLECTIVES | {"link"})
-    for name in {"Python", "libraries", "torch", "NF4 kernel", "speed", "model"} | (
-        COLLECTIVES if nproc == 2 else set()
-    ):
+    assert found.keys() == CHECKS | {"model"} | ({"collectives"} if nproc == 1 else {*COLLECTIVES, "link"})
+    fine = ["Python", "libraries", "torch", "NF4 kernel", "speed", "model"]
+    for name in [*fine, *COLLECTIVES] if nproc == 2 else fine:
         assert found[name]["verdict"] == "ok", found[name]
     assert found["GPU"]["verdict"] == "skipped"
     assert found["NF4 kernel"]["ranks"] == list(range(nproc))
@@ -59,9 +64,10 @@ def test_wrong_bytes_of_one_rank_are_found(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)
     wrong = [finding for finding in report["findings"] if finding["verdict"] == "failed"]
-    assert [(finding["check"], finding["ranks"]) for finding in wrong] == [(name, [1]) for name in GATHERS]
-    assert wrong[0]["found"].startswith("rank 1 got what was not sent, first at 12345, with 65539 elements a rank")
-    assert "NCCL_P2P_DISABLE=1" in wrong[0]["remedy"]
+    assert [(finding["check"], finding["ranks"]) for finding in wrong] == [(name, [1]) for name in COLLECTIVES]
+    for finding in wrong:
+        assert finding["found"] == "rank 1 got what was not sent, first at 12345, with 65539 elements a rank"
+        assert "NCCL_P2P_DISABLE=1" in finding["remedy"]
 
 
 def damaged(tiny: Path, folder: Path, kind: str) -> str:
@@ -95,11 +101,41 @@ def test_model_that_cannot_be_trained_is_told(tiny: Path, tmp_path: Path, kind: 
     assert words in finding["found"]
 
 
+@pytest.mark.parametrize("kind", ["no tokenizer", "vocabulary"])
+def test_tokenizer_that_is_missing_or_of_another_model_is_told(tiny: Path, tmp_path: Path, kind: str) -> None:
+    """As a run refuses it."""
+    folder = tmp_path / "model"
+    if kind == "vocabulary":
+        make_model(folder, "llama", vocab_size=100)
+        words = "the model's embedding has 100 rows"
+    else:
+        words = damaged(tiny, folder, kind)
+    assert model(ModelConfig(path=str(tiny))).verdict is Verdict.ok
+    finding = model(ModelConfig(path=str(folder)))
+    assert finding.verdict is Verdict.failed
+    assert words in finding.found
+
+
 @pytest.mark.nightly
 def test_model_that_is_neither_here_nor_to_be_had(tmp_path: Path) -> None:
     done = qdora("doctor", "model.path=someone/model", f"output_dir={tmp_path}", "report=json")
     assert done.returncode == 1
     assert "someone/model is not in the local cache" in findings(done)["model"]["found"]
+
+
+def test_libraries_that_are_missing_or_too_old_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an installed qdora that asks for more than is here."""
+    about = tmp_path / "qdora-0.0.dist-info"
+    about.mkdir()
+    wanted = ["torch>=99", "packaging>=1", "no-such-library>=1", 'pytest>=999; extra == "dev"']
+    lines = ["Metadata-Version: 2.1", "Name: qdora", "Version: 0.0", "Requires-Python: >=3"]
+    (about / "METADATA").write_text("\n".join([*lines, *[f"Requires-Dist: {line}" for line in wanted], ""]))
+    libraries = {finding.check: finding for finding in machine.software()}["libraries"]
+    assert libraries.verdict is Verdict.ok
+    monkeypatch.syspath_prepend(tmp_path)
+    libraries = {finding.check: finding for finding in machine.software()}["libraries"]
+    assert libraries.verdict is Verdict.failed
+    assert libraries.found == f"torch {torch.__version__} (needs >=99), no-such-library is missing (needs >=1)"
 
 
 def test_full_disk_and_small_shared_memory(tmp_path: Path) -> None:

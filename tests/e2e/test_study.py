@@ -18,9 +18,6 @@ from tests.support.models import make_model
 from tests.support.processes import interrupt_when, qdora
 from tests.support.runs import metrics_of, summary_of
 
-pytestmark = pytest.mark.nightly(
-    paths=["qdora/study/*", "qdora/commands/study.py", "qdora/commands/members.py", "qdora/subject.py", "conf/study/*"]
-)
 METHODS = ("qlora", "qdora")
 NAMES = [f"{method}-rank-2-rate-0.01-seed-{seed}" for method in METHODS for seed in (0, 1)]
 

@@ -132,10 +132,10 @@ class Runner:
         )
 
     def control(self, tests: Sequence[str]) -> bool:
-        """Returns whether the tests pass without a fault; prints which do not."""
+        """Returns whether the tests pass without a fault, and none is skipped; prints which do not."""
         status, failed, seconds = self._pytest(tests, limit_s=None)
         print(f"without a fault: pytest ended with {status} after {seconds:.0f} s {', '.join(failed)}", flush=True)
-        return status == 0
+        return status == 0 and not failed
 
     def try_fault(self, fault: Fault, tests: Sequence[str]) -> tuple[str, str, float]:
         """Returns a result's outcome, detail and seconds; the copy is as before afterwards."""
@@ -150,7 +150,8 @@ class Runner:
         finally:
             self._write(path, before)
         outcome = {0: "SURVIVED", TEST_FAILED: "caught"}.get(status, "error")
-        detail = f"pytest ended with {status}" if outcome == "error" else ", ".join(failed) or "all of its tests pass"
+        detail = f"pytest ended with {status}" if status not in (0, TEST_FAILED) else ", ".join(failed)
+        detail = detail or ("a test failed that pytest did not name" if status else "all of its tests pass")
         return outcome, detail, seconds
 
     def _first_failure(self, tests: Sequence[str]) -> tuple[int, list[str], float]:
@@ -170,9 +171,9 @@ class Runner:
         os.utime(path, (self._stamp, self._stamp))
 
     def _pytest(self, arguments: Sequence[str], limit_s: float | None) -> tuple[int, list[str], float]:
-        """Returns exit status, the tests that failed, and seconds; nothing of it is left running."""
+        """Returns exit status, the tests that failed or were skipped, and seconds; nothing of it is left running."""
         started, mark = time.monotonic(), uuid.uuid4().hex
-        options = ["-q", "-p", "no:cacheprovider", "--tb=no", "-o", f"timeout={self.timeout_s:g}"]
+        options = ["-q", "-p", "no:cacheprovider", "--tb=no", "-rfEs", "-o", f"timeout={self.timeout_s:g}"]
         with tempfile.TemporaryDirectory(prefix="qdora-mutation-") as temporary:
             output = Path(temporary, "output")
             request = {"arguments": [*options, f"--basetemp={temporary}/pytest", *arguments], "output": str(output)}
@@ -187,7 +188,7 @@ class Runner:
                 _kill_group(pid)
                 _kill_marked(mark)
             text = output.read_text(encoding="utf-8", errors="replace")
-        return status, re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE), time.monotonic() - started
+        return status, re.findall(r"^(?:FAILED|ERROR|SKIPPED) (.+?)(?: - .*)?$", text, re.M), time.monotonic() - started
 
     def _ask(self, request: str | None) -> str:
         """Sends a request, or nothing, and returns the next line of the answer."""
@@ -197,7 +198,10 @@ class Runner:
         if request is not None:
             server.stdin.write(request + "\n")
             server.stdin.flush()
-        return server.stdout.readline()
+        answer = server.stdout.readline()
+        if not answer:
+            raise RuntimeError("the process that forks pytest has ended: see its traceback")
+        return answer
 
 
 def _kill_group(pid: int) -> None:

@@ -31,7 +31,7 @@ class Fault:
     """Test files, functions or cases of the default tier, the cheapest first."""
 
     def digest(self, tests: Sequence[str]) -> str:
-        """Returns what changes with all that decides the result of `tests`, but for the tests' own text."""
+        """Returns what changes with the fault and the names of `tests`; for another tree, results are begun anew."""
         parts = (self.file, self.find, self.replace, *tests)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

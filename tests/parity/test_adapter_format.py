@@ -14,6 +14,7 @@ from qdora.adapter.dora import adapted_layers
 from qdora.config import AdapterConfig, AdapterMethod
 from qdora.errors import AdapterError
 from tests.support.adapters import WORLD, assert_same_logits, load_ours, load_theirs, logits_of, perturb
+from tests.support.faults import record_files
 from tests.support.models import make_model
 
 SOME_TARGETS = "[qv]_proj|.*[.](q|v|up|down)_proj"
@@ -108,6 +109,16 @@ def saved(tmp_path: Path) -> tuple[Path, Path]:
     ours = load_ours(folder, AdapterConfig(rank=4))
     peft_format.save(ours.model, tmp_path / "adapter", ours.adapter, str(folder), ours.dtype, WORLD)
     return folder, tmp_path / "adapter"
+
+
+def test_adapter_is_on_the_disk_before_it_gets_its_name(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    """Else a loss of power leaves an empty file under the name of a run's result."""
+    ours = load_ours(saved[0], AdapterConfig(rank=4))
+    with record_files() as events:
+        peft_format.save(ours.model, tmp_path / "again", ours.adapter, str(saved[0]), ours.dtype, WORLD)
+    for name in (peft_format.WEIGHTS, peft_format.CONFIG):
+        assert ("fsync", f"{name}.partial") in events[: events.index(("name", name))]
+    assert events[-1] == ("fsync", "again")
 
 
 def test_magnitudes_are_stored_in_float32_whatever_the_compute_dtype(saved: tuple[Path, Path], tmp_path: Path) -> None:

@@ -18,14 +18,21 @@ from qdora.config import (
     MergeConfig,
     MergedDtype,
     ModelConfig,
+    ParallelConfig,
+    Plan,
+    QuantConfig,
     QuantMethod,
     RunConfig,
 )
 from qdora.errors import ConfigError
 from qdora.merging import merge
+from qdora.model import load_model
+from qdora.model.export import export_model
+from qdora.model.writer import JOURNAL
 from qdora.nf4 import NF4Linear
 from qdora.run_folder import RunFolder
-from tests.support.adapters import adapted, logits_of, merge_config
+from tests.support.adapters import WORLD, adapted, logits_of, merge_config
+from tests.support.faults import record_files
 from tests.support.models import FAMILIES, make_model
 
 FLOAT32_TOLERANCE = 1e-4
@@ -153,6 +160,35 @@ def test_the_same_merge_is_not_made_twice(tmp_path: Path, capsys: pytest.Capture
     assert merge(options) == 0
     assert "is this merge already" in capsys.readouterr().out
     assert (tmp_path / "merged" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_merge_is_on_the_disk_before_it_gets_its_name(tmp_path: Path) -> None:
+    """Each file, and the names in its folder; the journal, without which all would be written again, goes last."""
+    folder = make_model(tmp_path / "model", "llama")
+    adapted(folder, tmp_path / "adapter", QuantMethod.nf4, AdapterConfig(rank=4))
+    options = merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.nf4)
+    with record_files() as events:
+        merge(options)
+    named = events.index(("name", "merged"))
+    before = {name for kind, name in events[:named] if kind == "fsync"}
+    assert {file.name for file in (tmp_path / "merged").iterdir()} <= before
+    rest = [event for event in events[named + 1 :] if event != ("fsync", "merged")]
+    assert rest[:2] == [("fsync", tmp_path.name), ("remove", JOURNAL)]
+    assert ("fsync", "merged") in events, "the names in the folder"
+
+
+def test_export_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    """As a fully fine-tuned run that goes on after its end writes its model again."""
+    folder = make_model(tmp_path / "model", "llama")
+    config, quant = ModelConfig(path=str(folder)), QuantConfig(method=QuantMethod.none)
+    adapter, plan = AdapterConfig(method=AdapterMethod.none), ParallelConfig(plan=Plan.none)
+    loaded = load_model(folder, config, quant, adapter, plan, WORLD)
+    name = "model.norm.weight"
+    for value in (2.0, 3.0):
+        loaded.model.get_parameter(name).data.fill_(value)
+        export_model(loaded, tmp_path / "exported", folder, WORLD)
+        weight = load_file(tmp_path / "exported" / "model.safetensors")[name]
+        assert torch.equal(weight, torch.full_like(weight, value))
 
 
 def saved_run(folder: Path, output: Path) -> Path:

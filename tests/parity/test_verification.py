@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qdora import nf4
 from qdora.adapter import peft_format
-from qdora.adapter.dora import AdaptedLinear, adapted_layers
+from qdora.adapter.dora import AdaptedLinear, adapted_layers, switched_off
 from qdora.config import (
     AdapterConfig,
     DataConfig,
@@ -39,7 +39,16 @@ from qdora.config import (
 from qdora.errors import DataError, ModelError
 from qdora.merging.card import model_card
 from qdora.merging.parts import Parts
-from qdora.merging.verification import MAX_TOKENS, HeldOut, better_base, find_held_out, reference, verify
+from qdora.merging.verification import (
+    CERTAIN,
+    MAX_TOKENS,
+    HeldOut,
+    Sample,
+    better_base,
+    find_held_out,
+    reference,
+    verify,
+)
 from qdora.model import LoadedModel, load_model
 from qdora.nf4 import NF4Linear
 from qdora.parallel import start_alone
@@ -226,6 +235,25 @@ def test_merge_without_the_adapter_fails(trained: Case, tmp_path: Path) -> None:
     assert found["passed"] is False
     assert found["gain_lost"] == pytest.approx(1, abs=0.05)
     assert re.search(r"gain_lost is (1|0\.9)[\d.]*, allowed is at most 0.02", "; ".join(found["failed"]))
+
+
+@torch.no_grad()
+def test_too_little_text_does_not_let_the_base_pass(trained: Case) -> None:
+    """Two label tokens, the most and the least improved one: the standard error is most of what was gained."""
+    ids = trained.held_out.samples[0].ids
+    model, targets = load_adapted(trained.parts).model.eval(), torch.tensor(ids)[1:, None]
+    adapted = model(input_ids=torch.tensor(ids)[None]).logits[0, :-1].log_softmax(1).gather(1, targets)[:, 0]
+    with switched_off(model):
+        base = model(input_ids=torch.tensor(ids)[None]).logits[0, :-1].log_softmax(1).gather(1, targets)[:, 0]
+    gained = adapted - base
+    learned = [False] * len(ids)
+    for index in (gained.argmax(), gained.abs().argmin()):
+        learned[int(index) + 1] = True
+    little = replace(trained, held_out=HeldOut("two label tokens", [Sample(ids, learned)]))
+    found = little.verify(trained.parts.base, exactness="rounded")
+    assert found["gain_lost"] == pytest.approx(1, abs=0.2)
+    assert found["gain_lost"] - CERTAIN * found["gain_lost_error"] < found["thresholds"]["gain_lost"]
+    assert not found["passed"], found
 
 
 def test_four_bits_anew_lose_what_a_short_training_gained(tmp_path: Path) -> None:

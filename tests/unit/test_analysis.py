@@ -19,6 +19,7 @@ from qdora.analysis.figures import _groups, draw_decomposition, draw_layers, dra
 from qdora.analysis.measures import fit, product_singular_values, ranks, row_changes
 from qdora.analysis.report import _summary
 from qdora.analysis.run import _block, analyze, measure_layer, measure_state, quantisation_error
+from qdora.checkpoint import Checkpoints, Manifest
 from qdora.config import (
     AdapterConfig,
     AdapterMethod,
@@ -36,10 +37,11 @@ from qdora.config import (
 )
 from qdora.errors import CheckpointError, ConfigError, ModelError
 from qdora.merging import merge
-from qdora.model import load_model
+from qdora.model import LoadedModel, load_model
+from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.writer import Rows
 from qdora.parallel import start_alone
-from qdora.run_folder import RunFolder
+from qdora.run_folder import RunFolder, config_values
 from tests.support.models import make_model
 
 EXACT = 1e-12
@@ -265,16 +267,22 @@ def run(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.Te
         adapter=AdapterConfig(method=method, rank=4),
         data=DataConfig(train="t"),
     )
-    world = start_alone("tests")
-    loaded = load_model(model, config.model, config.quant, config.adapter, ParallelConfig(plan=Plan.none), world)
-    torch.manual_seed(3)
-    for layer in adapted_layers(loaded.model).values():
-        layer.trained_factors()[1].data.normal_(std=1.0 if method.is_vera else 0.1)
-        if layer.magnitude is not None:
-            layer.magnitude.data.mul_(torch.empty_like(layer.magnitude).uniform_(0.8, 1.2))
-    peft_format.save(loaded.model, folder.adapter, loaded.adapter, str(model), loaded.dtype, world)
+    save_random_adapter(folder, config)
     finished(folder, config)
     return folder
+
+
+def save_random_adapter(run: RunFolder, config: RunConfig) -> LoadedModel:
+    """Writes it as the result of `run`; returns the model that has it."""
+    base, world = Path(str(config.model.path)), start_alone("tests")
+    loaded = load_model(base, config.model, config.quant, config.adapter, ParallelConfig(plan=Plan.none), world)
+    torch.manual_seed(3)
+    for layer in adapted_layers(loaded.model).values():
+        layer.trained_factors()[1].data.normal_(std=1.0 if config.adapter.method.is_vera else 0.1)
+        if layer.magnitude is not None:
+            layer.magnitude.data.mul_(torch.empty_like(layer.magnitude).uniform_(0.8, 1.2))
+    peft_format.save(loaded.model, run.adapter, loaded.adapter, str(base), loaded.dtype, world)
+    return loaded
 
 
 @EACH
@@ -310,6 +318,49 @@ def test_dora_has_the_magnitudes_that_it_learned_and_lora_none_of_its_own(run: R
         else:
             assert point["effective_rank"] < 4
         assert (layer["quantisation_error"] is not None) == (course.config.quant.method is QuantMethod.nf4)
+
+
+@pytest.mark.parametrize("method", [AdapterMethod.dora, AdapterMethod.vera, AdapterMethod.dvora])
+def test_checkpoint_has_the_weights_of_the_adapter_that_was_made_of_it(
+    method: AdapterMethod, model: Path, tmp_path: Path
+) -> None:
+    """With a scaling, which VeRA's adapter has in b and its checkpoint has not."""
+    run = RunFolder(tmp_path / "run")
+    config = RunConfig(
+        model=ModelConfig(path=str(model)),
+        adapter=AdapterConfig(method=method, rank=4, alpha=16),  # s is a power of 2, which rounds nothing
+        data=DataConfig(train="t"),
+    )
+    loaded = save_random_adapter(run, config)
+    finished(run, config)
+    trained = {f"model.{name}": one for name, one in loaded.model.named_parameters() if one.requires_grad}
+    nothing: dict[str, Any] = {"eval_loss": None, "tracker_id": None, "loader": {}, "guard": {}, "versions": {}}
+    manifest = Manifest(
+        step=4,
+        num_tokens=0,
+        rows_per_step=1,
+        world_size=1,
+        run_id="run",
+        config=config_values(config),
+        data_fingerprint="data",
+        model_fingerprint=CheckpointFiles(model).fingerprint(),
+        **nothing,
+    )
+    checkpoints = Checkpoints(run.checkpoints, start_alone("tests"), keep=1)
+    checkpoints.save_async(trained, manifest)
+    checkpoints.wait()
+    course = find_course(AnalyzeConfig(run=str(run.path)), start_alone("tests"))
+    assert [(state.step, state.source) for state in course.states] == [(4, "checkpoint"), (9, "adapter")]
+    for name in course.layers:
+        rows = course.shape(name)[0]
+        before = course.before(name)(0, rows).clone()
+        weights = [state.rows(name, lambda *_: before.clone())(0, rows) for state in course.states]  # noqa: B023
+        assert torch.equal(*weights)
+        assert not torch.equal(weights[0], before)
+        first, last = (state.factors(name) for state in course.states)
+        assert (first is None) == (last is None) == (method is not AdapterMethod.vera)
+        if first is not None and last is not None:
+            assert all(map(torch.equal, first, last))
 
 
 def test_checkpoint_in_nf4_has_no_original(model: Path, tmp_path: Path) -> None:

@@ -1,10 +1,7 @@
-"""Which checkpoints stay, what the newest is, and that training waits for the copy alone."""
+"""Which checkpoints stay, what the newest is, when one is tried again, and that training waits for the copy alone."""
 
-import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -14,11 +11,13 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
 from qdora import parallel
+from qdora.adapter.peft_format import WEIGHTS
 from qdora.checkpoint import Checkpoints, Manifest, complete, damage, load, read_manifest
 from qdora.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from qdora.errors import ConfigError
-from qdora.run_folder import config_values
+from qdora.run_folder import RunFolder, config_values
 from qdora.training.run import keep_rows_per_step
+from tests.support.faults import record_files
 
 
 def manifest(step: int, eval_loss: float | None = None) -> Manifest:
@@ -139,27 +138,46 @@ def test_rows_of_a_step_that_another_number_of_ranks_cannot_share_are_refused() 
     assert keep_rows_per_step(allowed, 8, kept) == allowed
 
 
-def test_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_that_fails_is_tried_again_after_1_2_4_steps(tmp_path: Path) -> None:
+    """As long as a file is where its folder should be; after a success the next failure begins with 1 again."""
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, parallel.start_alone("test"), keep=2)
+
+    def retried_after(step: int) -> int | None:
+        checkpoints.save_async({"a": torch.zeros(3)}, manifest(step))
+        checkpoints.wait()
+        return None if checkpoints.retry_at is None else checkpoints.retry_at - step
+
+    folder.touch()
+    assert [retried_after(step) for step in (5, 6, 8)] == [1, 2, 4]
+    folder.unlink()
+    assert retried_after(12) is None
+    assert steps(folder) == [12]
+    folder.rename(tmp_path / "elsewhere")
+    folder.touch()
+    assert retried_after(20) == 1
+
+
+def test_run_is_finished_where_its_result_is_whole(tmp_path: Path) -> None:
+    """A loss of power may leave an adapter without content under its name: that run is to be finished again."""
+    run = RunFolder(tmp_path)
+    run.write_summary({"status": "finished"})
+    assert not run.is_finished()
+    run.adapter.mkdir()
+    (run.adapter / WEIGHTS).touch()
+    assert not run.is_finished()
+    (run.adapter / WEIGHTS).write_bytes(b"weights")
+    assert run.is_finished()
+    run.write_summary({"status": "preempted"})
+    assert not run.is_finished()
+
+
+def test_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path: Path) -> None:
     """Each file, and the names in its folder; the folder's own name follows, then `latest`, which is last."""
-    events: list[tuple[str, str]] = []
-    fsync, rename, replace_file = os.fsync, os.rename, os.replace
-
-    def record_fsync(descriptor: int) -> None:
-        fsync(descriptor)
-        events.append(("fsync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
-
-    def record_name(make: Callable[..., None], source: Any, target: Any) -> None:
-        events.append(("name", Path(target).name))
-        events.extend([("fsync", Path(target).name)] * (("fsync", Path(source).name) in events))
-        make(source, target)
-
     checkpoints = Checkpoints(tmp_path, parallel.start_alone("test"), keep=2)
-    monkeypatch.setattr(os, "fsync", record_fsync)
-    monkeypatch.setattr(os, "rename", partial(record_name, rename))
-    monkeypatch.setattr(os, "replace", partial(record_name, replace_file))
-    checkpoints.save_async({"a": torch.zeros(3)}, manifest(7))
-    checkpoints.wait()
-    monkeypatch.undo()
+    with record_files() as events:
+        checkpoints.save_async({"a": torch.zeros(3)}, manifest(7))
+        checkpoints.wait()
     (path,) = complete(tmp_path)
     named = events.index(("name", path.name))
     before = {what for kind, what in events[:named] if kind == "fsync"}

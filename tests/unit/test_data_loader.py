@@ -17,6 +17,7 @@ from qdora.config import (
     AdapterConfig,
     AdapterMethod,
     DataConfig,
+    DataFormat,
     Dtype,
     ModelConfig,
     Overlong,
@@ -266,19 +267,22 @@ def test_cache_is_used_the_second_time(source: Path, config: DataConfig, monkeyp
     assert all(torch.equal(a, b) for a, b in zip(first[3], second[3], strict=True))
 
 
-@pytest.mark.parametrize("change", ["content", "max_length", "limit", "overlong", "template"])
+@pytest.mark.parametrize("change", ["content", "format", "max_length", "limit", "overlong", "template", "vocabulary"])
 def test_cache_is_left_when_the_result_would_differ(
     source: Path, config: DataConfig, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     tokenizer = make_tokenizer()
+    source.write_text(source.read_text().replace('"prompt"', '"text": "of another format", "prompt"'))
     prepare(config, str(source), tokenizer)
     calls = _count_encodings(monkeypatch)
     if change == "content":
         source.write_text(source.read_text().replace("x", "y"))
+    elif change == "vocabulary":
+        assert tokenizer.add_tokens("xxx")
     elif change == "template":
         tokenizer.chat_template = "{{ messages[0]['content'] }}"
     else:
-        value = {"max_length": 32, "limit": 20, "overlong": Overlong.drop}[change]
+        value = {"format": DataFormat.text, "max_length": 32, "limit": 20, "overlong": Overlong.drop}[change]
         config = replace(config, **{change: value})
     prepare(config, str(source), tokenizer)
     assert calls

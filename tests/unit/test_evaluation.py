@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,11 +38,13 @@ from qdora.evaluation import evaluate
 from qdora.evaluation.ranks import score_all
 from qdora.evaluation.scoring import Job, Record, likelihood_job
 from qdora.evaluation.tasks import Question, is_right, question_of
+from qdora.files import lock
 from qdora.model import LoadedModel, load_model
 from qdora.model.checkpoint_files import CheckpointFiles
+from qdora.model.generate import end_tokens
 from qdora.parallel import start_alone
 from qdora.run_folder import RunFolder
-from tests.support.models import make_model
+from tests.support.models import make_model, make_tokenizer
 
 COMMONSENSE = Path(__file__).parent / "commonsense_rows.jsonl"
 """Source and licences: commonsense_rows.md beside it."""
@@ -252,6 +255,17 @@ def test_generation_is_that_of_transformers(smollm2: Path, tmp_path: Path) -> No
     assert "Paris" in results["samples"][1]["prediction"]
 
 
+@pytest.mark.parametrize(("named", "expected"), [([2, 5], [2, 5]), ([7, 5], [2, 5, 7]), (7, [2, 7]), (None, [2])])
+def test_answer_ends_at_the_tokens_that_tokenizer_and_model_name(
+    named: list[int] | int | None, expected: list[int], tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer()
+    assert tokenizer.eos_token_id == 2
+    assert end_tokens(tokenizer, tmp_path) == [2]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert end_tokens(tokenizer, tmp_path) == expected
+
+
 def test_limit_scores_only_the_first(model: Path, tmp_path: Path) -> None:
     assert score(model, QUESTIONS, tmp_path, Protocol.likelihood, limit=2)["num_samples"] == 2
 
@@ -378,6 +392,23 @@ def test_scores_by_another_protocol_are_kept_but_where_the_folder_is_given(tmp_p
     there = EvaluateConfig(**options, protocol=Protocol.loss, output_dir=str(model / "evaluation"))
     assert evaluate(there) == 0
     assert json.loads((model / "evaluation" / "results.json").read_text())["protocol"] == "loss"
+
+
+def test_same_evaluation_is_refused_while_it_is_going_on(model: Path, tmp_path: Path) -> None:
+    first = score(model, QUESTIONS, tmp_path, Protocol.likelihood)
+    (tmp_path / "results" / "results.json").unlink()
+    partial = tmp_path / "results" / f".scored-{first['identity']}"
+    partial.mkdir()
+    descriptor = os.open(partial, os.O_RDONLY)
+    assert lock(descriptor)
+    try:
+        with pytest.raises(ConfigError, match=r"the same is being scored into .*results: wait, or give another"):
+            score(model, QUESTIONS, tmp_path, Protocol.likelihood)
+        assert score(model, QUESTIONS, tmp_path, Protocol.likelihood, limit=2)["num_samples"] == 2
+        assert partial.exists()
+    finally:
+        os.close(descriptor)
+    assert score(model, QUESTIONS, tmp_path, Protocol.likelihood) == first
 
 
 def test_generated_answers_are_judged_anew_by_other_choices(model: Path, tmp_path: Path) -> None:

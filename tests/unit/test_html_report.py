@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from qdora.adapter import peft_format
+from qdora.adapter.dora import adapted_layers
 from qdora.commands import COMMANDS, compose, typed
 from qdora.config import (
     AdapterConfig,
@@ -20,18 +23,24 @@ from qdora.config import (
     DataConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
+    Plan,
     QuantConfig,
     QuantMethod,
     ReportConfig,
     RunConfig,
 )
 from qdora.errors import ConfigError
+from qdora.model import load_model
+from qdora.parallel import start_alone
+from qdora.reporting.answers import sample_answers
 from qdora.reporting.page import DASH, MINUS, Answer, Page, Section, Text, number, render
 from qdora.reporting.reproduce import study_command, train_command
 from qdora.reporting.run import report
 from qdora.reporting.run_page import run_page
 from qdora.reporting.study_page import findings, study_page, verdict
 from qdora.run_folder import RunFolder, config_values, plain
+from tests.support.models import make_model
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" ${x} {{ 7 * 7 }} --> </svg> $\\frac{1$"
 METRICS = [
@@ -431,6 +440,31 @@ def test_report_writes_beside_the_run_and_makes_folders(tmp_path: Path, capsys: 
     assert (run.path / "report.html").read_bytes() == (tmp_path / "a" / "b.html").read_bytes()
     assert not (run.path / "answers.json").exists()
     assert "written to" in capsys.readouterr().out
+
+
+def test_answers_are_made_anew_where_the_adapter_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qdora.reporting.answers.MAX_NEW_TOKENS", 8)
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n")
+    run = make_run(
+        tmp_path / "run",
+        model=ModelConfig(path=str(make_model(tmp_path / "model", "llama", num_hidden_layers=1))),
+        quant=QuantConfig(method=QuantMethod.none),
+        adapter=AdapterConfig(method=AdapterMethod.lora, rank=4),
+        data=DataConfig(train="t", eval=str(tmp_path / "eval.jsonl")),
+    )
+    config, world = run.read_config(), start_alone("tests")
+    base, plan = Path(str(config.model.path)), ParallelConfig(plan=Plan.none)
+    loaded = load_model(base, config.model, config.quant, config.adapter, plan, world)
+    peft_format.save(loaded.model, run.adapter, config.adapter, str(base), loaded.dtype, world)
+    (first,) = sample_answers(run, config, 1)
+    assert first.before == first.after, "a new adapter changes nothing"
+    torch.manual_seed(3)
+    for layer in adapted_layers(loaded.model).values():
+        layer.lora_b.data.normal_()
+    peft_format.save(loaded.model, run.adapter, config.adapter, str(base), loaded.dtype, world)
+    (second,) = sample_answers(run, config, 1)
+    assert second.before == first.before
+    assert second.after != first.after
 
 
 def test_report_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,8 @@ def test_this_machine_is_measured() -> None:
     found = find_hardware("auto")
     assert found.measured
     assert min(found.memory_bytes, found.matrix, found.copy, found.link, found.host_link) > 0
+    assert found.host_bytes is not None
+    assert found.num_ranks * found.memory_bytes < 1.5 * found.host_bytes, "ranks share it; it changes while measuring"
 
 
 def plans_for(shape: str, hardware: str, length: int = 2048, **train: Any) -> tuple[Planner, list[Planned]]:

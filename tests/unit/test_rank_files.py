@@ -20,10 +20,11 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from qdora import rank_files
 from qdora.commands import run
 from qdora.commands.launch import HANDED_ON, launch
-from qdora.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError
+from qdora.errors import EXIT_KEYBOARD, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError
 from qdora.interrupt import interrupt
 from qdora.parallel import failing_together, start_alone
 from tests.support.processes import ROOT
+from tests.support.processes import run as run_process
 
 
 def fails_in_a_collective() -> None:
@@ -89,7 +90,7 @@ def test_mistake_is_not_started_again(monkeypatch: pytest.MonkeyPatch, capsys: p
     def run_torchrun(_: Namespace) -> None:
         monkeypatch.setenv("RANK", "1")
         assert rank_files.leave_error(ConfigError("model.path=/nowhere: no such folder"))
-        time.sleep(5)
+        time.sleep(60)
         raise AssertionError("nobody ended it")
 
     for name in (rank_files.FOLDER, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
@@ -102,6 +103,36 @@ def test_mistake_is_not_started_again(monkeypatch: pytest.MonkeyPatch, capsys: p
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
     assert capsys.readouterr().err == "qdora: model.path=/nowhere: no such folder\n"
+
+
+def test_mistake_counts_before_a_traceback_that_was_left_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the collectives of the other ranks fail before the rank that ran out of memory has written why."""
+    monkeypatch.setenv(rank_files.FOLDER, str(tmp_path))
+    for rank, error in ((1, RuntimeError("Connection closed by peer")), (0, ConfigError("lower data.max_length"))):
+        monkeypatch.setenv("RANK", str(rank))
+        assert rank_files.leave_error(error)
+        time.sleep(0.01)  # the next one is later by the clock
+    first = rank_files.first_error(tmp_path)
+    assert first is not None
+    assert (first.rank, first.status, first.text) == (0, EXIT_USER_ERROR, "lower data.max_length")
+
+
+def test_launcher_under_nohup_outlives_a_terminal_that_closes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a rank that sends SIGHUP to its launcher, which is this process."""
+    script = tmp_path / "rank.py"
+    script.write_text("import os, signal, time\nos.kill(os.getppid(), signal.SIGHUP)\ntime.sleep(1)\n")
+    for name in (rank_files.FOLDER, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.setenv(name, "30")
+    before = {name: signal.getsignal(getattr(signal, name)) for name in HANDED_ON}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        status = launch(["--standalone", "--nproc-per-node", "1", str(script)])
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+    assert status == 0, capsys.readouterr().err
 
 
 def test_error_is_left_while_signals_are_still_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +161,7 @@ def test_each_signal_makes_the_step_under_way_the_last(number: signal.Signals) -
         with interrupt.listening():
             interrupt.training = True
             os.kill(os.getpid(), number)
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 60
             while not interrupt.received and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert interrupt.received
@@ -138,9 +169,45 @@ def test_each_signal_makes_the_step_under_way_the_last(number: signal.Signals) -
         signal.signal(number, before)
 
 
+TWICE = """
+import os, signal, time
+from qdora.interrupt import interrupt
+
+with interrupt.listening():
+    interrupt.training = True
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not interrupt.received:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize(("twice_s", "status"), [("600", 0), ("0", EXIT_KEYBOARD)])
+def test_signal_that_comes_twice_at_once_counts_once(twice_s: str, status: int) -> None:
+    """Slurm tells a rank and its launcher, which hands it on; what comes later than QDORA_TWICE_S ends at once."""
+    done = run_process([sys.executable, "-c", TWICE], cold=True, QDORA_TWICE_S=twice_s)
+    assert done.returncode == status, done.stderr
+    told = done.stderr.splitlines()
+    assert told[0] == "qdora: finishing the step and saving; another signal ends at once"
+    assert told[1:] == (["qdora: interrupted at once; nothing new was saved"] if status else [])
+
+
+RANK = """
+import os, time
+from qdora import __main__ as entry
+
+def command(arguments):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+entry.run = command
+entry.main()
+"""
+"""qdora's own entry point, with a command that hangs."""
+
+
 def test_rank_hears_that_its_launcher_was_killed(tmp_path: Path) -> None:
-    rank = "import os, time; from qdora import rank_files as r; r.end_with_launcher(); print(os.getpid(), flush=True)"
-    command = [sys.executable, "-c", f"{rank}; time.sleep(60)"]
+    command = [sys.executable, "-c", RANK]
     launcher = f"import subprocess, time; subprocess.Popen({command!r}); time.sleep(60)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), rank_files.FOLDER: str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, env=environment) as process:
@@ -148,7 +215,7 @@ def test_rank_hears_that_its_launcher_was_killed(tmp_path: Path) -> None:
         started = psutil.Process(int(process.stdout.readline()))
         process.kill()
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while started.is_running() and started.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not started.is_running() or started.status() == psutil.STATUS_ZOMBIE

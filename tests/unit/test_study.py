@@ -1,5 +1,7 @@
 """A study pairs what it compares, and its options reach the runs."""
 
+import csv
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,14 @@ import numpy as np
 import pytest
 
 from qdora.commands import COMMANDS, compose, run, typed
+from qdora.commands.members import STOP
+from qdora.commands.study import _score_bases
 from qdora.config import AdapterMethod, QuantMethod, RunConfig, StudyConfig
 from qdora.errors import ConfigError
 from qdora.study.cells import Arm, Cell, arms, best_rates, compared, own_options, search, shared_options
 from qdora.study.results import _differ_in_one, _pairs, conclude
 from qdora.study.statistics import Difference, Scores, differences
+from tests.support.models import make_model
 
 NEEDED = ["+study=methods", "model.path=m", "data.train=d", "data.eval=e", "tasks=[obqa]", "tasks_path=t"]
 NUM_TRIALS = 200
@@ -197,14 +202,19 @@ def test_study_of_losses_alone_has_its_table_and_figure(tmp_path: Path) -> None:
         "ranks=[4]", "protocol=loss", *(f"~methods.{name}" for name in ("full", "full_nf4", "qlora", "qdora"))
     )
     rates = {Arm("lora", 4): 1e-3, Arm("dora", 4): 1e-3}
+    losses = {}
     for number, cell in enumerate(compared(config, rates)):
-        _write_results(tmp_path / cell.name / "evaluation", {"loss": 1.0 + 0.01 * number, "num_label_tokens": 5})
+        loss = losses[f"loss {cell.arm.label} seed {cell.seed}"] = 1.0 + 0.01 * number
+        _write_results(tmp_path / cell.name / "evaluation", {"loss": loss, "num_label_tokens": 5})
     _write_results(tmp_path / "base-none", {"loss": 3.0, "num_label_tokens": 5})
     assert conclude(config, tmp_path, rates)
     values = json.loads((tmp_path / "study.json").read_text())
     assert [pair["label"] for pair in values["differences"]] == ["dora r=4 - lora r=4"]
     assert "accuracy" not in values["arms"][0]
     assert (tmp_path / "study.png").exists()
+    (sample,) = csv.DictReader(gzip.decompress((tmp_path / "samples.csv.gz").read_bytes()).decode().splitlines())
+    assert sample.pop("task") == "0"
+    assert {name: float(value) for name, value in sample.items()} == pytest.approx(losses)
 
 
 def test_arms_that_were_scored_on_other_samples_are_not_paired(tmp_path: Path) -> None:
@@ -222,6 +232,23 @@ def _write_results(folder: Path, sample: dict[str, Any]) -> None:
     folder.mkdir(parents=True)
     values = {"loss": sample["loss"], "tasks": {"t": {}}, "samples": [{"task": "t", "where": "row 1", **sample}]}
     (folder / "results.json").write_text(json.dumps(values))
+
+
+def test_base_is_scored_as_the_methods_start_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which spares two starts."""
+    monkeypatch.setattr("qdora.commands.study.evaluate", lambda options, stop, environment: run(["evaluate", *options]))
+    model = make_model(tmp_path / "model", "llama", num_hidden_layers=1)
+    (tmp_path / "task.jsonl").write_text(json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n")
+    config = study(
+        *(f"~methods.{name}" for name in ("full_nf4", "dora", "qdora")),
+        *("protocol=loss", "tasks=[task]", f"tasks_path={tmp_path}", f"model.path={model}"),
+    )
+    (tmp_path / STOP).parent.mkdir(exist_ok=True)
+    (tmp_path / STOP).touch()
+    _score_bases(config, tmp_path)
+    bases = [json.loads((tmp_path / f"base-{name}" / "results.json").read_text()) for name in ("none", "nf4")]
+    assert [base["quant"] for base in bases] == ["none", "nf4"]
+    assert bases[0]["loss"] != bases[1]["loss"]
 
 
 def test_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

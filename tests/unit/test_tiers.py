@@ -1,5 +1,6 @@
 """A change runs the tests of every change, and the nightly ones whose files it touches; the end says which."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,14 +28,16 @@ def test_variant_of_a_script(): pass
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """Runs git as somebody; returns what it prints."""
-    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    """Runs git as somebody, whatever the developer has configured; returns what it prints."""
+    who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
     return subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two commits, two days apart, and a file that is not committed."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # of a hook that runs the tests
+        monkeypatch.delenv(name)
     git(tmp_path, "init", "-q")
     for number, name in ((1, "old.py"), (3, "new.py")):
         (tmp_path / name).write_text(name)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 from typing import Any
 
 import psutil
@@ -23,6 +23,8 @@ from tests.support.wandb_server import KEY, WandbServer, serving
 NOBODY = "http://127.0.0.1:9"
 TIMEOUT_S = 120
 """Until W&B gives up, which it does in no test: its process may take long to start beside others."""
+RESCUE_S = 20
+"""Until a call that hangs goes on, so that a test which waits for it fails instead of never ending."""
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +56,15 @@ class FakeRun:
         self.artifacts: list[Any] = []
         self.exit_code: int | None = None
         self.preempting = False
-        self.may_finish = Event()
+        self.may_log, self.may_finish = Event(), Event()
+        self.may_log.set()
         self.may_finish.set()
 
     def define_metric(self, name: str, step_metric: str) -> None:
         """Nothing of it is looked at."""
 
     def log(self, metrics: dict[str, float], step: int, commit: bool) -> None:
+        self.may_log.wait()
         self.steps.append(step)
 
     def log_artifact(self, artifact: Any) -> None:
@@ -147,7 +151,7 @@ def test_offline_run_reads_back(
     tracker.log({"loss": 1.5}, step=5)
     tracker.log({"loss": 9.0}, step=5)
     tracker.log_adapter(adapter)
-    time.sleep(1)  # ten times as long as until W&B's first sample of the system
+    time.sleep(3)  # thirty times as long as until W&B's first sample of the system
     tracker.finish("finished")
 
     (run,) = wandb_records(tmp_path, "run")
@@ -319,6 +323,19 @@ def test_online_run_and_its_resume_upload_each_step_once(tmp_path: Path, server:
     assert server.steps == [1, 2, 3, 4]
 
 
+def test_key_of_netrc_makes_the_run_online(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is where `wandb login` stores one."""
+    monkeypatch.delenv("WANDB_API_KEY")
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1:{server.port} login user password {KEY}\n")
+    tracker = start(tmp_path)
+    tracker.log({"loss": 1.0}, step=1)
+    tracker.finish("finished")
+    assert tracker.notice is None
+    assert server.steps == [1]
+
+
 def test_finish_gives_up_where_the_server_has_gone(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -337,7 +354,25 @@ def test_finish_gives_up_where_the_server_has_gone(
     tracker.finish("finished")
     (warning,) = warnings(caplog)
     assert "wandb sync" in warning
+    deadline = time.monotonic() + 60  # W&B's own process may be writing it yet
+    while (1, 1.0) not in history(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert (1, 1.0) in history(tmp_path)
+
+
+def test_step_does_not_wait_for_a_call_that_hangs(tmp_path: Path, fake: FakeWandb) -> None:
+    tracker = start(tmp_path)
+    (run,) = fake.runs
+    run.may_log.clear()
+    rescue = Timer(RESCUE_S, run.may_log.set)
+    rescue.start()
+    for step in (1, 2, 3):
+        tracker.log({"loss": 1.0}, step=step)
+    assert not run.may_log.is_set(), "a step has waited until W&B went on"
+    rescue.cancel()
+    run.may_log.set()
+    tracker.finish("finished")
+    assert run.steps == [1, 2, 3]
 
 
 def test_end_does_not_wait_for_a_call_that_hangs(
@@ -346,7 +381,9 @@ def test_end_does_not_wait_for_a_call_that_hangs(
     monkeypatch.setenv("QDORA_WANDB_GRACE_S", "0.2")
     tracker = start(tmp_path, timeout_s=0)
     fake.runs[0].may_finish.clear()
+    began = time.monotonic()
     tracker.finish("finished")
+    assert time.monotonic() - began < 20
     (warning,) = warnings(caplog)
     assert "W&B failed in finish (no end within 0.2 s)" in warning
     fake.runs[0].may_finish.set()
