@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, warm
+from tests.support import ROOT, processes, warm
 
-if not ("PYTEST_XDIST_WORKER" in os.environ or any("gpu" in argument for argument in sys.argv)):
+if not ("PYTEST_XDIST_WORKER" in os.environ or any("tests/gpu" in argument for argument in sys.argv)):
     # Before torch looks: the CPU tests are the same on a machine with GPUs; launch/test.sh runs tests/gpu by itself.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Before the libraries look, here and in what is started: one thread a rank, so that runs in this process are bit for
 # bit those of others; ranks share few cores, so threads that wait must not spin.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 for _name in [name for name in os.environ if name.startswith("QDORA_") and name.endswith("_S")]:
     del os.environ[_name]  # a developer's own waits
@@ -43,6 +44,16 @@ def _warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     warm.Server.environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": cache, "WANDB_MODE": "offline"}
     yield
     warm.Server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    """Ends what a test has started by `processes.start` and, as it failed, has not waited for."""
+    yield
+    while processes.started:
+        process = processes.started.pop()
+        if process.poll() is None:
+            processes.end(process)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Functions of ranks that do not return as they should, for test_ranks; without torch, which a bare server lacks."""
+"""Functions of ranks that do not return as they should, for test_ranks."""
 
 import ctypes
 import os

@@ -18,6 +18,7 @@ FLOAT32_TOLERANCE = 2e-5
 BFLOAT16_TOLERANCE = 3e-2
 """Relative to the norm of a gradient: bfloat16 products (4e-3 a rounding) of other groups of rows, through 2 layers."""
 TIMEOUT_S = 500
+pytestmark = pytest.mark.timeout(1800)
 
 METHODS = {
     "qdora": ("nf4", "dora"),

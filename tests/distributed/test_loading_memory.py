@@ -1,7 +1,6 @@
 """Loading holds a rank's own share and little more, whatever the checkpoint's size."""
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,9 +40,7 @@ def load(folder: Path) -> dict[str, float]:
     baseline = status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     read_before = read_bytes()
-    started = time.perf_counter()
     loaded = load_model(folder, model, quant, adapter, config, world)
-    seconds = time.perf_counter() - started
     read = read_bytes() - read_before
     own, total = weight_bytes(loaded.model)
     return {
@@ -51,7 +48,6 @@ def load(folder: Path) -> dict[str, float]:
         "read_bytes": read,
         "own_bytes": own,
         "total_bytes": total,
-        "seconds": seconds,
     }
 
 

@@ -39,6 +39,7 @@ def go_wrong(*arguments: Any) -> float:
     calls += 1
     if calls == 3 and os.environ.get("RANK", "1") == "1":
         if KIND == "hang":
+            print("hangs in step 3", flush=True)
             time.sleep(3600)
         if KIND == "memory":
             limit_memory()

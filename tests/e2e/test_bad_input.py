@@ -67,7 +67,7 @@ def mistakes(tiny: Path, data: Path, folder: Path) -> Mistakes:
         "no layer": ([train, model, "adapter.target_modules=[q_porj]"], "did you mean 'q_proj'"),
         "missing model": ([train, "model.path=./absent"], "no such folder"),
         "attention": ([train, model, "model.attention=flex_attention"], "has no backward on a CPU: use sdpa"),
-        "pickle": ([train, f"model.path={pickled}"], "pickle"),
+        "pickle": ([train, f"model.path={pickled}"], "holds only pickled weights (pytorch_model.bin)"),
         "remote code": ([train, f"model.path={remote}"], "model.trust_remote_code=true"),
         "truncated": ([train, f"model.path={cut}"], "is cut short"),
         "vocabulary": ([train, f"model.path={small}"], "the model's embedding has 50 rows"),
@@ -116,7 +116,7 @@ def _run(arguments: list[str], nproc: int, output: Path) -> str:
     """stderr of a run that must end with 2 and leave no folder."""
     if not any(argument.startswith("output_dir") for argument in arguments):
         arguments = [*arguments, f"output_dir={output}"]
-    done = qdora("train", *arguments, "tracker=none", nproc=nproc, timeout_s=60)
+    done = qdora("train", *arguments, "tracker=none", nproc=nproc)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stdout
     assert not output.exists()
@@ -165,7 +165,7 @@ def test_mistake_is_told_though_rank_0_is_the_slower_one(tmp_path: Path) -> None
     late = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(2)\n"
     (tmp_path / "sitecustomize.py").write_text(late)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = qdora("train", "adapter.rnak=3", nproc=2, timeout_s=60, PYTHONPATH=path)
+    done = qdora("train", "adapter.rnak=3", nproc=2, PYTHONPATH=path)
     assert done.returncode == 2, done.stderr
     _assert_told(done.stderr, "there is no option adapter.rnak")
 
@@ -181,7 +181,7 @@ def test_mistake_that_only_rank_1_sees_is_told(options: list[str], tiny: Path, t
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     arguments = [*options, "model.path=model", f"output_dir={tmp_path}/run"]
-    done = qdora("train", *arguments, nproc=2, timeout_s=120, PYTHONPATH=path)
+    done = qdora("train", *arguments, nproc=2, PYTHONPATH=path)
     assert done.returncode == 2, done.stderr
     _assert_told(done.stderr, "model.safetensors")
 
@@ -191,13 +191,13 @@ def test_foreign_files_are_not_touched(mistakes: Mistakes, ranks: Path, folder: 
 
 
 def test_single_rank_plan_on_two_ranks_is_told(options: list[str]) -> None:
-    done = qdora("train", *options, "parallel=none", nproc=2, timeout_s=60)
+    done = qdora("train", *options, "parallel=none", nproc=2)
     assert done.returncode == 2
     assert "parallel=none runs on one rank, but 2 were started" in done.stderr
 
 
 def test_single_process_command_on_two_ranks_is_told(tmp_path: Path) -> None:
-    done = qdora("merge", "run=r", f"output={tmp_path}/m", nproc=2, timeout_s=60)
+    done = qdora("merge", "run=r", f"output={tmp_path}/m", nproc=2)
     assert done.returncode == 2
     assert "qdora merge runs as one process, but 2 ranks were started" in done.stderr
 

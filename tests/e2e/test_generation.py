@@ -379,7 +379,7 @@ def press(terminal: int, key: bytes, process: int) -> int:
     """
     for _ in range(3):
         os.write(terminal, key)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
@@ -397,12 +397,12 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_chat(smollm2: Path) -
         arguments = ["chat", f"model.path={smollm2}", "max_new_tokens=2000"]
         os.execv(sys.executable, [sys.executable, "-m", "qdora", *arguments])
     try:
-        until(terminal, b"> ")
+        until(terminal, b"> ", timeout_s=180)
         os.write(terminal, b"Tell me a long story about every king of England.\n")
         until(terminal, b"England.\r\n")
         until(terminal, b" ")
         os.write(terminal, CTRL_C)
-        assert len(until(terminal, b"\n> ", timeout_s=20)) < 1000
+        assert len(until(terminal, b"\n> ", timeout_s=60)) < 1000
         status = press(terminal, CTRL_C, process)
     except BaseException:
         os.kill(process, signal.SIGKILL)

@@ -1,8 +1,6 @@
 """The launcher ends as its ranks did."""
 
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.marks import nightly
-from tests.support.processes import ROOT
+from tests.support.processes import start_command
 
 SLOW_LOADING = """
 import time
@@ -35,19 +33,12 @@ def test_interrupted_while_loading_is_not_said_to_be_saved(
     script = tmp_path / "slow.py"
     script.write_text(SLOW_LOADING.replace("FOLDER", repr(str(tmp_path))))
     launcher = [sys.executable, "-m", "qdora.commands.launch", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.Popen(
-        [*launcher, str(script), "train", *options, f"output_dir={tmp_path}/run"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    deadline = time.monotonic() + 90
+    process = start_command([*launcher, str(script), "train", *options, f"output_dir={tmp_path}/run"])
+    deadline = time.monotonic() + 240
     while len(list(tmp_path.glob("loading-*"))) < 2 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(number)
-    told, _ = process.communicate(timeout=60)
+    told, _ = process.communicate(timeout=240)
     assert process.returncode == 75, told[-3000:]
     assert told.count("interrupted before training went on; the same command starts again") == 1
     assert "interrupted and saved" not in told

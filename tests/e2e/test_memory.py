@@ -4,7 +4,10 @@ import json
 import os
 import re
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ def limited() -> Iterator[Callable[[int], Path]]:
 
     def make(limit: int) -> Path:
         for root, limit_name in GROUPS.items():
-            group = root / f"qdora-test-{os.getpid()}-{len(made)}"
+            group = root / f"qdora-test-{uuid.uuid4().hex}"
             try:
                 group.mkdir()
             except OSError:
@@ -42,14 +45,18 @@ def limited() -> Iterator[Callable[[int], Path]]:
 
     yield make
     for group in made:
-        group.rmdir()
+        for _ in range(100):  # busy until the kernel has seen off its last process
+            with suppress(OSError):
+                group.rmdir()
+                break
+            time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A step of 64 rows of 256 tokens on 24 narrow blocks: its activations outweigh everything else."""
+    """A step of 64 rows of 256 tokens on 12 narrow blocks: its activations outweigh everything else."""
     folder = tmp_path_factory.mktemp("memory")
-    model = make_model(folder / "model", "llama", num_hidden_layers=24)
+    model = make_model(folder / "model", "llama", num_hidden_layers=12)
     rows = [{"text": "ab" * 150} for _ in range(64)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
@@ -76,7 +83,7 @@ def test_recomputation_is_what_the_container_has_room_for(
     Without the holes that glibc leaves in its heap, of another size in each run.
     """
     losses, peaks = [], {}
-    for limit, kind in ((None, "none"), (2.4, "selective"), (1.6, "full")):
+    for limit, kind in ((None, "none"), (1.3, "selective"), (0.85, "full")):
         enter = f"echo $$ > {limited(int(limit * GIB))}/cgroup.procs; " if limit else ""
         command = f'{enter}exec "$0" -m qdora train "$@"'
         started = ["bash", "-c", command, sys.executable, *arguments, f"output_dir={tmp_path}/{kind}"]
@@ -95,7 +102,7 @@ def test_recomputation_is_what_the_container_has_room_for(
 def test_rank_with_the_least_memory_decides(
     arguments: list[str], tmp_path: Path, limited: Callable[[int], Path]
 ) -> None:
-    group = limited(int(2.6 * GIB))
+    group = limited(int(1.5 * GIB))
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
@@ -106,4 +113,4 @@ def test_rank_with_the_least_memory_decides(
     done = qdora("train", *arguments, nproc=2, PYTHONPATH=path)
     chosen, sizes, _ = told_of(done, tmp_path / "run")
     assert chosen == "selective"
-    assert sizes["free"] < 1.3, "of rank 1; the group is for one of two ranks of this machine"
+    assert sizes["free"] < 0.7, "of rank 1; the group is for one of two ranks of this machine"

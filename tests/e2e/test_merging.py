@@ -205,7 +205,7 @@ def test_base_auto_takes_the_better_one(base_weights: str, run: Path, tmp_path: 
 
 
 def slow_merge(
-    run: Path, output: Path, *options: str, rest_s: float = 0.005, stdout: int = subprocess.PIPE
+    run: Path, output: Path, *options: str, rest_s: float = 0.02, stdout: int = subprocess.PIPE
 ) -> subprocess.Popen[str]:
     """A merge that takes a rest before each piece of a tensor."""
     script = (
@@ -225,7 +225,7 @@ def journal(output: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 240) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -324,7 +324,7 @@ def test_terminal_shows_how_far_the_merge_is(run: Path, tmp_path: Path) -> None:
     shown = b""
     while b"MB/s" not in shown and b"kB/s" not in shown:
         shown += os.read(leader, 65536)
-    assert process.wait(60) == 0
+    assert process.wait(240) == 0
     os.close(leader)
     assert re.search(rb"writing.*\d\.\d.*/.*B", shown), shown[-500:]
 
@@ -376,7 +376,7 @@ def test_second_merge_into_the_same_folder_is_refused(run: Path, tmp_path: Path,
     wait_for(lambda: len(journal(tmp_path / "merged")) > 1, process)
     assert merge(f"run={run}", f"output={tmp_path}/merged", "verify=false") == 2
     assert "another process merges into" in capsys.readouterr().err
-    assert process.wait(60) == 0
+    assert process.wait(240) == 0
 
 
 @pytest.fixture

@@ -93,6 +93,9 @@ def test_method_gives_the_same_losses_on_one_rank_and_two(runs: tuple[str, dict[
     alone, pair = ([line["loss"] for line in metrics_of(folder) if "loss" in line] for folder in runs[1].values())
     assert len(alone) == 6
     assert pair == pytest.approx(alone, rel=LOSS_TOLERANCE)
+    alone_held_out, pair_held_out = (summary_of(folder)["eval_losses"] for folder in runs[1].values())
+    assert alone_held_out.keys() == {"0", "6"}
+    assert pair_held_out == pytest.approx(alone_held_out, rel=LOSS_TOLERANCE)
 
 
 def num_trainable(method: str) -> int:
@@ -107,6 +110,9 @@ def test_summary_has_what_it_should(runs: tuple[str, dict[int, Path]]) -> None:
         summary = summary_of(folder)
         assert summary.keys() >= SUMMARY
         assert (summary["status"], summary["steps"]) == ("finished", 6)
+        losses = [line["loss"] for line in metrics_of(folder) if "loss" in line]
+        assert (summary["first_loss"], summary["last_loss"]) == (losses[0], losses[-1])
+        assert losses[0] != losses[-1]
         assert len(summary["peak_memory_gib"]) == len(summary["weight_bytes_per_rank"]) == nproc
         assert max(summary["weight_bytes_per_rank"]) < 1.05 * summary["weight_bytes_total"] / nproc
         assert summary["tokens_per_second"] > 0

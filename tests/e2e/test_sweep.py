@@ -90,7 +90,7 @@ def test_sweep_trains_each_combination(grid: tuple[Path, list[str], str]) -> Non
         assert member["eval_loss"] == summary["eval_losses"]["3"]
         assert member["last_loss"] == summary["last_loss"]
         assert member["tokens_per_second"] == summary["tokens_per_second"]
-        assert member["seconds"] > 1
+        assert member["seconds"] > 0
     assert len({member["eval_loss"] for member in members}) == 4
 
 
@@ -109,12 +109,12 @@ def test_sweep_ends_in_a_table_and_a_figure(grid: tuple[Path, list[str], str]) -
 @LONG
 def test_sweep_again_trains_only_what_is_new(grid: tuple[Path, list[str], str]) -> None:
     folder, arguments, _ = grid
+    known = members_of(folder)[0]
     done = sweep(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("is finished already") == 4
     assert "step 1/3" not in done.stdout
-    known = members_of(folder)[0]
-    assert known["seconds"] > 1
+    assert members_of(folder)[0] == known
     done = sweep(*arguments, "optim.learning_rate=1e-3,3e-3", "adapter.rank=choice(2)")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("is finished already") == 1

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.faults import fill, small_disk
+from tests.support.faults import fill, ranks_of, small_disk
 from tests.support.marks import nightly
-from tests.support.processes import launcher, qdora, run, start, start_command, wait_for_steps
+from tests.support.processes import end, launcher, qdora, run, start, start_command, wait_for_steps
 from tests.support.runs import assert_same, long_run, losses_of, status_of, summary_of, wandb_records
 
 KILLED_AT_EXPORT = """
@@ -49,11 +49,12 @@ def test_ranks_whose_launcher_is_killed_save_and_end(
     arguments = [*long_run(tiny, data), f"output_dir={folder}"]
     process = start(arguments, 2)
     wait_for_steps(folder, 3, process)
-    ranks = [child for child in psutil.Process(process.pid).children() if "qdora" in " ".join(child.cmdline())]
+    ranks = ranks_of(process)
     assert len(ranks) == 2
     process.kill()
     done = qdora("train", *arguments, nproc=2)  # at once: it waits for their end
     assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stdout, "they have trained on to the end"
     assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
     assert_same(folder, uninterrupted[2])
 
@@ -79,23 +80,23 @@ def test_same_command_goes_on_whatever_it_resumed_from(
 ) -> None:
     folder = tmp_path / "run"
     given = f"{uninterrupted[1]}/checkpoints/step-00000025" if resume == "path" else "never"
-    arguments = [*long_run(tiny, data), "train.num_steps=400", f"resume={given}", f"output_dir={folder}"]
+    arguments = [*long_run(tiny, data), "train.num_steps=60", f"resume={given}", f"output_dir={folder}"]
     process = start(arguments, 1)
     wait_for_steps(folder, 2, process)
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 75, told
     saved = max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
-    done = qdora("train", *arguments, "train.num_steps=401")
+    done = qdora("train", *arguments, "train.num_steps=61")
     assert done.returncode == 0, done.stderr
-    assert f"going on from step {saved} of 401" in done.stdout
+    assert f"going on from step {saved} of 61" in done.stdout
 
 
 def test_folder_that_is_removed_during_the_run_is_told_at_the_end(tiny: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start([*long_run(tiny, data), f"output_dir={folder}"], 1)
     wait_for_steps(folder, 2, process)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder.rename(tmp_path / "gone"))  # in one go: the run makes files in it
     told, _ = process.communicate(timeout=60)
     assert "Traceback" not in told
     assert process.returncode in (0, 2), told
@@ -152,12 +153,11 @@ def test_offline_history_of_a_killed_run_has_every_step_once(
     arguments = [*long_run(tiny, data), "tracker=wandb", "tracker.mode=offline", f"output_dir={folder}"]
     process = start(arguments, 1)
     wait_for_steps(folder, 12, process)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
     if with_wandb:
-        for child in children:
-            child.kill()
-    process.communicate()
+        end(process)
+    else:
+        process.kill()
+        process.communicate(timeout=240)
     done = qdora("train", *arguments)
     assert done.returncode == 0, done.stderr
     steps = [record["item"]["_step"] for record in wandb_records(folder, "history")]
@@ -169,7 +169,7 @@ def test_wandb_process_that_stands_still_holds_up_neither_steps_nor_the_end(
 ) -> None:
     monkeypatch.setenv("QDORA_WANDB_GRACE_S", "1")
     folder = tmp_path / "run"
-    wandb = ["tracker=wandb", "tracker.mode=offline", "tracker.timeout_s=3"]
+    wandb = ["tracker=wandb", "tracker.mode=offline", "tracker.timeout_s=20"]
     process = start([*long_run(tiny, data), *wandb, f"output_dir={folder}"], 1)
     wait_for_steps(folder, 5, process)
     cores = [child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "wandb-core"]
@@ -178,8 +178,8 @@ def test_wandb_process_that_stands_still_holds_up_neither_steps_nor_the_end(
         core.suspend()
     try:
         began = time.monotonic()
-        process.wait(timeout=120)
-        assert time.monotonic() - began < 60
+        process.wait(timeout=240)
+        assert time.monotonic() - began < 120
     finally:
         for core in cores:  # it has the pipe open too
             core.kill()

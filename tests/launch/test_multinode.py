@@ -54,7 +54,7 @@ def test_machine_that_is_lost_comes_back(
     folder = tmp_path / "outputs" / "lost"
     first = one.start(one.address, "lost", overrides, tmp_path)
     two.start(one.address, "lost", overrides, tmp_path)
-    first.reach(folder, 8)
+    first.reach(folder, 11)
     two.kill()
     second = two.start(one.address, "lost", overrides, tmp_path)
     told = first.end() + second.end()
@@ -70,7 +70,7 @@ def test_machine_that_hosts_the_rendezvous_is_lost_and_the_same_command_goes_on(
     folder = tmp_path / "outputs" / "head"
     one.start(one.address, "head", overrides, tmp_path)
     second = two.start(one.address, "head", overrides, tmp_path)
-    second.reach(folder, 8)
+    second.reach(folder, 11)
     one.kill()
     told = second.end(75)
     assert told.count("qdora: the other machines, which meet at 10.77.0.1, were lost; the same command") == 1, told
@@ -89,7 +89,7 @@ def test_machine_that_is_cut_off_goes_on_when_the_link_is_back(
     folder = tmp_path / "outputs" / "cut"
     arguments = [*overrides, f"parallel.timeout_s={TIMEOUT_S}"]
     runs = [machine.start(one.address, "cut", arguments, tmp_path) for machine in machines]
-    runs[0].reach(folder, 8)
+    runs[0].reach(folder, 11)
     two.unplug()
     time.sleep(TIMEOUT_S + 5)
     two.plug()
@@ -176,7 +176,7 @@ def test_machine_that_is_told_to_stop_saves_and_comes_back(
     one, two = machines
     folder = tmp_path / "outputs" / "evicted"
     first, second = [machine.start(one.address, "evicted", overrides, tmp_path) for machine in machines]
-    first.reach(folder, 8)
+    first.reach(folder, 11)
     second.process.send_signal(signal.SIGTERM)
     second.end(75)
     stopped_at = steps_of(folder)

@@ -13,6 +13,9 @@ import psutil
 
 from tests.support import ROOT, warm
 
+started: list["subprocess.Popen[str]"] = []
+"""What the test has started and need not have waited for."""
+
 
 def run(
     arguments: list[str], *, timeout_s: float = 180, cwd: Path = ROOT, cold: bool = False, **environment: str
@@ -25,13 +28,25 @@ def run(
         try:
             stdout, stderr = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired as late:
-            with suppress(psutil.NoSuchProcess):
-                for one in psutil.Process(process.pid).children(recursive=True):
-                    one.kill()
-            process.kill()
-            stdout, stderr = process.communicate()
+            stdout, stderr = end(process)
             raise AssertionError(f"not ended after {timeout_s} s:\n{stdout[-2000:]}\n{stderr[-4000:]}") from late
+        except BaseException:  # pytest's own limit, Ctrl-C: `with` would wait for the end
+            end(process)
+            raise
     return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+def end(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    """Sends SIGKILL to a process and all that it has started; returns what it had written that was not read yet."""
+    family: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        family = [*parent.children(recursive=True), parent]
+    for one in family:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    stdout, stderr = process.communicate(timeout=60)
+    return stdout or "", stderr or ""
 
 
 def popen(
@@ -71,46 +86,52 @@ def qdora(*arguments: str, nproc: int = 1, **options: Any) -> "subprocess.Comple
     return run([*launcher(nproc), "-m", "qdora", *arguments], **options)
 
 
-def start(arguments: list[str], nproc: int) -> "subprocess.Popen[str]":
-    """Starts a training run in a process group of its own."""
-    return start_command([*launcher(nproc), "-m", "qdora", "train", *arguments])
+def start(arguments: list[str], nproc: int, rest_s: float = 0.1) -> "subprocess.Popen[str]":
+    """Starts a training run in a process group of its own; it rests so long before each step."""
+    paced = ["-m", "tests.support.paced_qdora", str(rest_s)]
+    return start_command([*launcher(nproc), *paced, "train", *arguments])
 
 
 def start_command(command: list[str], cwd: Path = ROOT) -> "subprocess.Popen[str]":
-    """Starts a command in a process group of its own, its stdout and stderr in one pipe."""
-    return popen(command, cwd=cwd, session=True)
+    """Starts a command in a process group of its own, its stdout and stderr in one pipe.
+
+    tests/conftest.py ends it with the test.
+    """
+    process = popen(command, cwd=cwd, session=True)
+    started.append(process)
+    return process
 
 
 def wait_for_steps(folder: Path, steps: int, process: "subprocess.Popen[str]") -> None:
-    """Until metrics.jsonl has so many steps."""
-    deadline = time.monotonic() + 90
+    """Waits until metrics.jsonl has `steps` training steps."""
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         file = folder / "metrics.jsonl"
         if file.exists() and sum('"loss"' in line for line in file.read_text().splitlines()) >= steps:
             return
         time.sleep(0.05)
-    raise AssertionError(f"no {steps} steps: {process.communicate(timeout=20)[0][-3000:]}")
+    raise AssertionError(f"no {steps} steps: {end(process)[0][-3000:]}")
 
 
 def read_until(process: "subprocess.Popen[str]", words: str) -> str:
-    """What it printed up to the line that has these words."""
-    told = ""
+    """Returns the output up to the line with `words`."""
+    output = ""
     assert process.stdout is not None
     for line in process.stdout:
-        told += line
+        output += line
         if words in line:
             break
-    return told
+    return output
 
 
 def wait_for_run(outputs: Path, process: "subprocess.Popen[str]") -> Path:
-    """The only run's folder, once it is there."""
-    deadline = time.monotonic() + 60
+    """Returns the only run's folder, once it is there."""
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         if outputs.exists() and (found := list(outputs.iterdir())):
             return found[0]
         time.sleep(0.05)
-    raise AssertionError(f"no run: {process.communicate(timeout=20)[0]}")
+    raise AssertionError(f"no run: {end(process)[0]}")
 
 
 def interrupt_when(is_time: Callable[[], bool], arguments: list[str], number: int) -> int:
@@ -118,12 +139,16 @@ def interrupt_when(is_time: Callable[[], bool], arguments: list[str], number: in
     command = [*launcher(1), "-m", "qdora", *arguments]
     with popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 240
-        while not is_time():
-            assert process.poll() is None, "it ended before"
-            assert time.monotonic() < deadline, "the time did not come"
-            time.sleep(0.002)
-        process.send_signal(number)
-    return process.returncode
+        try:
+            while not is_time():
+                assert process.poll() is None, "it ended before"
+                assert time.monotonic() < deadline, "the time did not come"
+                time.sleep(0.002)
+            process.send_signal(number)
+            return process.wait(240)
+        except BaseException:
+            end(process)
+            raise
 
 
 def status_bytes(field: str) -> int:

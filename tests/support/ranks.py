@@ -1,11 +1,11 @@
 """Ranks of tests: functions that run on several gloo ranks, forked from a process that has imported everything once.
 
 A rank that starts as a new process spends some 4 s of a core on imports before it does anything. Here one process, the
-*server*, imports; for each function it forks the ranks, some 25 ms of a core each. They join a process group as under
-torchrun (the same environment variables, a store that outlives them, a prefix a start) and leave by `os._exit`
-(docs/design/0004). What lives on between functions is the server with its imports, never a rank: process groups,
-patches, dtypes, random numbers and environment of one function are not there in the next, and memory is measured per
-process. It forks while it has one thread, which it asserts.
+*server*, itself a warm process (`tests.support.warm`), forks the ranks of each function, some 25 ms of a core each.
+They join a process group as under torchrun (the same environment variables, a store that outlives them, a prefix a
+start) and leave by `os._exit` (docs/design/0004). What lives on between functions is the server with its imports, never
+a rank: process groups, patches, dtypes, random numbers and environment of one function are not there in the next, and
+memory is measured per process. It forks while it has one thread, which it asserts.
 
 Two differences from ranks under torchrun, which tests/e2e covers: all ranks share one seed of string hashes, so a set
 has the same order on each; and variables that libraries read at import have the values of when the server started.
@@ -14,7 +14,6 @@ has the same order on each; and variables that libraries read at import have the
 import ctypes
 import faulthandler
 import gc
-import importlib
 import os
 import pickle
 import resource
@@ -25,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -37,12 +36,10 @@ from typing import Any
 import psutil
 
 from qdora.rank_files import PR_SET_PDEATHSIG
-from tests.support import ROOT
+from tests.support.processes import popen
 
-IMPORTS = ("qdora.training.run", "transformers.models.llama.modeling_llama")
-"""Modules that the server imports before it forks; a function's own module follows at its first call."""
 START_S = 180.0
-"""Time for the server's imports, on a machine that does other things too."""
+"""Time for the server to start, on a machine that does other things too."""
 GRACE_S = 3.0
 """Time for the other ranks to fail by themselves, once one has; then each writes where it is and is killed."""
 DUMP_S = 1.0
@@ -74,9 +71,8 @@ class Call:
 class RankPool:
     """Runs functions on gloo ranks; starts its server at the first call, and again should it have died."""
 
-    def __init__(self, imports: Sequence[str] = IMPORTS) -> None:
-        self._imports = imports
-        self._server: subprocess.Popen[bytes] | None = None
+    def __init__(self) -> None:
+        self._server: subprocess.Popen[str] | None = None
         self._connection: Connection[Any, Any] | None = None
         self._store: Any = None
         self._starts = count()
@@ -126,14 +122,13 @@ class RankPool:
             return
         self.close()
         self._connection, theirs = Pipe()
-        command = f"from tests.support import ranks; ranks.serve({theirs.fileno()}, {os.getpid()}, {[*self._imports]})"
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", command],
-            stdin=subprocess.DEVNULL,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,  # Ctrl-C is for pytest, which closes the pool
+        self._server = popen(
+            [sys.executable, "-c", "from tests.support import ranks; ranks.serve()"],
+            stdin=theirs.fileno(),
+            stdout=1,
+            stderr=2,
+            session=True,  # Ctrl-C is for pytest, which closes the pool
+            PYTHONUNBUFFERED="1",
         )
         theirs.close()
         self._receive(START_S)
@@ -188,13 +183,15 @@ def _read(file: Path) -> str:
     return file.read_text(errors="replace") if file.exists() else ""
 
 
-def serve(descriptor: int, parent: int, imports: Sequence[str]) -> None:
-    """Runs the calls that come through a connection until its other end is closed; what the server does."""
-    _end_with(parent)
+def serve() -> None:
+    """Runs the calls that come through the connection at stdin until its other end is closed; what the server does.
+
+    A call's module is imported, for it and all that follow, when the call is read.
+    """
+    _end_with(os.getppid())
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what ranks start and leave behind can be found, and ended
-    for module in imports:
-        importlib.import_module(module)
-    with Connection(descriptor) as connection:
+    with Connection(os.dup(0)) as connection, Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), 0)
         connection.send("ready")
         while True:
             try:

@@ -1,12 +1,12 @@
 """Which tests run: those of every change, or all.
 
-A test marked `nightly` is left out, but with `--tier nightly` or `all`, or if a file changed that its mark names:
+A test marked `nightly` runs only with `--tier nightly` or `all`, or when a file that its mark names has changed:
 
     @pytest.mark.nightly(paths=["launch/slurm.sbatch", "qdora/commands/launch.py"], packages=["slurm-wlm", "munge"])
 
 With `paths` it also runs if its own file or one of `COMMON` changed. A changed file is one that differs from
-`--changed-since`, a commit; without it from the last commit of this branch that is older than a day, as last night's
-run has seen that one. At the end the run says which nightly tests it chose and left out, and why.
+`--changed-since`, a commit; without it from the last commit of this branch that is a day older than the newest, as
+last night's run has seen that one. At the end the run says which nightly tests it chose and left out, and why.
 """
 
 import fnmatch

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -116,7 +117,9 @@ class Server:
         """Ends the server; its processes go on."""
         if cls._only is not None:
             cls._only._socket.close()
-            cls._only._process.wait(30)
+            with suppress(subprocess.TimeoutExpired):
+                cls._only._process.wait(60)
+            cls._only._process.kill()
             cls._only = None
 
     def fork(self, start: Start) -> tuple[int, int]:
