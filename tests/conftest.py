@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import ROOT, processes, warm
 
-if not ("PYTEST_XDIST_WORKER" in os.environ or any("tests/gpu" in argument for argument in sys.argv)):
+if not ("PYTEST_XDIST_WORKER" in os.environ or any("gpu" in Path(argument).parts for argument in sys.argv)):
     # Before torch looks: the CPU tests are the same on a machine with GPUs; launch/test.sh runs tests/gpu by itself.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Before the libraries look, here and in what is started: one thread a rank, so that runs in this process are bit for

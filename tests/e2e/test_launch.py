@@ -1,14 +1,13 @@
 """The launcher ends as its ranks did."""
 
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.marks import nightly
-from tests.support.processes import start_command
+from tests.support.processes import launcher, start_command
 
 SLOW_LOADING = """
 import time
@@ -32,8 +31,7 @@ def test_interrupted_while_loading_is_not_said_to_be_saved(
 ) -> None:
     script = tmp_path / "slow.py"
     script.write_text(SLOW_LOADING.replace("FOLDER", repr(str(tmp_path))))
-    launcher = [sys.executable, "-m", "qdora.commands.launch", "--standalone", "--nproc-per-node", "2"]
-    process = start_command([*launcher, str(script), "train", *options, f"output_dir={tmp_path}/run"])
+    process = start_command([*launcher(2), str(script), "train", *options, f"output_dir={tmp_path}/run"])
     deadline = time.monotonic() + 240
     while len(list(tmp_path.glob("loading-*"))) < 2 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)

@@ -50,6 +50,7 @@ def limited() -> Iterator[Callable[[int], Path]]:
                 group.rmdir()
                 break
             time.sleep(0.05)
+        assert not group.exists()
 
 
 @pytest.fixture(scope="module")

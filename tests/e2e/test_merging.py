@@ -25,6 +25,7 @@ from qdora.commands import run as command
 from qdora.config import AdapterConfig, AdapterMethod, DataConfig, ModelConfig, QuantConfig, QuantMethod, RunConfig
 from qdora.model import writer
 from qdora.run_folder import RunFolder
+from tests.support import faults
 from tests.support.adapters import adapted
 from tests.support.models import make_model
 from tests.support.processes import popen, qdora
@@ -382,15 +383,8 @@ def test_second_merge_into_the_same_folder_is_refused(run: Path, tmp_path: Path,
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False).returncode
-    ):
-        pytest.skip("mounting a file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with faults.small_disk(tmp_path / "disk", "1m"):
+        yield tmp_path / "disk"
 
 
 def test_full_disk_is_told_before_anything_is_computed(run: Path, small_disk: Path, capsys: Told) -> None:

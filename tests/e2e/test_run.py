@@ -20,7 +20,7 @@ from qdora.run_folder import RunFolder, config_values, flatten
 from tests.support.marks import nightly
 from tests.support.models import make_model, make_tokenizer
 from tests.support.processes import ROOT, end, qdora, run, start, wait_for_steps
-from tests.support.runs import copy_without_result, long_run, losses_of, metrics_of, summary_of
+from tests.support.runs import adapter_of, assert_same, copy_without_result, long_run, losses_of, metrics_of, summary_of
 
 DIVERGING = ["adapter=lora", "optim.learning_rate=1e25", "optim.max_grad_norm=0", "optim.warmup_ratio=0"]
 """DoRA's norm keeps its outputs finite at any learning rate; LoRA's overflow."""
@@ -37,12 +37,7 @@ def test_killed_run_goes_on_as_if_it_had_not_been(
     done = qdora("train", *arguments, nproc=nproc)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "going on from step" in done.stdout
-    assert losses_of(tmp_path / "run") == losses_of(uninterrupted[nproc])
-    adapters = [
-        load_file(folder / "adapter" / "adapter_model.safetensors")
-        for folder in (tmp_path / "run", uninterrupted[nproc])
-    ]
-    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+    assert_same(tmp_path / "run", uninterrupted[nproc])
 
 
 @pytest.mark.parametrize(
@@ -120,8 +115,7 @@ def test_run_whose_result_was_lost_is_finished_again(
 ) -> None:
     folder = copy_without_result(uninterrupted[1], tmp_path / "run")
     assert qdora("train", *long_run(tiny, data), f"output_dir={folder}").returncode == 0
-    adapters = [load_file(one / "adapter" / "adapter_model.safetensors") for one in (folder, uninterrupted[1])]
-    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+    assert_same(folder, uninterrupted[1])
 
 
 def test_checkpoint_of_another_run_does_not_overwrite_this_one(
@@ -254,12 +248,12 @@ def test_bad_step_is_left_out_if_wanted(broken_row: list[str], tmp_path: Path, n
     assert [("loss" in record, record.get("skipped", False)) for record in records].count((False, True)) == 2
     assert [("loss" in record, record.get("skipped", False)) for record in records].count((True, False)) == 6
     assert summary_of(tmp_path / "run")["num_skipped_steps"] == 2
-    whole = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    whole = adapter_of(tmp_path / "run")
     assert all(bool(tensor.isfinite().all()) for tensor in whole.values())
     resume = [f"output_dir={tmp_path}/part", f"resume={tmp_path}/run/checkpoints/step-00000006"]
     assert qdora("train", *arguments, *resume, nproc=nproc).returncode == 0
     assert summary_of(tmp_path / "part")["num_skipped_steps"] == 2
-    part = load_file(tmp_path / "part" / "adapter" / "adapter_model.safetensors")
+    part = adapter_of(tmp_path / "part")
     assert all(torch.equal(tensor, part[name]) for name, tensor in whole.items())
 
 
@@ -375,6 +369,6 @@ def test_every_plan_trains_and_resumes_bit_for_bit(options: list[str], data: Pat
     checkpoint = whole / "checkpoints" / "step-00000003"
     done = qdora("train", *arguments, f"output_dir={part}", f"resume={checkpoint}", nproc=nproc)
     assert "going on from step 3 of 6" in done.stdout, done.stderr
-    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, part)]
+    adapters = [adapter_of(folder) for folder in (whole, part)]
     for name, tensor in adapters[0].items():
         assert torch.equal(tensor, adapters[1][name]), name

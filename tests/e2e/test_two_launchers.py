@@ -11,18 +11,8 @@ from tests.support.slurm import free_ports
 
 def command(endpoint: str, *options: str) -> list[str]:
     """Of one of two "machines" of one rank each; training options follow `-m MODULE train`."""
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "a"]
-    return [
-        sys.executable,
-        "-m",
-        "qdora.commands.launch",
-        "--nnodes",
-        "2",
-        "--nproc-per-node",
-        "1",
-        *rendezvous,
-        *options,
-    ]
+    machines = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    return [sys.executable, "-m", "qdora.commands.launch", *machines, "--rdzv-id", "a", *options]
 
 
 def test_ranks_of_two_launchers_train_as_those_of_one(

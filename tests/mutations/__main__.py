@@ -149,10 +149,11 @@ class Runner:
             status, failed, seconds = self._first_failure(tests)
         finally:
             self._write(path, before)
-        outcome = {0: "SURVIVED", TEST_FAILED: "caught"}.get(status, "error")
-        detail = f"pytest ended with {status}" if status not in (0, TEST_FAILED) else ", ".join(failed)
-        detail = detail or ("a test failed that pytest did not name" if status else "all of its tests pass")
-        return outcome, detail, seconds
+        if status == 0:
+            return "SURVIVED", "all of its tests pass", seconds
+        if status == TEST_FAILED:
+            return "caught", ", ".join(failed) or "a test failed that pytest did not name", seconds
+        return "error", f"pytest ended with {status}", seconds
 
     def _first_failure(self, tests: Sequence[str]) -> tuple[int, list[str], float]:
         """Returns the same as `_pytest`, of the tests one after the other: tests/support/tiers.py would order them."""

@@ -47,7 +47,7 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 
 def losses_of(folder: Path) -> list[float]:
     """The training losses, in order."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(folder)
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, len(steps) + 1)), "a step is missing or twice there"
     return [line["loss"] for line in lines if "loss" in line]
@@ -61,13 +61,13 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 def status_of(folder: Path) -> str:
     """The run's status in summary.json."""
-    return str(json.loads((folder / "summary.json").read_text())["status"])
+    return str(summary_of(folder)["status"])
 
 
 def assert_same(folder: Path, other: Path) -> None:
     """The same losses of every step, and the same adapter, bit for bit."""
     assert losses_of(folder) == losses_of(other)
-    one, two = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, other))
+    one, two = map(adapter_of, (folder, other))
     assert one.keys() == two.keys()
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 

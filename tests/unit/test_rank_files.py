@@ -84,6 +84,18 @@ def test_machine_whose_mistake_ended_the_others_first_tells_the_mistake(
     assert told.count("\n") == 1
 
 
+@pytest.fixture
+def launched_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Afterwards signals and variables are as before a launcher ran in this process."""
+    for name in (rank_files.FOLDER, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.setenv(name, "300")
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in HANDED_ON)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("launched_here")
 def test_mistake_is_not_started_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """torchrun would start the ranks anew; no start mends a mistake."""
 
@@ -93,15 +105,8 @@ def test_mistake_is_not_started_again(monkeypatch: pytest.MonkeyPatch, capsys: p
         time.sleep(60)
         raise AssertionError("nobody ended it")
 
-    for name in (rank_files.FOLDER, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
-        monkeypatch.setenv(name, "300")
     monkeypatch.setattr(torchrun, "run", run_torchrun)
-    before = {name: signal.getsignal(getattr(signal, name)) for name in HANDED_ON}
-    try:
-        assert launch(["--standalone", "--max-restarts", "2", "-m", "qdora"]) == EXIT_USER_ERROR
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+    assert launch(["--standalone", "--max-restarts", "2", "-m", "qdora"]) == EXIT_USER_ERROR
     assert capsys.readouterr().err == "qdora: model.path=/nowhere: no such folder\n"
 
 
@@ -117,21 +122,15 @@ def test_mistake_counts_before_a_traceback_that_was_left_first(tmp_path: Path, m
     assert (first.rank, first.status, first.text) == (0, EXIT_USER_ERROR, "lower data.max_length")
 
 
+@pytest.mark.usefixtures("launched_here")
 def test_launcher_under_nohup_outlives_a_terminal_that_closes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By a rank that sends SIGHUP to its launcher, which is this process."""
     script = tmp_path / "rank.py"
     script.write_text("import os, signal, time\nos.kill(os.getppid(), signal.SIGHUP)\ntime.sleep(1)\n")
-    for name in (rank_files.FOLDER, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
-        monkeypatch.setenv(name, "30")
-    before = {name: signal.getsignal(getattr(signal, name)) for name in HANDED_ON}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        status = launch(["--standalone", "--nproc-per-node", "1", str(script)])
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+    status = launch(["--standalone", "--nproc-per-node", "1", str(script)])
     assert status == 0, capsys.readouterr().err
 
 
