@@ -29,9 +29,10 @@ and tokens a second of all cards. `offload`: shards, adapters and optimiser in h
 in NF4, gathered by parts, hidden states in host memory; planned only where nothing else of the layout fits. "Weights on
 the cards" is the fastest plan without offload where the fastest has it.
 
-Memory is counted, and held to measured steps (docs/design/0010). Times are rough: from data sheets (24 GiB: RTX 3090,
-80 GiB: A100, 2 % less) and assumed shares of them; nothing was run on a GPU. Made by `python benchmarks/plans.py` with
-torch {version("torch").partition("+")[0]} and transformers {version("transformers")}.
+Memory is counted, and held to measured steps (docs/design/0010). Times are from data sheets (24 GiB: RTX 3090, 80 GiB:
+A100, 2 % less) and shares of them that meet 21 steps measured by others within 30 % (tests/unit/test_speed.py); none of
+these plans was run. Made by `python benchmarks/plans.py` with torch {version("torch").partition("+")[0]} and
+transformers {version("transformers")}.
 
 """
 
