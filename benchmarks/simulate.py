@@ -33,7 +33,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 from qdora import nf4
 from qdora.adapter import dora
-from qdora.adapter.operator import adapted_linear, adapted_linear_backward
+from qdora.adapter.operator import opaque_adapted_linear, opaque_adapted_linear_backward
 from qdora.commands import compose, typed
 from qdora.config import ActivationCheckpointing, RunConfig
 from qdora.model import loss
@@ -48,7 +48,12 @@ from qdora.sharding import set_gradient_sync, shard
 
 GIB = 2**30
 PHASES = ("forward", "backward", "optimiser")
-OPERATORS = (adapted_linear, adapted_linear_backward, nf4.frozen_linear, nf4.frozen_linear_backward)
+OPERATORS = (
+    opaque_adapted_linear,
+    opaque_adapted_linear_backward,
+    nf4.opaque_frozen_linear,
+    nf4.opaque_frozen_linear_backward,
+)
 aten = torch.ops.aten
 
 
@@ -116,8 +121,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     return aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout, causal, scale=scale)[0]
 
 
-def simulated_world(config: RunConfig, ranks: int) -> World:
-    """Rank 0 of as many, on a device that has a GPU's sizes, and a CPU's streams, which do nothing."""
+def simulated_device() -> torch.device:
+    """A device that has a GPU's sizes, and a CPU's streams, which do nothing; once a process."""
     module: Any = _DummyBackendModule()
     for name in ("Stream", "Event", "stream", "current_stream"):
         setattr(module, name, getattr(torch.cpu, name))
@@ -127,6 +132,12 @@ def simulated_world(config: RunConfig, ranks: int) -> World:
     device = torch.device("simulated", 0)
     for sizes in (nf4.PART_NUMEL, loss.CHUNK_NUMEL):
         sizes["simulated"] = sizes["cuda"]
+    return device
+
+
+def simulated_world(config: RunConfig, ranks: int) -> World:
+    """Rank 0 of as many, on a simulated device."""
+    device = simulated_device()
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     mesh = init_device_mesh("simulated", (ranks,), mesh_dim_names=("shard",))
     return World(0, ranks, 0, ranks, device, config.parallel.plan, mesh, timeout_s=86400)

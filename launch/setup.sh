@@ -25,7 +25,7 @@ if ! grep -qsx "$wanted" "$stamp" .venv/installed-dev; then
     env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c '
 import importlib, pkgutil, qdora, torch._dynamo
 for module in pkgutil.walk_packages(qdora.__path__, "qdora."):
-    if not module.name.endswith(("__main__", "harness", "reload")):
+    if not module.name.endswith(("__main__", "harness", "reload", "triton_kernels")):
         importlib.import_module(module.name)
 '
     echo "$wanted" >"$stamp"

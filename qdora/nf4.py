@@ -19,20 +19,26 @@ Row o of W is row o of `packed` and `absmax`, so FSDP2 shards both on dim 0 with
 is stored the same way, a row a token; a head that is tied to it has the very same parameters. The float32 scales travel
 as bytes because a mixed-precision policy would round them to bfloat16. The values are bit-identical to
 `bitsandbytes.functional.quantize_4bit(W, blocksize=64, quant_type="nf4")` on the whole tensor, whatever the number of
-ranks; both directions run in bitsandbytes' kernels.
+ranks. Both directions run in bitsandbytes' kernels, but for a GPU's dequantisation (`triton_kernels.py`, the same bits)
+and a CPU's quantisation.
 """
 
 import ctypes
+import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from qdora.errors import first_line
 from qdora.kernels import bnb, lib
 
+logger = logging.getLogger(__name__)
 BLOCK_SIZE = 64
 """Values a block; bitsandbytes' CPU kernels are wrong for rows that do not hold whole blocks."""
 NESTED_BLOCK_SIZE = 256
@@ -48,6 +54,17 @@ _CPU_KERNELS = {
     torch.bfloat16: "cdequantize_blockwise_cpu_nf4_bf16",
     torch.float32: "cdequantize_blockwise_cpu_nf4_fp32",
 }
+
+
+@cache
+def _cpu_kernel(name: str, num_pointers: int, num_sizes: int) -> Callable[..., None]:
+    """A function of bitsandbytes' library, called with addresses and sizes; its operators cost ten times the call."""
+    function = getattr(lib, name)
+    if not hasattr(function, "argtypes"):  # there is no library: bitsandbytes says so when it is called
+        return function  # type: ignore[no-any-return]
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * num_pointers, *[ctypes.c_longlong] * num_sizes)(address)
 
 
 class _Scratch:
@@ -72,14 +89,20 @@ class _Scratch:
 
 
 scratch = _Scratch()
-_nested_code: dict[torch.device, Tensor] = {}
 
 
+@cache
 def nested_code(device: torch.device) -> Tensor:
     """The 256 values (float32, sorted) that 8-bit scale codes stand for."""
-    if device not in _nested_code:
-        _nested_code[device] = bnb.create_dynamic_map().to(device)
-    return _nested_code[device]
+    values: Tensor = bnb.create_dynamic_map()
+    return values.to(device)
+
+
+@cache
+def nf4_code(device: torch.device) -> Tensor:
+    """The 16 values (float32, sorted) that codes stand for."""
+    values: Tensor = bnb.get_4bit_type("nf4", device="cpu")
+    return values.to(device)
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +142,7 @@ def _quantize_on_cpu(rows: Tensor) -> tuple[Tensor, Tensor]:
 @cache
 def _code_grid() -> tuple[Tensor, Tensor]:
     """For each cell of a grid over -1..1: how many borders between codes lie below it, and the one inside, or inf."""
-    values = bnb.get_4bit_type("nf4", device="cpu")
+    values = nf4_code(torch.device("cpu"))
     borders = (values[:-1] + values[1:]) / 2
     cells = torch.add(borders, 1).mul_(_GRID_CELLS / 2).int()
     below = torch.searchsorted(cells, torch.arange(_GRID_CELLS + 1, dtype=torch.int32)).to(torch.uint8)
@@ -161,13 +184,18 @@ def unnest(absmax: Tensor, absmax_scale: Tensor | None, absmax_mean: Tensor | No
     """
     if absmax_scale is None or absmax_mean is None:
         return absmax.view(torch.float32)
-    values = nested_code(absmax.device)[absmax.flatten().int()]
-    start = first_row * absmax.shape[1]
-    first, skipped = divmod(start, NESTED_BLOCK_SIZE)
-    last = -(-(start + values.numel()) // NESTED_BLOCK_SIZE)
-    scales = absmax_scale[first:last].repeat_interleave(NESTED_BLOCK_SIZE)
-    values.mul_(scales[skipped : skipped + values.numel()])
-    return values.add_(absmax_mean).view(absmax.shape)
+    first, skipped = divmod(first_row * absmax.shape[1], NESTED_BLOCK_SIZE)
+    codes, code = absmax.flatten(), nested_code(absmax.device)
+    if skipped:  # the kernels want whole blocks in front
+        codes = torch.cat([codes.new_zeros(skipped), codes])
+    scales = absmax_scale[first:] if first else absmax_scale
+    if absmax.device.type == "cpu":
+        values = torch.empty(codes.shape, dtype=torch.float32)
+        addresses = code.data_ptr(), codes.data_ptr(), scales.data_ptr(), values.data_ptr()
+        _cpu_kernel("cdequantize_blockwise_cpu_fp32", 4, 2)(*addresses, NESTED_BLOCK_SIZE, codes.numel())
+    else:
+        values = torch.ops.bitsandbytes.dequantize_blockwise(codes, scales, code, NESTED_BLOCK_SIZE, torch.float32)
+    return (values[skipped:] if skipped else values).add_(absmax_mean).view(absmax.shape)
 
 
 def dequantize(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -183,16 +211,47 @@ def dequantize(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     shape = (packed.shape[0], packed.shape[1] * 2)
     out = scratch.get(shape, dtype, packed.device)
     if packed.device.type == "cpu":
-        # bitsandbytes 0.50.2 registers no CPU kernel for `dequantize_4bit.out`: call the one behind its functional.
-        kernel = getattr(lib, _CPU_KERNELS[dtype])
         packed, absmax = packed.contiguous(), absmax.contiguous()
-        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed, absmax, out))
-        kernel(*pointers, *map(ctypes.c_longlong, (BLOCK_SIZE, *shape)))
+        addresses = packed.data_ptr(), absmax.data_ptr(), out.data_ptr()
+        _cpu_kernel(_CPU_KERNELS[dtype], 3, 3)(*addresses, BLOCK_SIZE, *shape)
     else:
         torch.ops.bitsandbytes.dequantize_4bit.out(
             packed, absmax.contiguous(), BLOCK_SIZE, "nf4", shape, dtype, out=out
         )
     return out
+
+
+Kernel = Callable[[list[Tensor], Tensor | None, int, Tensor, Tensor, Tensor], None]
+"""Takes `tensors`, `row_scale` and `first_row` of `weight_from`, what it writes into, and the values of both codes."""
+
+
+@cache
+def _kernel(device: torch.device) -> Kernel | None:
+    """What does in one launch what `unnest` and `dequantize` do in four; None where there is none."""
+    return working_kernel(device) if device.type == "cuda" else None
+
+
+def working_kernel(device: torch.device) -> Kernel | None:
+    """Triton's kernel if it makes of a small weight what bitsandbytes does on this device; else None and a warning."""
+    generator, first = torch.Generator().manual_seed(0), 5
+    packed, absmax = quantize(torch.randn(97, 192, generator=generator).to(device))
+    codes, absmax_scale, absmax_mean = nest(absmax, packed.shape[0])
+    some = [packed[first:], codes[first:], absmax_scale, absmax_mean]
+    scales = unnest(codes, absmax_scale, absmax_mean)[first:]
+    row_scale = torch.rand(scales.shape[0], 1, generator=generator).to(device)
+    try:
+        from qdora.triton_kernels import dequantize_nf4
+
+        for dtype, scale, tolerance in ((torch.float32, None, 0.0), (torch.bfloat16, row_scale, 2**-7)):
+            found = torch.empty(scales.shape[0], 192, dtype=dtype, device=device)
+            dequantize_nf4(some, scale, first, found, nested_code(device), nf4_code(device))
+            expected = dequantize(some[0], scales if scale is None else scales * scale, dtype)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=0.0)
+    except Exception as error:  # no Triton, no compiler, a device that it does not know, values that differ
+        fault = f"{type(error).__name__}: {first_line(error)}"
+        logger.warning("the Triton kernel failed on %s, weights are dequantised in four launches: %s", device, fault)
+        return None
+    return dequantize_nf4
 
 
 class NF4Weight(nn.Module):
@@ -282,12 +341,16 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def weight_from(tensors: list[Tensor], dtype: torch.dtype, row_scale: Tensor | None = None) -> Tensor:
+def weight_from(
+    tensors: list[Tensor], dtype: torch.dtype, row_scale: Tensor | None = None, first_row: int = 0
+) -> Tensor:
     """The weight that `tensors` stand for, each row times `row_scale`; valid until the next call.
 
     Args:
-        tensors: `NF4Linear.tensors()`, all rows; or `[weight]` of a layer that is not quantised.
-        row_scale: (out,) float32 or None. Of an unquantised weight it is not applied here.
+        tensors: `NF4Linear.tensors()`, of the first two all rows or some; or `[weight]` of a layer that is not
+            quantised.
+        row_scale: (out, 1) float32 or None. Of an unquantised weight it is not applied here.
+        first_row: place of the first row in the whole weight.
 
     Returns:
         (out, in) of `dtype`.
@@ -295,11 +358,18 @@ def weight_from(tensors: list[Tensor], dtype: torch.dtype, row_scale: Tensor | N
     if len(tensors) == 1:
         assert row_scale is None, "the rows of an unquantised weight are scaled at its output"
         return tensors[0].to(dtype)
-    scales = unnest(tensors[1], *(tensors[2:] or (None, None)))
+    packed, absmax, *nested = tensors
+    kernel = _kernel(packed.device)
+    if kernel is not None:
+        out = scratch.get((packed.shape[0], packed.shape[1] * 2), dtype, packed.device)
+        kernel(tensors, row_scale, first_row, out, nested_code(packed.device), nf4_code(packed.device))
+        return out
+    absmax_scale, absmax_mean = nested or (None, None)
+    scales = unnest(absmax, absmax_scale, absmax_mean, first_row)
     if row_scale is not None:
         # Out of place without double quantisation: `scales` is then a view of the stored parameter.
-        scales = scales.mul_(row_scale[:, None]) if len(tensors) == 4 else scales * row_scale[:, None]
-    return dequantize(tensors[0], scales, dtype)
+        scales = scales.mul_(row_scale) if nested else scales * row_scale
+    return dequantize(packed, scales, dtype)
 
 
 def row_parts(tensors: list[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -320,27 +390,67 @@ def row_parts(tensors: list[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
         yield rows, [packed[rows], scales.view(torch.uint8)]
 
 
-@torch.library.custom_op("qdora::frozen_linear", mutates_args=())
-def frozen_linear(x: Tensor, base: list[Tensor]) -> Tensor:
-    """x W^T (..., out) of a frozen weight, given as `weight_from` takes it, which the backward dequantises again.
+class _Opaque:
+    depth = 0
+    """How many `opaque_layers` are open. Of the process: a backward on CUDA recomputes in a thread of its own."""
 
-    One opaque operator: a compiler must not see, and move, reads of the reused buffer.
+
+@contextmanager
+def opaque_layers() -> Iterator[None]:
+    """Inside the block each frozen or adapted layer is one operator, which torch.compile makes it anyhow.
+
+    For a `TorchDispatchMode` that keeps or counts what operators return: inside a layer, results are overwritten in
+    the reused buffer.
     """
+    _Opaque.depth += 1
+    try:
+        yield
+    finally:
+        _Opaque.depth -= 1
+
+
+def is_opaque() -> bool:
+    """Whether a layer is to be one operator."""
+    return torch.compiler.is_compiling() or _Opaque.depth > 0
+
+
+def frozen_linear(x: Tensor, base: list[Tensor]) -> Tensor:
+    """x W^T (..., out) of a frozen weight, given as `weight_from` takes it, which the backward dequantises again."""
+    y: Tensor = opaque_frozen_linear(x, base) if is_opaque() else _FrozenLinear.apply(x, *base)
+    return y
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, *base: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(*base)
+        return torch.nn.functional.linear(x, weight_from([*base], x.dtype))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def, override]
+        base = [*ctx.saved_tensors]
+        return dy @ weight_from(base, dy.dtype), *[None] * len(base)
+
+
+@torch.library.custom_op("qdora::frozen_linear", mutates_args=())
+def opaque_frozen_linear(x: Tensor, base: list[Tensor]) -> Tensor:
+    """`frozen_linear` as one operator."""
     return torch.nn.functional.linear(x, weight_from(base, x.dtype))
 
 
 @torch.library.custom_op("qdora::frozen_linear_backward", mutates_args=())
-def frozen_linear_backward(dy: Tensor, base: list[Tensor]) -> Tensor:
+def opaque_frozen_linear_backward(dy: Tensor, base: list[Tensor]) -> Tensor:
     """dy W."""
     return dy @ weight_from(base, dy.dtype)
 
 
-@frozen_linear.register_fake
+@opaque_frozen_linear.register_fake
 def _(x, base):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], base[0].shape[0])
 
 
-@frozen_linear_backward.register_fake
+@opaque_frozen_linear_backward.register_fake
 def _(dy, base):  # type: ignore[no-untyped-def]
     return dy.new_empty(*dy.shape[:-1], base[0].shape[1] * (1 if len(base) == 1 else 2))
 
@@ -351,7 +461,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     base = list(ctx.saved_tensors)
-    return frozen_linear_backward(dy.contiguous(), base), [None] * len(base)
+    return opaque_frozen_linear_backward(dy.contiguous(), base), [None] * len(base)
 
 
-frozen_linear.register_autograd(_backward, setup_context=_setup_context)
+opaque_frozen_linear.register_autograd(_backward, setup_context=_setup_context)

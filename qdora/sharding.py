@@ -104,6 +104,11 @@ def _gather_in_backward(part: Any, *_: object) -> None:
     part.set_unshard_in_backward(is_bw())
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this rank may hold some of its rows only."""
+    return isinstance(parameter, DTensor)
+
+
 def own_rows(parameter: Tensor) -> tuple[Tensor, int]:
     """This rank's rows of a parameter (a view, in place writes reach the model) and the place of the first one."""
     if not isinstance(parameter, DTensor):
@@ -118,7 +123,9 @@ def gather_rows(parameters: Sequence[Tensor], dtype: torch.dtype, device: torch.
     """The whole of several sharded parameters in one collective, as `dtype` on `device`. *Collective* if sharded."""
     first = parameters[0]
     if not isinstance(first, DTensor):
-        return [parameter.detach().to(device, dtype) for parameter in parameters]
+        wholes = [torch.empty_like(parameter, dtype=dtype, device=device) for parameter in parameters]
+        torch._foreach_copy_(wholes, [parameter.detach() for parameter in parameters])
+        return wholes
     mesh = first.device_mesh
     ranks, group = mesh.size(mesh.ndim - 1), mesh.get_group(mesh.ndim - 1)
     # From the shape: `parameter[0]` of a DTensor would gather the whole of it, a collective for each.

@@ -8,7 +8,7 @@
 
 Folding. g has one number a row of W and a row holds whole NF4 blocks, so g folds into the block scales: dequantising
 with g[:, None] * absmax emits g * W, and with B' = s g B the layer is y = W' x + B' (A x), which is QLoRA's arithmetic.
-Over an unquantised W the product of both is scaled instead. Backward, with y before the bias:
+Over an unquantised W the rows of W x are scaled instead. Backward, with y before the bias:
 
     dx = W'^T dy + A^T (B'^T dy)    dA = (B'^T dy) x^T    dB = s g * (dy (A x)^T)    dm = sum over tokens of dy * y / m
 
@@ -20,7 +20,7 @@ Norm. n depends on W, A and B only: it is computed once an optimiser step, on ea
 
 in float32, |W|^2 once at load. Where this cancels (n^2 < 1e-3 |W|^2) the row is computed densely. A row of zeros gets a
 floor. `gain` is stored as its four bytes, so that it travels in the block's gather without being rounded to bfloat16:
-g - 1 is about 0.0015.
+g - 1 is about 0.0015. A and B that are whole on the rank are rounded, and B' is made of them, at the same time.
 
 Departures from the paper: the norm is per output row (as in the authors' code and PEFT; the paper writes columns of the
 transposed weight), and the norm of the *dequantised* weight starts m. LoRA (arXiv:2106.09685) is the same layer with
@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from qdora import nf4
-from qdora.adapter.operator import adapted_linear
-from qdora.sharding import gather_rows, own_rows
+from qdora.adapter.operator import Factors, adapted_linear, inverse, scaled_factors
+from qdora.sharding import gather_rows, is_sharded, own_rows
 
 NORM_FLOOR = 1e-6
 """Smallest row norm: real checkpoints have rows of zeros, where m / n would be 0 / 0."""
@@ -43,8 +43,10 @@ CANCELLATION = 1e-3
 """Below this share of |W|^2 the expanded norm has lost half of float32's digits: the row is computed densely."""
 CHUNK_NUMEL = 2**24
 """Values of W dequantised to float32 at a time while norms are computed (64 MiB)."""
-REFRESHED_NUMEL = 2**24
-"""Values of A gathered, of whole blocks, before a refresh waits for what it has computed of them."""
+REFRESHED_NUMEL = 2**22
+"""Values of A and of the own rows of B, of whole blocks, that a refresh computes with at a time."""
+REFRESHED_BYTES = 14
+"""Of such a value, at most: as it is, rounded, in float32, and for B its product with A."""
 
 
 class AdaptedLinear(nn.Module):
@@ -56,6 +58,12 @@ class AdaptedLinear(nn.Module):
 
     FACTORS: tuple[str, str] = ("lora_a", "lora_b")
     """The parameters that A and B are made of."""
+    are_factors_computed = False
+    """Whether A and B are more than those parameters, so that autograd has to go through what makes them."""
+    lora_a_rounded: Tensor
+    scaled_b: Tensor
+    row_scale: Tensor
+    inverse_m: Tensor | None
 
     def __init__(
         self,
@@ -79,6 +87,12 @@ class AdaptedLinear(nn.Module):
         self.gain = nn.Parameter(gain, requires_grad=False) if dora else None
         self.base_norm_squared: Tensor | None = None
         """(own rows,) float32: |W|^2 of this rank's rows, set by `measure`."""
+        self.is_whole = False
+        """Whether the rank holds all of A and B; set by `measure`."""
+        for name in Factors._fields:
+            self.register_buffer(name, None, persistent=False)
+        self._rounded_from: tuple[Tensor, int, Tensor, int] | None = None
+        """A and B of which those buffers were made, each with torch's count of what was written into it."""
         self.is_off = False
         """Whether the base computes alone; see `switched_off`."""
 
@@ -98,6 +112,10 @@ class AdaptedLinear(nn.Module):
         """
         return a, b
 
+    def factor_numel(self) -> int:
+        """Values of A, and of B's own rows."""
+        return self.rank * (self.in_features + own_rows(self.trained_factors()[1])[0].shape[0])
+
     def start(self, generator: torch.Generator) -> None:
         """A Kaiming-uniform as in LoRA, the same on any number of ranks, and B zero."""
         a, b = self.trained_factors()
@@ -106,6 +124,26 @@ class AdaptedLinear(nn.Module):
         own, first = own_rows(a)
         own.copy_(whole[first : first + own.shape[0]])
         own_rows(b)[0].zero_()
+
+    def rounded(self, dtype: torch.dtype) -> Factors | None:
+        """What the last refresh made for the forwards, unless A or B is another or was written since.
+
+        A refresh must follow a write through `.data`, which torch does not count, and any where blocks are compiled:
+        they do not ask, as they would be compiled anew each time.
+        """
+        if self._rounded_from is None:
+            return None
+        if not torch.compiler.is_compiling():
+            (a, b), (made_of_a, version_a, made_of_b, version_b) = self.trained_factors(), self._rounded_from
+            if a is not made_of_a or b is not made_of_b or a._version != version_a or b._version != version_b:
+                return None
+        made = Factors(self.lora_a_rounded, self.scaled_b, self.row_scale, self.inverse_m)
+        return made if made.lora_a_rounded.dtype == dtype else None
+
+    def mark_rounded(self) -> None:
+        """Says that the buffers have been made of A and B as they are now."""
+        a, b = self.trained_factors()
+        self._rounded_from = (a, a._version, b, b._version)
 
     def base_tensors(self) -> list[Tensor]:
         """What `nf4.weight_from` needs, as they are now."""
@@ -117,15 +155,19 @@ class AdaptedLinear(nn.Module):
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         if self.dropout > 0 and self.training:
             return self._forward_with_dropout(x, bias)
-        y: Tensor
-        factors = self.factors(*self.trained_factors(), x.dtype)
         rows = x.reshape(-1, self.in_features)
-        base = self.base_tensors()
-        nothing = [None] * (4 - len(base))
-        y, _ = adapted_linear(rows, *base, *nothing, self.gain, *factors, self.magnitude, self.scaling)
+        y = adapted_linear(rows, self.base_tensors(), self.gain, *self._forward_factors(x.dtype), self.magnitude)
         y = y.view(*x.shape[:-1], self.out_features)
         # Outside: dm wants y without it, and subtracting a large bias from a rounded y loses the rest.
         return y if bias is None else y + bias
+
+    def _forward_factors(self, dtype: torch.dtype) -> tuple[Factors, Tensor, Tensor]:
+        """What the forward computes with, and the A and B that its gradients reach."""
+        rounded = self.rounded(dtype)
+        if rounded is not None:
+            return rounded, *self.trained_factors()
+        a, b = self.factors(*self.trained_factors(), dtype)
+        return scaled_factors(a, b, self.gain, self.magnitude, self.scaling, dtype), a, b
 
     def _forward_with_dropout(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """PEFT's semantics: y = W x + (g - 1) W drop(x) + g s B A drop(x), unfused: three more passes over y."""
@@ -144,41 +186,30 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def measure(self, device: torch.device) -> None:
-        """Computes |W|^2 of the own rows; once, after the base weight is loaded."""
+        """Computes |W|^2 of the own rows; once, after the base weight is loaded and the model sharded."""
+        self.is_whole = not is_sharded(self.trained_factors()[0])
         squares = [rows.square().sum(1) for _, rows in self._own_weight(device)]
         self.base_norm_squared = torch.cat(squares) if squares else torch.empty(0, device=device)
 
-    def weight_norm(self, trained_a: Tensor) -> Tensor:
-        """n of the own rows, (own rows,) float32. `trained_a` is all that A is made of, as the forward rounds it."""
-        return _weight_norms([self], [trained_a])[0]
+    def own_factors(self, trained_a: Tensor) -> tuple[Tensor, Tensor]:
+        """A, and B of the own rows, which the forward rounds to the dtype of `trained_a`, all that A is made of."""
+        own, first_row = own_rows(self.trained_factors()[1])
+        return self.factors(trained_a, own.to(trained_a.device), trained_a.dtype, first_row)
 
     @torch.no_grad()
-    def expanded_norm(self, trained_a: Tensor) -> tuple[Tensor, Tensor]:
-        """|W|^2 + 2 s W A . B + s^2 |B A|^2 of the own rows, and which of them have lost their digits to it."""
-        assert self.base_norm_squared is not None, "measure() comes first"
-        a, b = self._own_factors(trained_a)
-        products = torch.empty_like(b)
+    def products(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """2 s W A^T + s^2 B A A^T of the own rows, which times B are the norm's sums, into `out`; all float32."""
         for first, rows in self._own_weight(a.device):
-            torch.mm(rows, a.T, out=products[first : first + rows.shape[0]])
-        products.mul_(2 * self.scaling).addmm_(b, a @ a.T, alpha=self.scaling**2)
-        squared = self.base_norm_squared + products.mul_(b).sum(1)
-        return squared, squared < CANCELLATION * self.base_norm_squared
+            torch.mm(rows, a.T, out=out[first : first + rows.shape[0]])
+        out.addmm_(b, a @ a.T, beta=2 * self.scaling, alpha=self.scaling**2)
 
     @torch.no_grad()
-    def replace_lost(self, trained_a: Tensor, squared: Tensor, lost: Tensor) -> None:
+    def replace_lost(self, a: Tensor, b: Tensor, squared: Tensor, lost: Tensor) -> None:
         """Computes the rows that `lost` names from W + s B A itself; mutates `squared`."""
-        a, b = self._own_factors(trained_a)
         for first, rows in self._own_weight(a.device):
             some = slice(first, first + rows.shape[0])
             dense = rows[lost[some]] + self.scaling * (b[some][lost[some]] @ a)
             squared[some] = squared[some].masked_scatter(lost[some], dense.square().sum(1))
-
-    def _own_factors(self, trained_a: Tensor) -> tuple[Tensor, Tensor]:
-        """A, and B of the own rows, as the forward rounds them, in float32."""
-        own, first_row = own_rows(self.trained_factors()[1])
-        own = own.to(trained_a.device, trained_a.dtype)
-        a, b = self.factors(trained_a, own, trained_a.dtype, first_row)
-        return a.float(), b.float()
 
     def _own_weight(self, device: torch.device) -> Iterable[tuple[int, Tensor]]:
         """This rank's rows of W in float32, some at a time, each with its place among the own rows."""
@@ -188,10 +219,8 @@ class AdaptedLinear(nn.Module):
             absmax, _ = own_rows(self.base.absmax)
             for first in range(0, packed.shape[0], step):
                 some = slice(first, first + step)
-                scales = nf4.unnest(
-                    absmax[some].to(device), self.base.absmax_scale, self.base.absmax_mean, first_row + first
-                )
-                yield first, nf4.dequantize(packed[some].to(device), scales, torch.float32)
+                own = [packed[some].to(device), absmax[some].to(device), *self.base.tensors()[2:]]
+                yield first, nf4.weight_from(own, torch.float32, first_row=first_row + first)
         else:
             weight, _ = own_rows(self.base.weight)  # type: ignore[arg-type]
             for first in range(0, weight.shape[0], step):
@@ -220,40 +249,124 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 def refresh(blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
     """Recomputes every DoRA layer's gain from its magnitude, A, B and W, on each rank's own rows. *Collective*.
 
-    Must follow every change of those: the optimiser's step, a load, a switch of adapters. One collective a block.
+    Must follow every change of those: the optimiser's step, a load, a switch of adapters. One collective a block. Also
+    rounds A and B for the forwards until the next change, where they are whole on the rank.
 
     Args:
         blocks: the modules to go through, the same on all ranks.
         dtype: compute dtype, to which the forward rounds A and B.
     """
+    adapted = [list(adapted_layers(block).values()) for block in blocks]
     layers: list[AdaptedLinear] = []
     trained: list[Tensor] = []
-    for block in blocks:
-        own = [layer for layer in adapted_layers(block).values() if layer.gain is not None]
-        if own:
-            layers += own
-            trained += gather_rows([layer.trained_factors()[0] for layer in own], dtype, device)
-        if sum(a.numel() for a in trained) > REFRESHED_NUMEL:
+    numel = 0
+    for own in adapted:
+        dora = [layer for layer in own if layer.gain is not None]
+        if dora:
+            layers += dora
+            trained += gather_rows([layer.trained_factors()[0] for layer in dora], dtype, device)
+            numel += sum(layer.factor_numel() for layer in dora)
+        if numel > REFRESHED_NUMEL:
             _write_gains(layers, trained, device)
-            layers, trained = [], []
-    _write_gains(layers, trained, device)
+            layers, trained, numel = [], [], 0
+    if layers:
+        _write_gains(layers, trained, device)
+    whole = [layer for own in adapted for layer in own if layer.is_whole and not layer.are_factors_computed]
+    if whole:
+        _round_factors(whole, dtype)
 
 
 def _write_gains(layers: Sequence[AdaptedLinear], trained: Sequence[Tensor], device: torch.device) -> None:
-    for layer, norm in zip(layers, _weight_norms(layers, trained), strict=True):
-        magnitude = own_rows(layer.magnitude)[0]  # type: ignore[arg-type]
-        own_rows(layer.gain)[0].copy_((magnitude.to(device) / norm)[:, None].view(torch.uint8))  # type: ignore[arg-type]
+    norms = row_norms(layers, trained)
+    magnitudes = torch.cat([own_rows(layer.magnitude)[0] for layer in layers]).to(device)  # type: ignore[arg-type]
+    gains = [own_rows(layer.gain)[0].view(torch.float32)[:, 0] for layer in layers]  # type: ignore[arg-type]
+    torch._foreach_copy_(gains, (magnitudes / norms).split([gain.numel() for gain in gains]))
 
 
 @torch.no_grad()
-def _weight_norms(layers: Sequence[AdaptedLinear], trained: Sequence[Tensor]) -> list[Tensor]:
-    """n of the own rows of each layer; see `AdaptedLinear.weight_norm`. Waits for a GPU once, unless rows are lost."""
-    expanded = [layer.expanded_norm(trained_a) for layer, trained_a in zip(layers, trained, strict=True)]
-    if expanded and torch.stack([lost.any() for _, lost in expanded]).any():
-        for layer, trained_a, (squared, lost) in zip(layers, trained, expanded, strict=True):
-            if lost.any():
-                layer.replace_lost(trained_a, squared, lost)
-    return [squared.clamp_(min=0).sqrt_().clamp_(min=NORM_FLOOR) for squared, _ in expanded]
+def row_norms(layers: Sequence[AdaptedLinear], trained: Sequence[Tensor]) -> Tensor:
+    """n of the own rows of each layer after the other, (own rows of all,) float32.
+
+    What can be is computed for all layers at once. Waits for a GPU once, unless rows have cancelled.
+
+    Args:
+        layers: of one rank r.
+        trained: all that A is made of, of each layer, in the dtype to which the forward rounds A and B.
+    """
+    factors = [layer.own_factors(trained_a) for layer, trained_a in zip(layers, trained, strict=True)]
+    own_a = [torch.empty_like(a, dtype=torch.float32) for a, _ in factors]
+    torch._foreach_copy_(own_a, [a for a, _ in factors])
+    every_b = torch.cat([b for _, b in factors]).to(trained[0].dtype).float()
+    sizes = [b.shape[0] for _, b in factors]
+    products, own_b = torch.empty_like(every_b), every_b.split(sizes)
+    for layer, a, b, out in zip(layers, own_a, own_b, products.split(sizes), strict=True):
+        layer.products(a, b, out)
+    base = torch.cat([layer.base_norm_squared for layer in layers])  # type: ignore[misc]
+    squared = products.mul_(every_b).sum(1).add_(base)
+    lost = squared < CANCELLATION * base
+    if lost.any():
+        parts = zip(layers, own_a, own_b, squared.split(sizes), lost.split(sizes), strict=True)
+        for layer, a, b, own, of_own in parts:
+            if of_own.any():
+                layer.replace_lost(a, b, own, of_own)
+    return squared.clamp_(min=0).sqrt_().clamp_(min=NORM_FLOOR)
+
+
+def allocate_factors(layers: Sequence[AdaptedLinear], dtype: torch.dtype) -> None:
+    """Gives layers the buffers of `Factors`, empty: of each kind but A one tensor, of which every layer has its rows.
+
+    Args:
+        layers: of one rank r, and all of DoRA or all of LoRA.
+    """
+    device, sizes = layers[0].trained_factors()[1].device, [layer.out_features for layer in layers]
+    scaled_b = torch.empty(sum(sizes), layers[0].rank, dtype=dtype, device=device)
+    row_scale = torch.empty(sum(sizes), 1, device=device)
+    inverse_m = torch.empty(sum(sizes), device=device)
+    parts = zip(layers, *(tensor.split(sizes) for tensor in (scaled_b, row_scale, inverse_m)), strict=True)
+    for layer, b, scale, inverse_of_own in parts:
+        layer.lora_a_rounded = torch.empty(layer.rank, layer.in_features, dtype=dtype, device=device)
+        layer.scaled_b, layer.row_scale = b, scale
+        layer.inverse_m = None if layer.gain is None else inverse_of_own
+
+
+def _whole_of(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """The tensor whose rows these are, one after the other; None if there is none."""
+    whole = None if rows[0] is None else rows[0]._base
+    first = 0
+    for part in rows:
+        if whole is None or part is None or part._base is not whole or part.storage_offset() != first:
+            return None
+        first += part.numel()
+    return whole if whole is not None and whole.numel() == first else None
+
+
+def _round_factors(layers: Sequence[AdaptedLinear], dtype: torch.dtype) -> None:
+    """Writes the buffers of `Factors` of layers that are whole, in few launches for all; `scaled_factors` is of one."""
+    a, b = ([layer.trained_factors()[index].detach() for layer in layers] for index in (0, 1))
+    for layer in layers:
+        layer._rounded_from = None
+    scaled_b = _whole_of([layer.scaled_b for layer in layers])
+    if scaled_b is None or scaled_b.dtype != dtype or scaled_b.device != b[0].device:
+        with torch.inference_mode(False):  # tensors made in it cannot be saved for a backward
+            allocate_factors(layers, dtype)
+    scaled_b, row_scale = (_whole_of([getattr(layer, name) for layer in layers]) for name in ("scaled_b", "row_scale"))
+    assert scaled_b is not None
+    assert row_scale is not None
+    scales = [layer.row_scale for layer in layers]
+    torch._foreach_copy_([layer.lora_a_rounded for layer in layers], a)
+    torch._foreach_copy_([layer.scaled_b for layer in layers], b)
+    gains = [layer.gain.view(torch.float32) for layer in layers if layer.gain is not None]
+    if gains:
+        torch._foreach_copy_(scales, gains)
+        inverses = inverse(torch.cat([layer.magnitude for layer in layers]))  # type: ignore[misc]
+        for_layers: list[Tensor] = [layer.inverse_m for layer in layers]  # type: ignore[misc]
+        torch._foreach_copy_(for_layers, inverses.split([scale.numel() for scale in scales]))
+    else:
+        row_scale.fill_(1.0)
+    torch._foreach_mul_(scales, [layer.scaling for layer in layers])
+    scaled_b.mul_(row_scale)
+    for layer in layers:
+        layer.mark_rounded()
 
 
 @torch.no_grad()

@@ -1,65 +1,186 @@
-"""The arithmetic of an adapted layer as two opaque operators, forward and backward; dora.py has the formulas.
+"""The arithmetic of an adapted layer, forward and backward; dora.py has the formulas.
 
-Opaque, because a compiler must not see, and move, reads of the buffer that weights are dequantised into.
+Eagerly a layer is a plain `torch.autograd.Function`. Under torch.compile, and inside `nf4.opaque_layers`, it is one
+operator a direction, which takes longer: a compiler must not see, and move, reads of the buffer that weights are
+dequantised into, and selective recomputation keeps y itself.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qdora import nf4
 
 
-@torch.library.custom_op("qdora::adapted_linear", mutates_args=())
+class Factors(NamedTuple):
+    """What the layer computes with, of A, B, g and m; a rank that holds them whole makes it once a step."""
+
+    lora_a_rounded: Tensor
+    """A, (rank, in), in the compute dtype."""
+    scaled_b: Tensor
+    """B' = s g B, (out, rank), in the compute dtype."""
+    row_scale: Tensor
+    """s g, (out, 1) or (1, 1) float32; of LoRA s alone."""
+    inverse_m: Tensor | None = None
+    """1 / m, (out,) float32, or 0 where m is 0; None for LoRA."""
+
+
+def scaled_factors(
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gain: Tensor | None,
+    magnitude: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Factors:
+    """A and B rounded to `dtype`, the compute dtype, and what else a call needs; without gradients.
+
+    Args:
+        gain: (out, 4) uint8, the bytes of g; None for LoRA, as is `magnitude`.
+    """
+    a, b = lora_a.detach().to(dtype), lora_b.detach().to(dtype)
+    if gain is None or magnitude is None:
+        row_scale, inverse_m = torch.full((1, 1), scaling, device=b.device), None
+    else:
+        row_scale, inverse_m = gain.view(torch.float32) * scaling, inverse(magnitude.detach().float())
+    return Factors(a, torch.mul(b, row_scale, out=torch.empty_like(b)), row_scale, inverse_m)
+
+
+def inverse(magnitude: Tensor) -> Tensor:
+    """1 / m, or 0: a row with m = 0 (zeros, from another tool) leaves nothing in y to find its gradient by."""
+    return magnitude.reciprocal().masked_fill_(magnitude == 0, 0.0)
+
+
 def adapted_linear(
     x: Tensor,
+    base: list[Tensor],
+    gain: Tensor | None,
+    factors: Factors,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor | None,
+) -> Tensor:
+    """y before the bias (tokens, out) of x (tokens, in); see dora.py's docstring.
+
+    Args:
+        base: the frozen weight's tensors, as `nf4.weight_from` takes them.
+        gain: (out, 4) uint8, the bytes of g; None for LoRA.
+        lora_a, lora_b, magnitude: only receive gradients, in their own dtypes.
+    """
+    y: Tensor
+    if nf4.is_opaque():
+        padded = [*base, *[None] * (4 - len(base))]
+        y, _ = opaque_adapted_linear(x, lora_a, lora_b, magnitude, *padded, gain, *factors)
+    else:
+        y = _AdaptedLinear.apply(x, lora_a, lora_b, magnitude, base, gain, factors)
+    return y
+
+
+def _forward(x: Tensor, base: list[Tensor], gain: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor]:
+    """y (tokens, out) and A x (tokens, rank)."""
+    quantised = len(base) > 1
+    g = None if gain is None else gain.view(torch.float32)
+    xa = torch.mm(x, factors.lora_a_rounded.t())
+    y = torch.mm(x, nf4.weight_from(base, x.dtype, g if quantised else None).t())
+    if g is not None and not quantised:
+        y.mul_(g.t())
+    return y.addmm_(xa, factors.scaled_b.t()), xa
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    y: Tensor | None,
+    base: list[Tensor],
+    gain: Tensor | None,
+    factors: Factors,
+    dtype: torch.dtype,
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """dx, dA and dB in `dtype`, and dm in float32; None for dx or dm where it is not wanted."""
+    dx, dm = None, None
+    if factors.inverse_m is not None and y is not None:
+        dm = _column_dot(dy, y) * factors.inverse_m
+    dxa = torch.mm(dy, factors.scaled_b)
+    da = torch.mm(dxa.t(), x).to(dtype)
+    db = torch.mul(torch.mm(dy.t(), xa), factors.row_scale, out=torch.empty_like(factors.scaled_b, dtype=dtype))
+    if need_dx:
+        g = None if gain is None else gain.view(torch.float32)
+        if len(base) == 1 and g is not None:
+            dx = torch.mm(torch.mul(dy, g.t(), out=torch.empty_like(dy)), nf4.weight_from(base, dy.dtype))
+        else:
+            dx = torch.mm(dy, nf4.weight_from(base, dy.dtype, g))
+        dx.addmm_(dxa, factors.lora_a_rounded)
+    return dx, da, db, dm
+
+
+def _column_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over rows of a * b (rows, columns). Products round to a's dtype and add up in float32.
+
+    A CPU would copy the products to float32 for such a result: there it is rounded once more.
+    """
+    return (a * b).sum(0) if a.is_cpu else (a * b).sum(0, dtype=torch.float32)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def, override]
+        ctx, x: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, base, gain, factors
+    ) -> Tensor:
+        y, xa = _forward(x, base, gain, factors)
+        # Frozen parameters are there anyhow; what may be made for a call is saved, so that recomputation frees it.
+        ctx.base, ctx.gain = base, gain
+        ctx.dtype, ctx.dtype_m = lora_a.dtype, None if magnitude is None else magnitude.dtype
+        ctx.save_for_backward(x, xa, None if magnitude is None else y, *factors)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def, override]
+        x, xa, y, *factors = ctx.saved_tensors
+        need_dx = ctx.needs_input_grad[0]
+        dx, da, db, dm = _backward(dy.contiguous(), x, xa, y, ctx.base, ctx.gain, Factors(*factors), ctx.dtype, need_dx)
+        return dx, da, db, None if dm is None else dm.to(ctx.dtype_m), None, None, None
+
+
+# The same as two operators. No lists among their arguments: autograd takes a tenth of a millisecond a call for one.
+
+
+@torch.library.custom_op("qdora::adapted_linear", mutates_args=())
+def opaque_adapted_linear(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor | None,
     weight: Tensor,
     absmax: Tensor | None,
     absmax_scale: Tensor | None,
     absmax_mean: Tensor | None,
     gain: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    magnitude: Tensor | None,
-    scaling: float,
+    lora_a_rounded: Tensor,
+    scaled_b: Tensor,
+    row_scale: Tensor,
+    inverse_m: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """y before the bias (tokens, out) and A x (tokens, rank) of x (tokens, in); see dora.py's docstring.
-
-    Args:
-        weight, absmax, absmax_scale, absmax_mean: the frozen weight's tensors, as many as `nf4.weight_from` takes; not
-            a list, whose autograd costs a tenth of a millisecond a call.
-        gain: (out, 4) uint8, the bytes of g; None for LoRA. `magnitude` only receives a gradient.
-    """
-    quantised = absmax is not None
-    g = None if gain is None else gain.view(torch.float32).squeeze(1)
-    base = _base_tensors(weight, absmax, absmax_scale, absmax_mean)
-    xa = x @ lora_a.to(x.dtype).T
-    y = x @ nf4.weight_from(base, x.dtype, g if quantised else None).T
-    y.addmm_(xa, _scaled_b(lora_b, g if quantised else None, scaling, x.dtype).T)
-    if g is not None and not quantised:
-        y.mul_(g)
-    return y, xa
+    """y and A x; `adapted_linear` as one operator."""
+    base = _without_none(weight, absmax, absmax_scale, absmax_mean)
+    return _forward(x, base, gain, Factors(lora_a_rounded, scaled_b, row_scale, inverse_m))
 
 
-@adapted_linear.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, weight, absmax, absmax_scale, absmax_mean, gain, lora_a, lora_b, magnitude, scaling
-):
-    return x.new_empty(x.shape[0], lora_b.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
-
-
-def _scaled_b(lora_b: Tensor, g: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
-    """B' = s g B, rounded once."""
-    if g is None:
-        return lora_b.to(dtype) * scaling
-    return torch.mul(lora_b.to(dtype), (g * scaling)[:, None], out=lora_b.new_empty(lora_b.shape, dtype=dtype))
-
-
-def _base_tensors(*tensors: Tensor | None) -> list[Tensor]:
+def _without_none(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
+@opaque_adapted_linear.register_fake
+def _(x, lora_a, lora_b, *_):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], lora_b.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
+
+
 @torch.library.custom_op("qdora::adapted_linear_backward", mutates_args=())
-def adapted_linear_backward(
+def opaque_adapted_linear_backward(
     dy: Tensor,
     x: Tensor,
     xa: Tensor,
@@ -69,64 +190,41 @@ def adapted_linear_backward(
     absmax_scale: Tensor | None,
     absmax_mean: Tensor | None,
     gain: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    magnitude: Tensor | None,
-    scaling: float,
+    lora_a_rounded: Tensor,
+    scaled_b: Tensor,
+    row_scale: Tensor,
+    inverse_m: Tensor | None,
+    dtype: torch.dtype,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dA, dB and dm; dx or dm is empty where it is not wanted."""
-    quantised = absmax is not None
-    dm = dy.new_empty(0)
-    g = None if gain is None else gain.view(torch.float32).squeeze(1)
-    if magnitude is not None and y is not None:
-        dm = _column_dot(dy, y)
-        # A magnitude of exactly 0 (a row of zeros, from another tool) leaves nothing in y to find its gradient by.
-        dm = (dm / magnitude).masked_fill(magnitude == 0, 0.0).to(magnitude.dtype)
-    if g is not None and not quantised:
-        dy = dy * g.to(dy.dtype) if dy.dtype == torch.float32 else (dy * g).to(dy.dtype)
-    fold = g if quantised else None
-    dxa = dy @ _scaled_b(lora_b, fold, scaling, dy.dtype)
-    da = (dxa.T @ x).to(lora_a.dtype)
-    db = dy.T @ xa
-    db = (db.float() * scaling if fold is None else db * (fold * scaling)[:, None]).to(lora_b.dtype)
-    dx = dy.new_empty(0)
-    if need_dx:
-        dx = dy @ nf4.weight_from(_base_tensors(weight, absmax, absmax_scale, absmax_mean), dy.dtype, fold)
-        dx.addmm_(dxa, lora_a.to(dy.dtype))
+    """What `_backward` does; an operator returns no None: dx or dm is empty where it is not wanted."""
+    base = _without_none(weight, absmax, absmax_scale, absmax_mean)
+    factors = Factors(lora_a_rounded, scaled_b, row_scale, inverse_m)
+    gradients = _backward(dy, x, xa, y, base, gain, factors, dtype, need_dx)
+    dx, da, db, dm = (dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return dx, da, db, dm
 
 
-@adapted_linear_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    dy, x, xa, y, weight, absmax, absmax_scale, absmax_mean, gain, lora_a, lora_b, magnitude, scaling, need_dx
-):
+@opaque_adapted_linear_backward.register_fake
+def _(dy, x, xa, y, weight, absmax, scale, mean, gain, lora_a, scaled_b, row_scale, inverse_m, dtype, need_dx):  # type: ignore[no-untyped-def]
     dx = x.new_empty(x.shape) if need_dx else dy.new_empty(0)
-    dm = dy.new_empty(0) if magnitude is None or y is None else torch.empty_like(magnitude)
-    return dx, torch.empty_like(lora_a), torch.empty_like(lora_b), dm
-
-
-def _column_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over rows of a * b (rows, columns), float32. Products round to a's dtype and add up in float32.
-
-    A CPU would copy the products to float32 for such a result: there it is rounded once more.
-    """
-    return (a * b).sum(0, dtype=torch.float32) if a.is_cuda else (a * b).sum(0).float()
+    dm = dy.new_empty(0) if y is None else dy.new_empty(dy.shape[1], dtype=torch.float32)
+    return dx, torch.empty_like(lora_a, dtype=dtype), torch.empty_like(scaled_b, dtype=dtype), dm
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, *weights, magnitude, scaling = inputs
+    x, lora_a, _, magnitude, *others = inputs
     y, xa = output
-    ctx.scaling = scaling
     ctx.mark_non_differentiable(xa)
-    ctx.save_for_backward(x, xa, None if magnitude is None else y, *weights, magnitude)
+    ctx.dtype, ctx.dtype_m = lora_a.dtype, None if magnitude is None else magnitude.dtype
+    ctx.save_for_backward(x, xa, None if magnitude is None else y, *others)
 
 
-def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
-    *saved, magnitude = ctx.saved_tensors
-    dx, da, db, dm = adapted_linear_backward(dy.contiguous(), *saved, magnitude, ctx.scaling, ctx.needs_input_grad[0])
-    dx, dm = dx if ctx.needs_input_grad[0] else None, None if magnitude is None else dm
-    return dx, None, None, None, None, None, da, db, dm, None
+def _operator_backward(ctx, dy, _):  # type: ignore[no-untyped-def]
+    saved, need_dx = ctx.saved_tensors, ctx.needs_input_grad[0]
+    dx, da, db, dm = opaque_adapted_linear_backward(dy.contiguous(), *saved, ctx.dtype, need_dx)
+    dm = None if ctx.dtype_m is None else dm.to(ctx.dtype_m)
+    return dx if need_dx else None, da, db, dm, *[None] * 9
 
 
-adapted_linear.register_autograd(_backward, setup_context=_setup_context)
+opaque_adapted_linear.register_autograd(_operator_backward, setup_context=_setup_context)

@@ -30,6 +30,7 @@ class VeraLinear(AdaptedLinear):
     """A frozen linear layer with a VeRA or DVoRA adapter; `share_projections` must follow."""
 
     FACTORS = ("vera_d", "vera_b")
+    are_factors_computed = True
     shared_a: Tensor
     shared_b: Tensor
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from qdora.config import ActivationCheckpointing
 from qdora.errors import ConfigError
+from qdora.nf4 import opaque_layers
 
 RECOMPILE_LIMIT = 64
 KEPT_OPERATORS = {
@@ -53,7 +54,10 @@ def checkpoint_activations(blocks: Sequence[nn.Module], kind: ActivationCheckpoi
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     host = HostMemory() if offload else None
     for block in blocks:
-        forward = functools.partial(_forward, block.forward, options)
+        computed = block.forward
+        if kind is ActivationCheckpointing.selective:  # which keeps what operators return
+            computed = functools.partial(_with_opaque_layers, computed)
+        forward = functools.partial(_forward, computed, options)
         block.forward = forward if host is None else Offloaded(block.forward, host)  # type: ignore[method-assign]
 
 
@@ -143,6 +147,13 @@ class Offloaded:
 
         # By the devices of its arguments checkpoint knows whose random state dropout needs again.
         return checkpoint(forward, hidden_states.new_empty(0), *args, use_reentrant=False, **kwargs)
+
+
+def _with_opaque_layers(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return forward(*args, **kwargs)
+    with opaque_layers():
+        return forward(*args, **kwargs)
 
 
 def _forward(forward: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

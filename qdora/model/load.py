@@ -59,7 +59,10 @@ class LoadedModel:
         self.recomputation = kind
 
     def refresh(self, device: torch.device) -> None:
-        """Recomputes DoRA's row norms; must follow every change of the adapters. *Collective*."""
+        """Recomputes DoRA's row norms and what forwards take of A and B; must follow every change of the adapters.
+
+        *Collective*.
+        """
         dora.refresh(self.blocks, device, self.dtype)
 
 

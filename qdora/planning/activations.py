@@ -18,11 +18,13 @@ from torch.utils._pytree import tree_leaves
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qdora.adapter.dora import adapted_layers, allocate_factors
 from qdora.adapter.vera import vera_layers
 from qdora.config import ActivationCheckpointing, Attention
 from qdora.model.activations import checkpoint_activations
 from qdora.model.build import EmptyModel
 from qdora.model.load import materialise
+from qdora.nf4 import opaque_layers
 
 FASTEST_FIRST = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
 
@@ -99,14 +101,13 @@ class Simulation:
     """Runs each kind of block of `empty` (on meta; unusable afterwards) on micro-batches of rows of `length` tokens.
 
     Args:
-        trained: dtype in which the trained parameters compute: the model's under FSDP2, else their own float32.
+        wrapped: whether FSDP2 gathers the trained parameters, in the model's dtype; else each rank has them whole, in
+            float32, and adapters what they have rounded.
         attention: what the run has; `eager` is simulated as it is, the others by sdpa.
         packed: whether samples share a row, for which sdpa needs a mask.
     """
 
-    def __init__(
-        self, empty: EmptyModel, length: int, trained: torch.dtype, attention: Attention, packed: bool
-    ) -> None:
+    def __init__(self, empty: EmptyModel, length: int, wrapped: bool, attention: Attention, packed: bool) -> None:
         self.model, self.blocks, self.dtype, self.length = empty.model, empty.blocks, empty.dtype, length
         self._is_replaced, self._has_mask = attention is not Attention.eager, packed and attention is Attention.sdpa
         self.model.train()
@@ -117,7 +118,7 @@ class Simulation:
             inside = {part for block in self.blocks for part in block.modules()}
             outer = [part for part in self.model.modules() if part not in inside and not list(part.children())]
             for module in [*outer, *kinds.values()]:
-                _fake(module, trained)
+                _fake(module, self.dtype, wrapped)
 
     def run(self, rows: int, kind: ActivationCheckpointing) -> Activations:
         """Of a micro-batch (rows, length) under one kind of recomputation."""
@@ -173,19 +174,23 @@ def _measured(
     return (result, None) if is_tuple else result
 
 
-def _fake(module: nn.Module, trained: torch.dtype) -> None:
+def _fake(module: nn.Module, dtype: torch.dtype, wrapped: bool) -> None:
     """Gives the module tensors that have no values but compute."""
     materialise(module, torch.device("cpu"), torch.device("cpu"))
     for layer in vera_layers(module):  # which have values: each operator would count them as its own
         layer.shared_a, layer.shared_b = torch.empty_like(layer.shared_a), torch.empty_like(layer.shared_b)
     for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(trained)
+        if parameter.requires_grad and wrapped:
+            parameter.data = parameter.data.to(dtype)
+    for adapted in () if wrapped else adapted_layers(module).values():
+        if not adapted.are_factors_computed:
+            allocate_factors([adapted], dtype)
+            adapted.mark_rounded()
 
 
 def _count(block: nn.Module, hidden: Tensor, others: Any, kwargs: Any) -> tuple[BlockBytes, bool]:
     """And whether it returns a tuple, as older ones do."""
-    with torch.enable_grad(), LiveBytes() as live:
+    with torch.enable_grad(), opaque_layers(), LiveBytes() as live:
         given = hidden.detach().clone().requires_grad_()
         result = block(given, *others, **kwargs)
         is_tuple = isinstance(result, tuple)

@@ -10,11 +10,12 @@ them.
 from dataclasses import dataclass
 
 from qdora.adapter.dora import CHUNK_NUMEL as NORM_NUMEL
+from qdora.adapter.dora import REFRESHED_BYTES, REFRESHED_NUMEL
 from qdora.config import Gather
 from qdora.model.loss import CHUNK_NUMEL
 from qdora.nf4 import PART_NUMEL
 from qdora.planning.activations import Activations
-from qdora.planning.tensors import Tensors
+from qdora.planning.tensors import Group, Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ def peak_bytes(tensors: Tensors, activations: Activations, sharing: Sharing, tok
         _loss(tensors, activations, sharing, tokens),
         *_backwards(tensors, activations, sharing, tokens),
         _update(tensors, sharing),
+        _refresh(tensors, sharing),
     ]
     return parts | max(moments, key=lambda moment: sum(moment.values())), host
 
@@ -71,6 +73,8 @@ def _resident(tensors: Tensors, sharing: Sharing) -> tuple[dict[str, int], int]:
         parts = dict.fromkeys(parts, 0)
     parts["quantisation state"] += tensors.replicated
     parts["adapters"] += tensors.projections + sum(4 * -(-rows // shards) * count for rows, count in tensors.base_norms)
+    if not sharing.wrapped:
+        parts["adapters"] += tensors.rounded
     norms = min(NORM_NUMEL, -(-tensors.largest_quantised // shards)) * 4 if tensors.base_norms else 0
     largest = tensors.largest_quantised
     if tensors.head_in_nf4:
@@ -173,6 +177,14 @@ def _backwards(tensors: Tensors, activations: Activations, sharing: Sharing, tok
 def _own_gradients(tensors: Tensors, sharing: Sharing) -> int:
     """In float32, of the rank's rows."""
     return 4 * sum(group.trained(sharing.num_shards) for group in tensors.groups)
+
+
+def _refresh(tensors: Tensors, sharing: Sharing) -> dict[str, int]:
+    """While row norms are computed after the update: its gradients are still there."""
+    own = 0 if sharing.on_host else _own_gradients(tensors, sharing)
+    at_a_time = min(tensors.factor_numel, REFRESHED_NUMEL + max(map(Group.trained, tensors.blocks)))
+    factors = REFRESHED_BYTES * at_a_time if tensors.base_norms else 0
+    return {"gathered": 0, "gradients": own, "activations": factors, "loss": 0}
 
 
 def _update(tensors: Tensors, sharing: Sharing) -> dict[str, int]:

@@ -7,8 +7,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from qdora.config import (
     ActivationCheckpointing,
     AdapterConfig,
@@ -134,8 +132,8 @@ class Planner:
     def __init__(self, task: Task, folder: Path, hardware: Hardware) -> None:
         self.task, self.folder, self.hardware = task, folder, hardware
         self._forms: dict[bool, Tensors] = {}
-        self._simulations: dict[torch.dtype, Simulation] = {}
-        self._activations: dict[tuple[torch.dtype, ActivationCheckpointing], list[Activations]] = {}
+        self._simulations: dict[bool, Simulation] = {}
+        self._activations: dict[tuple[bool, ActivationCheckpointing], list[Activations]] = {}
 
     def plans(self) -> list[Planned]:
         """The usual choices for as many rows a step as the task has; tight ones where nothing else of a layout fits."""
@@ -197,7 +195,7 @@ class Planner:
         tensors, tokens = self._tensors(choice.embeddings), choice.micro_batch_size * length
         num_batches = choice.num_accumulation_steps
         sharing = self.sharing(choice)
-        activations = self.activations(choice, tensors.dtype if sharing.wrapped else torch.float32)
+        activations = self.activations(choice, sharing.wrapped)
         parts, host = peak_bytes(tensors, activations, sharing, tokens)
         parts["offloaded"] = 0
         if hardware.device == "cpu":
@@ -243,16 +241,16 @@ class Planner:
             start = f"{nodes} NPROC={hardware.ranks_per_node} launch/multinode.sh"
         return f"{start} {' '.join(map(shlex.quote, options))}"
 
-    def activations(self, choice: Choice, trained: torch.dtype) -> Activations:
-        """Of one micro-batch; trained parameters compute in `trained`.
+    def activations(self, choice: Choice, wrapped: bool) -> Activations:
+        """Of one micro-batch; `wrapped`: whether FSDP2 gathers the trained parameters.
 
         Raises:
             ModelError: the model's code cannot be run on tensors without values.
         """
-        key = trained, choice.kind
+        key = wrapped, choice.kind
         if key not in self._activations:
             try:
-                self._activations[key] = [self._simulation(trained).run(rows, choice.kind) for rows in (1, 2)]
+                self._activations[key] = [self._simulation(wrapped).run(rows, choice.kind) for rows in (1, 2)]
             except QdoraError:
                 raise
             except Exception as error:  # whatever a model's own code raises
@@ -261,12 +259,12 @@ class Planner:
         one, two = self._activations[key]
         return one.extended(two, choice.micro_batch_size)
 
-    def _simulation(self, trained: torch.dtype) -> Simulation:
-        if trained not in self._simulations:
+    def _simulation(self, wrapped: bool) -> Simulation:
+        if wrapped not in self._simulations:
             data, attention = self.task.data, self.task.model.attention
             form = self._form(embeddings=False)
-            self._simulations[trained] = Simulation(form, data.max_length, trained, attention, data.packing)
-        return self._simulations[trained]
+            self._simulations[wrapped] = Simulation(form, data.max_length, wrapped, attention, data.packing)
+        return self._simulations[wrapped]
 
     def _tensors(self, embeddings: bool) -> Tensors:
         if embeddings not in self._forms:

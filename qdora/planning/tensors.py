@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from qdora.adapter.dora import adapted_layers
+from qdora.adapter.dora import AdaptedLinear, adapted_layers
 from qdora.adapter.vera import vera_layers
 from qdora.model.build import EmptyModel
 from qdora.nf4 import NF4Linear, NF4Weight
@@ -68,6 +68,10 @@ class Tensors:
     """Bytes of buffers that every rank has whole: the scales of scales, positions."""
     projections: int
     """Bytes of VeRA's A and B, which every rank has whole, too."""
+    rounded: int
+    """Bytes of what adapters whose A and B are whole on a rank keep for the forwards of a step."""
+    factor_numel: int
+    """Values of A and B of all adapters, however they are made."""
     base_norms: list[tuple[int, int]]
     """Rows, and how many layers have so many: float32 |W|^2 that each rank keeps of its own rows of a DoRA layer."""
     linear_numel: int
@@ -125,6 +129,8 @@ def tensors_of(empty: EmptyModel) -> Tensors:
         rest,
         replicated,
         projections,
+        sum(_rounded(layer, compute) for layer in layers),
+        sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers),
         _counted([layer.out_features for layer in layers]),
         sum(part.in_features * part.out_features for part in linears),
         sum(part.in_features * part.out_features for part in linears if isinstance(part, NF4Linear)),
@@ -137,6 +143,13 @@ def tensors_of(empty: EmptyModel) -> Tensors:
         text.hidden_size,
         empty.dtype,
     )
+
+
+def _rounded(layer: AdaptedLinear, compute: int) -> int:
+    """Bytes of what a refresh makes of a layer for the forwards of a step."""
+    if layer.are_factors_computed:
+        return 0
+    return sum(factor.numel() for factor in layer.trained_factors()) * compute + layer.out_features * 8
 
 
 def _shape(name: str, parameter: Tensor, kind: str | None, compute: int) -> TensorShape:

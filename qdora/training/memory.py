@@ -27,6 +27,7 @@ from qdora.model import LoadedModel
 from qdora.model.activations import KEPT_OPERATORS
 from qdora.model.build import ends
 from qdora.model.loss import CHUNK_NUMEL, IGNORED
+from qdora.nf4 import opaque_layers
 from qdora.parallel import World
 from qdora.planning.activations import FASTEST_FIRST
 from qdora.sharding import own_rows, parts_of, reshard
@@ -205,7 +206,7 @@ def _measured(
         return tensor.detach()  # itself would be a cycle where a node saves its own output, and stay
 
     outputs = _KeptOutputs()
-    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor), outputs:
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor), opaque_layers(), outputs:
         result = forward(hidden.detach().requires_grad_(), *others, **kwargs)
     size = hidden.untyped_storage().nbytes()
     found.append(dict(zip(FASTEST_FIRST, (sum(saved.values()), size + outputs.num_bytes(), size), strict=True)))

@@ -68,7 +68,7 @@ class Trainer:
         self.tracker = Tracker()
         """Records nothing until the run has been accepted and another takes its place."""
         self.optimizer = build_optimizer(self.model, config.optim)
-        # DoRA's row norms follow the weights here and nowhere else in training.
+        # DoRA's row norms, and the rounded factors, follow the weights here and nowhere else in training.
         self.optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
         self.num_steps = num_steps(config, train_loader)
         self.checkpoints = Checkpoints(folder.checkpoints, world, config.train.keep_checkpoints)

@@ -23,6 +23,7 @@ from qdora.config import (
 )
 from qdora.model import load_model
 from qdora.model.loss import mean_loss
+from qdora.nf4 import opaque_layers
 from qdora.optim import build_optimizer
 from qdora.training import memory
 from qdora.training.trainer import accumulate_gradients
@@ -105,7 +106,7 @@ def train_three_steps(gather: Gather, recomputation: ActivationCheckpointing, fo
     for _ in range(NUM_STEPS):
         batches = batches_of(world, accumulate=True)
         gathered.begin_step()
-        with gathered:
+        with opaque_layers(), gathered:
             loss, _, _ = accumulate_gradients(loaded.model, batches, world)
         losses.append(loss)
         optimizer.step()

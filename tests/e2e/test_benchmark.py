@@ -31,6 +31,31 @@ def test_arms_take_the_same_steps(tmp_path: Path, root: Path, ranks: int) -> Non
         assert result["losses"][-1] == pytest.approx(record["results"]["peft-qlora"]["losses"][-1], rel=0.01)
 
 
+def test_a_layer_launches_no_more_than_it_did(tmp_path: Path, root: Path) -> None:
+    """The script compares with its own `MOST`; PEFT's QDoRA is there to show that it counts."""
+    output = tmp_path / "launches.json"
+    done = run([sys.executable, str(root / "benchmarks" / "launches.py"), f"--output={output}"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    arms = json.loads(output.read_text())["arms"]
+    for name, phases in (("qlora", 2), ("qdora", 3)):  # a refresh dequantises, too
+        operators = arms[name]["operators of all layers"]
+        assert sum(counts.get("dequantize_nf4", 0) for counts in operators.values()) == 16 * phases
+        assert operators["forward"]["addmm_"] == operators["backward"]["addmm_"] == 16
+    assert arms["qdora"]["a layer"] < arms["peft-qdora"]["a layer"]
+
+
+@pytest.mark.nightly
+def test_overhead_is_measured_against_peft(tmp_path: Path, root: Path) -> None:
+    output = tmp_path / "overhead.json"
+    options = ["--steps=2", "--warmup=1", f"--output={output}"]
+    done = run([sys.executable, str(root / "benchmarks" / "overhead.py"), *options])
+    arms = json.loads(output.read_text())["arms"]
+    assert arms.keys() == ARMS
+    assert all(figures["ms"] > 0 for figures in arms.values())
+    assert arms["peft-qlora"]["of_peft_qlora"] == 1
+    assert (done.returncode == 0) == ("more of PEFT" not in done.stderr)
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_every_case_of_a_gpu_runs_on_a_toy_model(tmp_path: Path, root: Path) -> None:

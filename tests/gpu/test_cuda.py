@@ -59,6 +59,26 @@ def test_dequantize_on_cuda_gives_the_values_of_the_cpu() -> None:
     assert torch.equal(on_gpu.cpu(), on_cpu)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("is_scaled", [True, False])
+def test_one_launch_dequantises_to_the_bits_of_four(dtype: torch.dtype, double_quant: bool, is_scaled: bool) -> None:
+    torch.manual_seed(0)
+    packed, absmax = nf4.quantize((torch.randn(300, 1536) * torch.rand(300, 1)).cuda())
+    stored = nf4.nest(absmax, 300) if double_quant else (absmax.view(torch.uint8), None, None)
+    row_scale = torch.rand(300, 1, device="cuda") + 0.5 if is_scaled else None
+    kernel = nf4.working_kernel(packed.device)
+    assert kernel is not None
+    for rows in (slice(0, 300), slice(37, 299)):
+        some = None if row_scale is None else row_scale[rows]
+        scales = nf4.unnest(stored[0][rows], *stored[1:], rows.start)  # type: ignore[misc]
+        expected = nf4.dequantize(packed[rows], scales if some is None else scales * some, dtype)
+        found = torch.full_like(expected, torch.nan)
+        given = [packed[rows], stored[0][rows], *(one for one in stored[1:] if one is not None)]
+        kernel(given, some, rows.start, found, nf4.nested_code(found.device), nf4.nf4_code(found.device))
+        assert torch.equal(found, expected)
+
+
 def test_layer_on_cuda_agrees_with_the_cpu_in_outputs_and_gradients() -> None:
     x = torch.randn(64, 256, dtype=torch.bfloat16)
     results = []

@@ -1,15 +1,19 @@
 """The DoRA and LoRA layer against PEFT's, in outputs and every gradient, and against float64 arithmetic."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qdora import nf4
-from qdora.adapter.dora import AdaptedLinear, refresh
+from qdora.adapter.dora import AdaptedLinear, refresh, row_norms
+from qdora.adapter.operator import scaled_factors
 from qdora.config import (
     AdapterConfig,
     AdapterMethod,
@@ -161,7 +165,9 @@ def test_norm_agrees_with_float64(quantised: bool) -> None:
     layer = make_layer(Case(quantised=quantised), torch.randn(OUT, IN), None)
     weight = nf4.weight_from(layer.base_tensors(), torch.float32).double()
     dense = weight + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
-    torch.testing.assert_close(layer.weight_norm(layer.lora_a.detach()).double(), dense.norm(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        row_norms([layer], [layer.lora_a.detach()]).double(), dense.norm(dim=1), rtol=1e-6, atol=0
+    )
 
 
 def test_norm_of_rows_that_cancel_is_exact() -> None:
@@ -173,7 +179,7 @@ def test_norm_of_rows_that_cancel_is_exact() -> None:
     weight.data[:10] = -update[:10] * (1 + 1e-4 * torch.randn(10, IN))
     layer.measure(CPU)
     dense = weight.double() + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
-    norm = layer.weight_norm(layer.lora_a.detach()).double()
+    norm = row_norms([layer], [layer.lora_a.detach()]).double()
     # What is left is 1e-4 of W, itself rounded to float32's 6e-8: 3 to 4 digits of it are there at all.
     torch.testing.assert_close(norm[:10], dense.norm(dim=1)[:10], rtol=2e-3, atol=0)
     torch.testing.assert_close(norm[10:], dense.norm(dim=1)[10:], rtol=1e-6, atol=0)
@@ -219,6 +225,94 @@ def test_refresh_follows_every_change(changed: str) -> None:
     theirs = make_peft(case, layer)
     assert not torch.allclose(layer(x), before, rtol=1e-2)
     assert _difference(layer(x), theirs(x)) <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("dora", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_refresh_makes_what_a_call_would(dora: bool, dtype: torch.dtype) -> None:
+    """For several layers at once, also after a part of them was refreshed alone."""
+    torch.manual_seed(0)
+    layers = [make_layer(Case(dtype=dtype, dora=dora), torch.randn(OUT, IN), None) for _ in range(3)]
+    for some in (layers, layers[1:], layers):
+        with torch.no_grad():
+            for layer in layers:
+                layer.lora_b.add_(0.01 * torch.randn(OUT, RANK))
+        refresh([nn.Sequential(*some)], CPU, dtype)
+        for layer in some:
+            a, b = layer.trained_factors()
+            called = scaled_factors(a, b, layer.gain, layer.magnitude, layer.scaling, dtype)
+            made = layer.rounded(dtype)
+            assert made is not None
+            for ours, theirs in zip(made, called, strict=True):
+                if theirs is None:
+                    assert ours is None
+                else:
+                    assert torch.equal(ours, theirs.expand_as(ours))
+    assert layers[0].rounded(torch.float16) is None
+    layers[0].lora_a = nn.Parameter(layers[0].lora_a.detach().clone())
+    assert layers[0].rounded(dtype) is None
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_forward_follows_factors_that_were_written_since_the_refresh(dora: bool) -> None:
+    """Of LoRA that is all; DoRA's gain is a refresh's, which the trainer's hook does after each update."""
+    torch.manual_seed(0)
+    layer = make_layer(Case(quantised=True, dora=dora), torch.randn(OUT, IN), None)
+    x = torch.randn(4, IN)
+    before = layer(x)
+    with torch.no_grad():
+        layer.lora_b.mul_(2)
+    doubled = layer(x)
+    gain = None if layer.gain is None else layer.gain.view(torch.float32)
+    base = x @ nf4.weight_from(layer.base_tensors(), torch.float32, gain).T
+    torch.testing.assert_close(doubled - base, 2 * (before - base), rtol=1e-3, atol=1e-4)
+
+
+def test_magnitudes_of_zero_have_a_gradient_of_zero() -> None:
+    torch.manual_seed(0)
+    layer = make_layer(Case(quantised=True), torch.randn(OUT, IN), None)
+    assert layer.magnitude is not None
+    layer.magnitude.data[7] = 0
+    refresh([nn.Sequential(layer)], CPU, torch.float32)
+    y = layer(torch.randn(4, IN))
+    y.square().sum().backward()
+    assert layer.magnitude.grad is not None
+    assert layer.magnitude.grad[7] == 0
+    assert layer.magnitude.grad.isfinite().all()
+    assert (layer.magnitude.grad[:7] != 0).all()
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("dora", [True, False])
+def test_opaque_operators_compute_as_the_eager_function(quantised: bool, dora: bool) -> None:
+    """They are what a compiler, selective recomputation and counts are shown."""
+    torch.manual_seed(0)
+    layer = make_layer(Case(dtype=torch.bfloat16, quantised=quantised, dora=dora), torch.randn(OUT, IN), None)
+    x, upstream = torch.randn(4, IN).bfloat16(), torch.randn(4, OUT).bfloat16()
+    found = []
+    for is_opaque, context in ((False, nullcontext()), (True, nf4.opaque_layers())):
+        given = x.clone().requires_grad_()
+        layer.zero_grad()
+        with context, Seen() as seen:
+            y = layer(given)
+            y.backward(upstream)
+        gradients = [parameter.grad for parameter in layer.parameters() if parameter.requires_grad]
+        found.append([y, given.grad, *gradients])
+        assert ({"adapted_linear", "adapted_linear_backward"} <= seen.names) == is_opaque
+        assert ("addmm_" in seen.names) != is_opaque
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+class Seen(TorchDispatchMode):
+    """Records the names of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

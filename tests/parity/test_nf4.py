@@ -58,7 +58,7 @@ def test_nf4_row_scale_is_applied_before_rounding(double_quant: bool) -> None:
     plain = nf4.weight_from(stored, torch.float32).clone()
     for _ in range(2):  # what is stored stays as it is
         # Float32 scales are multiplied before the code's value instead of after: two roundings in another order.
-        scaled = nf4.weight_from(stored, torch.float32, scale)
+        scaled = nf4.weight_from(stored, torch.float32, scale[:, None])
         torch.testing.assert_close(scaled, scale[:, None] * plain, rtol=3e-7, atol=0)
     assert torch.equal(nf4.weight_from(stored, torch.float32), plain)
 

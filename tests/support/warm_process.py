@@ -202,7 +202,7 @@ def _import_all() -> None:
     for name in MODULES:
         importlib.import_module(name)
     for module in pkgutil.walk_packages(qdora.__path__, "qdora."):
-        if module.name.rpartition(".")[2] not in ("__main__", "harness", "reload"):
+        if module.name.rpartition(".")[2] not in ("__main__", "harness", "reload", "triton_kernels"):
             importlib.import_module(module.name)
 
 
