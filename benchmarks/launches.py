@@ -75,7 +75,7 @@ class Launches(TorchDispatchMode):
 
 
 def _kernels(name: str, args: Sequence[Any]) -> int:
-    """Of an operator over lists: several where shapes have to be broadcast."""
+    """Counts an operator over lists as several where shapes have to be broadcast."""
     lists = [one for one in args if isinstance(one, list | tuple) and one and isinstance(one[0], Tensor)]
     shapes = [[tensor.shape for tensor in one] for one in lists]
     return 1 if not name.startswith("_foreach") or all(one == shapes[0] for one in shapes) else len(lists[0])

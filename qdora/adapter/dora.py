@@ -46,7 +46,7 @@ CHUNK_NUMEL = 2**24
 REFRESHED_NUMEL = 2**22
 """Values of A and of the own rows of B, of whole blocks, that a refresh computes with at a time."""
 REFRESHED_BYTES = 14
-"""Of such a value, at most: as it is, rounded, in float32, and for B its product with A."""
+"""Bytes that such a value takes at most: as it is, rounded, in float32, and for B its product with A."""
 
 
 class AdaptedLinear(nn.Module):

@@ -242,7 +242,7 @@ class Planner:
         return f"{start} {' '.join(map(shlex.quote, options))}"
 
     def activations(self, choice: Choice, wrapped: bool) -> Activations:
-        """Of one micro-batch; `wrapped`: whether FSDP2 gathers the trained parameters.
+        """Counts those of one micro-batch; `wrapped`: whether FSDP2 gathers the trained parameters.
 
         Raises:
             ModelError: the model's code cannot be run on tensors without values.

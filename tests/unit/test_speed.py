@@ -29,7 +29,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "Llama-3.1-8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
 }
 HEADS = {"Llama-2-7B": (32, 32), "Yi-34B": (56, 8), "Llama-2-70B": (64, 8), "Llama-3.1-8B": (32, 8)}
-"""Of queries, and of keys and values."""
+"""Attention heads: of queries, and of keys and values."""
 MEASURED = [
     ("2xrtx3090", "Llama-2-7B", "fsdp", 10, TOKENS / 936),
     ("2xrtx3090", "Llama-2-7B", "ddp", 8, TOKENS / 875),
