@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from qdora import cpu_products
 from qdora.config import ParallelConfig, Plan
 from qdora.errors import ConfigError, QdoraError
 from qdora.rank_files import open_stack
@@ -84,6 +85,8 @@ def start(config: ParallelConfig, trains_base: bool = False) -> World:
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
+    else:
+        cpu_products.install()
     if size > 1 and _stack is None:
         _stack = open_stack()
     wraps_alone = trains_base or config.cpu_offload

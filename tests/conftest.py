@@ -38,6 +38,14 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _products() -> None:
+    """Those of a command, for what tests call in this process."""
+    from qdora import cpu_products
+
+    cpu_products.install()
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Lets helpers fork processes that have everything imported; the first one that is asked for starts the server."""
     cache = str(tmp_path_factory.getbasetemp() / "cache")
