@@ -11,6 +11,7 @@ To be removed once torch does this.
 import warnings
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from torch.library import Library, get_kernel
 
 __all__ = ["install"]
 
-BLOCK_BYTES = 8 << 20
-"""Of a factor in float32 at a time, unless 64 of its rows or columns have more."""
+TILE = 1024
+"""Rows and columns of what is in float32 at a time (4 MiB)."""
 FEW_ROWS = 4
 """Of such a product torch's loop is as fast: reading the other factor is what it waits for."""
 FEW_PRODUCTS = 1 << 14
@@ -33,7 +34,7 @@ def install() -> None:
     """Replaces torch's kernels of bfloat16 products on the CPU, for this process, if they are loops."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         for name in ("mm", "mm.out", "addmm", "addmm.out", "addmm_", "bmm", "bmm.out", "baddbmm", "baddbmm.out", "baddbmm_"):
-            _replace(name, _product_of(get_kernel(f"aten::{name}", "CPU"), 3 if "bmm" in name else 2, name[-1] == "_"))
+            _replace(name, _in_float32(get_kernel(f"aten::{name}", "CPU"), 3 if "bmm" in name else 2, name[-1] == "_"))
         _replace(ATTENTION, _gradients_of(get_kernel(f"aten::{ATTENTION}", "CPU")))
 
 
@@ -46,7 +47,7 @@ def _replace(name: str, kernel: Callable[..., Any]) -> None:
 _library = Library("aten", "IMPL")  # its kernels go when it is collected
 
 
-def _product_of(own: Any, dim: int, in_place: bool) -> Callable[..., Any]:
+def _in_float32(own: Any, dim: int, in_place: bool) -> Callable[..., Any]:
     """What stands for `own`: mm or addmm (`dim` 2), bmm or baddbmm (3); all but large bfloat16 goes to it."""
 
     def kernel(keyset: Any, *args: Any, out: Tensor | None = None, **factors: Any) -> Tensor:
@@ -58,7 +59,7 @@ def _product_of(own: Any, dim: int, in_place: bool) -> Callable[..., Any]:
                 into = a.new_empty(shape)
             elif into.shape != shape:
                 into.resize_(shape)
-            return _product(a, b, into, *added, **factors)
+            return _multiply(a, b, into, *added, **factors)
         if out is not None:
             factors["out"] = out
         result: Tensor = own.call_boxed(keyset, *args, **factors)
@@ -79,7 +80,7 @@ def _is_ours(tensors: list[Tensor], a: Tensor, b: Tensor, dim: int) -> bool:
     )
 
 
-def _product(
+def _multiply(
     a: Tensor, b: Tensor, out: Tensor, added: Tensor | None = None, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
     """`out` (..., m, n) = beta added + alpha a (..., m, k) @ b (..., k, n), rounded once; `added` can be `out`."""
@@ -87,23 +88,23 @@ def _product(
         added = added.expand_as(out)
     if a.dim() == 3:
         for index in range(len(a)):
-            _product(a[index], b[index], out[index], added if added is None else added[index], beta=beta, alpha=alpha)
+            _multiply(a[index], b[index], out[index], added if added is None else added[index], beta=beta, alpha=alpha)
         return out
-    for rows in _blocks(*a.shape):
-        some = a[rows].float()
-        for columns in _blocks(b.shape[1], b.shape[0]):
-            block = some @ b[:, columns].float()
-            if alpha != 1:
-                block *= alpha
-            if added is not None and beta != 0:
-                block.add_(added[rows, columns], alpha=beta)
-            out[rows, columns] = block
+    for rows, columns in product(_tiles(a.shape[0]), _tiles(b.shape[1])):
+        inner = _tiles(a.shape[1])
+        tile = a[rows, inner[0]].float() @ b[inner[0], columns].float()
+        for rest in inner[1:]:
+            tile.addmm_(a[rows, rest].float(), b[rest, columns].float())
+        if alpha != 1:
+            tile *= alpha
+        if added is not None and beta != 0:
+            tile.add_(added[rows, columns], alpha=beta)
+        out[rows, columns] = tile
     return out
 
 
-def _blocks(count: int, values_each: int) -> list[slice]:
-    step = max(BLOCK_BYTES // (4 * values_each), 64)
-    return [slice(first, first + step) for first in range(0, count, step)]
+def _tiles(size: int) -> list[slice]:
+    return [slice(first, first + TILE) for first in range(0, size, TILE)]
 
 
 def _gradients_of(own: Any) -> Callable[..., Any]:
