@@ -55,8 +55,7 @@ class Case:
         """This rank's micro-batches of step `index`, (rows, length) int64 each."""
         generator = torch.Generator().manual_seed(index * world.size + world.rank)
         shape = (self.tokens // self.length, self.length)
-        draws = [torch.randint(vocabulary, shape, generator=generator) for _ in range(self.accumulation)]
-        return [draw.to(world.device) for draw in draws]
+        return [torch.randint(vocabulary, shape, generator=generator) for _ in range(self.accumulation)]
 
 
 @dataclass(slots=True)
@@ -118,8 +117,10 @@ def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
     optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
 
     def gradients(batches: list[Tensor]) -> tuple[float, float]:
-        loss, *_ = accumulate_gradients(loaded.model, [_batch(tokens) for tokens in batches], world)
-        return loss, clip_gradients(loaded.model, OptimConfig().max_grad_norm, world.shard_group)
+        sums = accumulate_gradients(loaded.model, [_batch(tokens) for tokens in batches], world)
+        norm = clip_gradients(loaded.model, OptimConfig().max_grad_norm, world.shard_group)
+        loss, norm_before = torch.stack([sums[0], norm.to(sums)]).tolist()
+        return loss, norm_before
 
     return Arm(gradients, optimizer, work_of(loaded, world, parallel))
 
@@ -177,7 +178,8 @@ def _theirs(name: str, folder: Path, case: Case, world: World) -> Arm:
 
     def gradients(batches: list[Tensor]) -> tuple[float, float]:
         total = 0.0
-        for index, tokens in enumerate(batches):
+        for index, on_host in enumerate(batches):
+            tokens = on_host.to(world.device)
             if world.size > 1:
                 peft_model.set_requires_gradient_sync(index == len(batches) - 1)
             loss = peft_model(input_ids=tokens, labels=tokens, use_cache=False).loss / len(batches)

@@ -1,9 +1,9 @@
 """Products in bfloat16 on a CPU that has no instructions for them: in float32, rounded once.
 
-torch leaves bfloat16 matrices to oneDNN where the CPU has AVX-512, and otherwise multiplies them by loops, which take 8 to
-70 times as long as float32 (pytorch/pytorch#146508): on most desktops, Zen 1 to 3 and Intel's since the 12th generation.
-There `install` puts torch's own float32 product of the same values in their place. What is added up and rounded is the
-same: a product of two bfloat16 is exact in float32, sums are in float32, and the result is rounded once.
+torch leaves bfloat16 matrices to oneDNN where the CPU has AVX-512, and otherwise multiplies them by loops, which take 4
+to 70 times as long as float32 (pytorch/pytorch#146508): on most desktops, Zen 1 to 3 and Intel's since the 12th
+generation. There `install` puts torch's own float32 product of the same values in their place. What is added up and
+rounded is the same: a product of two bfloat16 is exact in float32, sums are in float32, the result is rounded once.
 
 To be removed once torch does this.
 """
@@ -33,7 +33,18 @@ ATTENTION = "_scaled_dot_product_flash_attention_for_cpu_backward"
 def install() -> None:
     """Replaces torch's kernels of bfloat16 products on the CPU, for this process, if they are loops."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        for name in ("mm", "mm.out", "addmm", "addmm.out", "addmm_", "bmm", "bmm.out", "baddbmm", "baddbmm.out", "baddbmm_"):
+        for name in (
+            "mm",
+            "mm.out",
+            "addmm",
+            "addmm.out",
+            "addmm_",
+            "bmm",
+            "bmm.out",
+            "baddbmm",
+            "baddbmm.out",
+            "baddbmm_",
+        ):
             _replace(name, _in_float32(get_kernel(f"aten::{name}", "CPU"), 3 if "bmm" in name else 2, name[-1] == "_"))
         _replace(ATTENTION, _gradients_of(get_kernel(f"aten::{ATTENTION}", "CPU")))
 

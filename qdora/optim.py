@@ -47,10 +47,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def clip_gradients(model: nn.Module, max_norm: float, group: dist.ProcessGroup | None = None) -> float:
-    """Scales the gradients down to a global L2 norm of `max_norm` (0: not at all) and returns the norm before.
+def clip_gradients(model: nn.Module, max_norm: float, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Scales the gradients down to a global L2 norm of `max_norm` (0: not at all); the norm before, float32, ().
 
-    *Collective* over `group`, the ranks that share one copy of the weights. Not finite if any gradient is not.
+    *Collective* over `group`, the ranks that share one copy of the weights. Not finite if any gradient is not. The norm
+    is where the gradients are, which are not waited for.
     """
     gradients = [own_rows(parameter.grad)[0] for parameter in model.parameters() if parameter.grad is not None]
     squared = nn.utils.get_total_norm(gradients).square()
@@ -59,7 +60,7 @@ def clip_gradients(model: nn.Module, max_norm: float, group: dist.ProcessGroup |
     norm = squared.sqrt()
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return float(norm)
+    return norm
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import IO, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -190,11 +191,32 @@ def broadcast(world: World, value: T, group: dist.ProcessGroup | None = None) ->
 
 
 def all_sum(world: World, *values: float) -> list[float]:
-    """Sums of float64 values over the ranks. *Collective*."""
-    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    """Sums of float64 values over the ranks. *Collective*. Waits for a GPU where there are several."""
+    if world.size == 1:
+        return [float(value) for value in values]
+    return summed(world, *values).tolist()  # type: ignore[no-any-return]
+
+
+def summed(world: World, *values: float | Tensor) -> Tensor:
+    """The same as (values,) float64 on the device, of numbers and of scalars that are there. *Collective*.
+
+    A GPU is not waited for.
+    """
+    known = torch.tensor([0.0 if isinstance(value, Tensor) else value for value in values], dtype=torch.float64)
+    total = to_device(known, world.device)
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor):
+            total[place].copy_(value)
     if world.size > 1:
         dist.all_reduce(total)
-    return total.tolist()  # type: ignore[no-any-return]
+    return total
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for a GPU, as a copy from memory of the host that is not pinned may."""
+    if device.type == "cuda" and tensor.is_cpu:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def any_of(world: World, value: bool) -> bool:

@@ -38,9 +38,10 @@ class ModelConfig:
     """Folder, `.gguf` file, or hub id of the base model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    attention: Attention = Attention.sdpa
-    """Attention implementation of transformers. On a GPU `flash_attention_2` (a package of its own) and
-    `flex_attention` need no (tokens x tokens) mask for packed rows."""
+    attention: Attention = Attention.auto
+    """`varlen` (torch's flash attention, sample by sample) needs no (tokens x tokens) mask for packed rows, which
+    `sdpa` and `eager` do; `auto` is the first where a GPU trains in bfloat16 and the model can, else `sdpa`. Others of
+    transformers: `flash_attention_2` (a package of its own), `flex_attention`."""
     dtype: Dtype = Dtype.bfloat16
     """Compute dtype, and storage dtype of every weight that is not quantised."""
     trust_remote_code: bool = False

@@ -9,7 +9,9 @@ class Dtype(Enum):
 
 
 class Attention(Enum):
+    auto = "auto"
     sdpa = "sdpa"
+    varlen = "varlen"
     eager = "eager"
     flash_attention_2 = "flash_attention_2"
     flex_attention = "flex_attention"

@@ -19,11 +19,13 @@ from qdora.config import (
     AdapterConfig,
     AdapterMethod,
     Attention,
+    Dtype,
     ModelConfig,
     ParallelConfig,
     QuantConfig,
 )
 from qdora.errors import ConfigError
+from qdora.model import varlen
 from qdora.model.activations import checkpoint_activations
 from qdora.model.build import EmptyModel, LayerReport, build_model, ends, holders
 from qdora.model.loss import attach_losses
@@ -90,9 +92,13 @@ def load_model(
     started = time.perf_counter()
     if config.attention is Attention.flex_attention and trainable and world.device.type == "cpu":
         raise ConfigError("model.attention=flex_attention has no backward on a CPU: use sdpa")
+    if config.attention is Attention.varlen and config.dtype is not Dtype.bfloat16 and world.device.type == "cuda":
+        raise ConfigError("model.attention=varlen computes in bfloat16 on a GPU: use sdpa, or model.dtype=bfloat16")
     with failing_together(world):
         empty = build_model(folder, config, quant, adapter, trainable=trainable)
     model = empty.model
+    if config.attention is Attention.auto and trainable and varlen.suits(model, world.device, empty.dtype):
+        model.set_attn_implementation(varlen.NAME)
     shard(model, empty.blocks, ends(model), world, parallel, empty.dtype)
     materialise(model, torch.device("cpu") if parallel.cpu_offload else world.device, world.device)
     for name, module in base_modules(model):

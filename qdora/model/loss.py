@@ -8,15 +8,16 @@ NF4 is dequantised some rows at a time, for the logits and once more for that gr
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from qdora.errors import ModelError
+from qdora.model import varlen
 from qdora.nf4 import NF4Head, row_parts, weight_from
-from qdora.parallel import World, all_sum, arm_watchdog
+from qdora.parallel import World, all_sum, arm_watchdog, to_device
 from qdora.sharding import reshard
 
 CHUNK_NUMEL = {"cpu": 2**24, "cuda": 2**26}
@@ -132,20 +133,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden, d_bias, None, None, d_weight, *[None] * (ctx.num_tensors - 1)
 
 
+def label_places(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where among all positions, one row after the other, a label stands, and which; (label tokens,) int64 each.
+
+    To be asked on the host: a GPU would be waited for.
+    """
+    labels = labels.flatten()
+    places = (labels != IGNORED).nonzero().squeeze(1)
+    return places, labels[places]
+
+
 def chunked_cross_entropy(
-    hidden: Tensor, weight: list[Tensor], bias: Tensor | None, labels: Tensor, transform: LogitTransform
+    hidden: Tensor,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    places: Tensor,
+    targets: Tensor,
+    transform: LogitTransform,
 ) -> Tensor:
-    """Sum over label tokens of -log p(label), float32, ().
+    """Sum over label tokens of -log p(target), float32, ().
 
     Args:
         hidden: (..., hidden size) the head's input.
         weight: of the head, (vocabulary, hidden size), as `nf4.weight_from` takes it; may be trained if not in NF4.
-        labels: (...) int64, the target of each position, `IGNORED` where there is none.
+        places, targets: as `label_places` makes them.
     """
-    labels = labels.flatten()
-    wanted = (labels != IGNORED).nonzero().squeeze(1)
-    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, wanted)
-    return _ChunkedCrossEntropy.apply(rows, bias, labels[wanted], transform, *weight)  # type: ignore[no-any-return]
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)
+    return _ChunkedCrossEntropy.apply(rows, bias, targets, transform, *weight)  # type: ignore[no-any-return]
 
 
 def _head_tensors(head: nn.Module) -> list[Tensor]:
@@ -167,15 +181,43 @@ def _head_forward(
     return forward(hidden)
 
 
-def _token_loss(self: Any, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+class Rows(NamedTuple):
+    """What a loss is asked of, on the device."""
+
+    input_ids: Tensor
+    """(rows, length) int64."""
+    position_ids: Tensor
+    """(rows, length) int64; each sample's begin at 0."""
+    places: Tensor
+    """(label tokens,) int64, as `label_places` makes them, as are `targets`."""
+    targets: Tensor
+    bounds: Tensor
+    """(samples + 1,) int32, as `varlen.bounds_of` makes them, as is `longest`."""
+    longest: int
+
+    @classmethod
+    def of(cls, input_ids: Tensor, position_ids: Tensor, labels: Tensor, device: torch.device) -> "Rows":
+        """Of tensors (rows, length) of the host, so that no GPU is waited for."""
+        bounds, longest = varlen.bounds_of(position_ids)
+        places, targets = label_places(labels)
+        ids, positions, places, targets, bounds = (
+            to_device(tensor, device) for tensor in (input_ids, position_ids, places, targets, bounds)
+        )
+        return cls(ids, positions, places, targets, bounds, longest)
+
+
+def _token_loss(self: Any, rows: Rows) -> Tensor:
     decoder, head = self.get_decoder(), self.get_output_embeddings()
-    if "flash" in str(self.config._attn_implementation):
-        # There transformers separates the samples of a lone row only. As one row, positions restart at each old one.
-        input_ids, position_ids, labels = (tensor.view(1, -1) for tensor in (input_ids, position_ids, labels))
-    hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    samples: dict[str, Any] = {}
+    if self.config._attn_implementation in (varlen.NAME, "flash_attention_2"):
+        for side in ("q", "k"):
+            samples |= {f"cu_seq_lens_{side}": rows.bounds, f"max_length_{side}": rows.longest}
+    inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids}
+    hidden = decoder(**inputs, **samples, use_cache=False).last_hidden_state
 
     def loss(_: Forward, hidden: Tensor) -> Tensor:
-        return chunked_cross_entropy(hidden, _head_tensors(head), head.bias, labels, LogitTransform.of(self.config))
+        transform = LogitTransform.of(self.config)
+        return chunked_cross_entropy(hidden, _head_tensors(head), head.bias, rows.places, rows.targets, transform)
 
     return head(hidden, reduce=loss)  # type: ignore[no-any-return]
 
@@ -201,7 +243,7 @@ def _log_likelihoods(
 def attach_losses(model: Any) -> None:
     """Gives the model two ways to be asked; after sharding, so that FSDP2 gathers for them too.
 
-    - `token_loss(input_ids, position_ids, labels)`, all (rows, length) int64; the result is `chunked_cross_entropy`'s.
+    - `token_loss(rows)`; the result is `chunked_cross_entropy`'s.
     - `log_likelihoods(input_ids, position_ids, rows, columns, targets)`: log p(target) after the token at each (row,
       column), (targets,) float32; these three are (targets,) int64.
 
@@ -229,16 +271,19 @@ def check_token_loss(model: Any, device: torch.device, packing: bool) -> None:
     """
     name, training = type(model).__name__, model.training
     model.eval()
-    first = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
-    second, positions = first.flip(1), torch.arange(8, device=device)[None]
-    ours, other = (model.token_loss(tokens, positions, tokens.roll(-1, 1)) for tokens in (first, second))
-    logits = model(input_ids=first, position_ids=positions, use_cache=False).logits.float()
+    first, positions = torch.arange(8)[None] % model.config.get_text_config().vocab_size, torch.arange(8)[None]
+    second = first.flip(1)
+    ours, other = (
+        model.token_loss(Rows.of(tokens, positions, tokens.roll(-1, 1), device)) for tokens in (first, second)
+    )
+    inputs = {"input_ids": first.to(device), "position_ids": positions.to(device)}
+    logits = model(**inputs, use_cache=False).logits.float()
     rows = torch.cat([torch.cat([first, second], 1), torch.cat([second, first], 1)])
     labels = torch.cat([part.roll(-1, 1) for part in rows.split(8, 1)], 1)
-    packed, single = model.token_loss(rows, positions.repeat(2, 2), labels), 2 * (ours + other)
+    packed, single = model.token_loss(Rows.of(rows, positions.repeat(2, 2), labels, device)), 2 * (ours + other)
     model.train(training)
     reshard(model)
-    theirs = nn.functional.cross_entropy(logits[0], first.roll(-1, 1)[0], reduction="sum")
+    theirs = nn.functional.cross_entropy(logits[0], first.roll(-1, 1)[0].to(device), reduction="sum")
     if not torch.allclose(ours, theirs, rtol=2e-2, atol=1e-2):
         raise ModelError(
             f"{name} changes its logits in a way qdora does not know (loss {ours:.4f} against its own "
@@ -265,9 +310,11 @@ class TokenBatch(Protocol):
 
 
 def batch_loss(model: Any, batch: TokenBatch, device: torch.device) -> Tensor:
-    """Sum over the micro-batch's label tokens of -log p, float32, (). *Collective* if sharded."""
-    tensors = (batch.input_ids, batch.position_ids, batch.labels)
-    return model.token_loss(*(tensor.to(device, non_blocking=True) for tensor in tensors))  # type: ignore[no-any-return]
+    """Sum over the micro-batch's label tokens of -log p, float32, (). *Collective* if sharded.
+
+    The batch is the host's: a GPU is not waited for.
+    """
+    return model.token_loss(Rows.of(batch.input_ids, batch.position_ids, batch.labels, device))  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -275,13 +322,13 @@ def mean_loss(model: Any, steps: Iterable[Iterable[TokenBatch]], world: World) -
     """Mean loss a label token over all micro-batches of all ranks, without dropout. *Collective*."""
     training = model.training
     model.eval()
-    total, num_label_tokens = 0.0, 0
+    total, num_label_tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0
     for batches in steps:
         for batch in batches:
             arm_watchdog(world)
-            total += float(batch_loss(model, batch, world.device))
+            total += batch_loss(model, batch, world.device)
             num_label_tokens += batch.num_label_tokens
     model.train(training)
     reshard(model)
-    total, count = all_sum(world, total, num_label_tokens)
-    return total / max(1.0, count)
+    loss, count = all_sum(world, float(total), num_label_tokens)
+    return loss / max(1.0, count)

@@ -97,6 +97,10 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
+MASKED = (Attention.sdpa, Attention.auto)
+"""Attentions that take a mask for packed rows."""
+
+
 class Simulation:
     """Runs each kind of block of `empty` (on meta; unusable afterwards) on micro-batches of rows of `length` tokens.
 
@@ -104,12 +108,12 @@ class Simulation:
         wrapped: whether FSDP2 gathers the trained parameters, in the model's dtype; else each rank has them whole, in
             float32, and adapters what they have rounded.
         attention: what the run has; `eager` is simulated as it is, the others by sdpa.
-        packed: whether samples share a row, for which sdpa needs a mask.
+        packed: whether samples share a row, for which sdpa needs a mask; `auto` may turn out to be sdpa.
     """
 
     def __init__(self, empty: EmptyModel, length: int, wrapped: bool, attention: Attention, packed: bool) -> None:
         self.model, self.blocks, self.dtype, self.length = empty.model, empty.blocks, empty.dtype, length
-        self._is_replaced, self._has_mask = attention is not Attention.eager, packed and attention is Attention.sdpa
+        self._is_replaced, self._has_mask = attention is not Attention.eager, packed and attention in MASKED
         self.model.train()
         kinds: dict[Any, nn.Module] = {}
         self._alike = [kinds.setdefault(_kind(block), block) for block in self.blocks]

@@ -26,7 +26,7 @@ from qdora.config import ActivationCheckpointing, Gather, Plan, RunConfig
 from qdora.model import LoadedModel
 from qdora.model.activations import KEPT_OPERATORS
 from qdora.model.build import ends
-from qdora.model.loss import CHUNK_NUMEL, IGNORED
+from qdora.model.loss import CHUNK_NUMEL, IGNORED, Rows
 from qdora.nf4 import opaque_layers
 from qdora.parallel import World
 from qdora.planning.activations import FASTEST_FIRST
@@ -172,14 +172,14 @@ def activation_bytes(
     """
     found: list[dict[ActivationCheckpointing, int]] = []
     shape = (rows, length)
-    tokens = torch.zeros(shape, dtype=torch.int64, device=world.device)
-    positions = torch.arange(length, device=world.device).expand(shape)
+    tokens, positions = torch.zeros(shape, dtype=torch.int64), torch.arange(length).expand(shape)
+    some = Rows.of(tokens, positions, torch.full_like(tokens, IGNORED), world.device)
     training = loaded.model.training
     loaded.model.train()
     for block in loaded.blocks:
         block.forward = functools.partial(_measured, block, block.forward, found)  # type: ignore[method-assign]
     with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
-        loaded.model.token_loss(tokens, positions, torch.full_like(tokens, IGNORED))
+        loaded.model.token_loss(some)
     for block in loaded.blocks:
         block.forward = block.forward.args[1]  # type: ignore[method-assign, attr-defined]
     loaded.model.train(training)

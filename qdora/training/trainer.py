@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qdora.adapter.dora import magnitude_drift
 from qdora.checkpoint import Checkpoints, Manifest
@@ -19,7 +20,7 @@ from qdora.interrupt import interrupt
 from qdora.model import LoadedModel
 from qdora.model.loss import batch_loss, mean_loss
 from qdora.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate, state_tensors
-from qdora.parallel import World, all_sum, arm_watchdog, disarm_watchdog, gather
+from qdora.parallel import World, all_sum, arm_watchdog, disarm_watchdog, gather, summed
 from qdora.rates import Rates
 from qdora.run_folder import RunFolder
 from qdora.sharding import average_gradients, reshard, set_gradient_sync
@@ -45,6 +46,10 @@ class StepMetrics:
     """Share of the time that the machine's own bound allows (`qdora.training.bound`)."""
     skipped: bool
     """The weights stayed as they were."""
+    interrupts: int
+    """Ranks that were asked to stop."""
+    written: int
+    """Ranks whose share of the checkpoint under way is on disk."""
     data_wait: float = 0.0
     """Share of the time that went into waiting for the batches."""
 
@@ -95,17 +100,16 @@ class Trainer:
             if self.step == 0:
                 self._log(progress, None, self.evaluate())
             (interrupts,) = all_sum(self.world, interrupt.received)
-            while self.step < self.num_steps and not interrupts:
+            stop = interrupts > 0
+            while self.step < self.num_steps and not stop:
                 started = time.perf_counter()
                 batches = next(steps)
                 waited = time.perf_counter() - started
                 metrics = self.train_step(batches)
                 metrics.data_wait = waited / (waited + metrics.seconds)
                 self.step += 1
-                last = self.step == self.num_steps
-                interrupts, written = all_sum(self.world, interrupt.received, self.checkpoints.written)
-                stop = interrupts > 0
-                if self.checkpoints.under_way and written == self.world.size:
+                last, stop = self.step == self.num_steps, metrics.interrupts > 0
+                if self.checkpoints.under_way and metrics.written == self.world.size:
                     self.checkpoints.wait()
                 due = train.eval_every and self.step % train.eval_every == 0
                 self.eval_loss = self.evaluate() if last or (due and not stop) else None
@@ -124,16 +128,22 @@ class Trainer:
         return bool(every and self.step % every == 0) or (retry_at is not None and self.step >= retry_at)
 
     def train_step(self, batches: list[Batch]) -> StepMetrics:
-        """One optimiser update from this rank's micro-batches. *Collective*."""
+        """One optimiser update from this rank's micro-batches. *Collective*.
+
+        A GPU is waited for once, before the update, for all that the host wants to know.
+        """
         started = time.perf_counter()
-        loss, num_tokens, num_label_tokens = accumulate_gradients(
+        sums = accumulate_gradients(
             self.model,
             batches,
             self.world,
             reduce_each=self.work.reduces_each,
             keep_gathered=self.work.gathers_once,
         )
-        grad_norm = clip_gradients(self.model, self.config.optim.max_grad_norm, self.world.shard_group)
+        norm = clip_gradients(self.model, self.config.optim.max_grad_norm, self.world.shard_group)
+        asked = summed(self.world, interrupt.received, self.checkpoints.written)
+        loss, *counts, grad_norm = torch.cat([sums, asked, norm.to(sums)[None]]).tolist()
+        num_label_tokens, num_tokens, interrupts, written = map(int, counts)
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, self.step, self.num_steps))
         fault = self.guard.check(loss, grad_norm)
         if fault is None:
@@ -145,7 +155,16 @@ class Trainer:
         seconds = time.perf_counter() - started
         share = (num_tokens / self.world.size, num_label_tokens / self.world.size)
         mfu = self.work.bound_s(self.rates, *share, len(batches)) / seconds
-        metrics = StepMetrics(loss, grad_norm, num_tokens, seconds, mfu, skipped=fault is not None)
+        metrics = StepMetrics(
+            loss,
+            grad_norm,
+            num_tokens,
+            seconds,
+            mfu,
+            skipped=fault is not None,
+            interrupts=interrupts,
+            written=written,
+        )
         self.step_seconds.append((num_tokens, metrics.seconds))
         return metrics
 
@@ -238,16 +257,17 @@ class Trainer:
 
 def accumulate_gradients(
     model: Any, batches: list[Batch], world: World, *, reduce_each: bool = False, keep_gathered: bool = False
-) -> tuple[float, int, int]:
-    """Leaves the step's gradients on the parameters; returns loss, tokens and label tokens of all ranks. *Collective*.
+) -> Tensor:
+    """Leaves the step's gradients on the parameters; returns loss, label tokens and tokens of all ranks. *Collective*.
 
+    They are (3,) float64 on the device, which is not waited for.
     The loss is the sum over label tokens divided by their number over all ranks and micro-batches, so that a division
     of the same samples changes a gradient by rounding only. Reducing the gradients divides by the ranks, which the loss
     makes up for. With `reduce_each` every micro-batch reduces, else the last one alone; with `keep_gathered` the others
     leave the weights gathered.
     """
-    own = (sum(batch.num_label_tokens for batch in batches), sum(batch.num_tokens for batch in batches))
-    num_label_tokens, num_tokens = all_sum(world, *own)
+    counts = summed(world, sum(batch.num_label_tokens for batch in batches), sum(batch.num_tokens for batch in batches))
+    num_label_tokens = counts[0].float()
     total = torch.zeros((), device=world.device)
     for index, batch in enumerate(batches):
         set_gradient_sync(model, reduce_each or index == len(batches) - 1, keep_gathered=keep_gathered)
@@ -256,8 +276,7 @@ def accumulate_gradients(
         (loss * world.size).backward()
         total += loss.detach()
     average_gradients(model, world)
-    (loss_value,) = all_sum(world, float(total))
-    return loss_value, int(num_tokens), int(num_label_tokens)
+    return torch.cat([summed(world, total), counts])
 
 
 def num_steps(config: RunConfig, loader: BatchLoader) -> int:

@@ -112,7 +112,7 @@ def run_case(case: dict[str, Any], models: Path, output: Path) -> dict[str, floa
     work = work_of(loaded, world, config)
     received = ReceivedBytes()
     with nullcontext() if case.get("compiled") else received:  # nothing is compiled under a dispatch mode
-        loss, _, _ = accumulate_gradients(
+        sums = accumulate_gradients(
             loaded.model, batches, world, reduce_each=work.reduces_each, keep_gathered=work.gathers_once
         )
     counters = torch._dynamo.utils.counters
@@ -129,9 +129,9 @@ def run_case(case: dict[str, Any], models: Path, output: Path) -> dict[str, floa
     grad_norm = clip_gradients(loaded.model, CLIPPED_NORM, world.shard_group)
     clipped_norm = clip_gradients(loaded.model, 0.0, world.shard_group)
     return {
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "clipped_norm": clipped_norm,
+        "loss": float(sums[0]),
+        "grad_norm": float(grad_norm),
+        "clipped_norm": float(clipped_norm),
         "received_bytes": received.count,
         "expected_bytes": work.step_bytes(len(batches)),
     }

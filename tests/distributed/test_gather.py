@@ -107,7 +107,7 @@ def train_three_steps(gather: Gather, recomputation: ActivationCheckpointing, fo
         batches = batches_of(world, accumulate=True)
         gathered.begin_step()
         with opaque_layers(), gathered:
-            loss, _, _ = accumulate_gradients(loaded.model, batches, world)
+            loss, *_ = accumulate_gradients(loaded.model, batches, world).tolist()
         losses.append(loss)
         optimizer.step()
         optimizer.zero_grad()

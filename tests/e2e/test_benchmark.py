@@ -44,6 +44,19 @@ def test_a_layer_launches_no_more_than_it_did(tmp_path: Path, root: Path) -> Non
     assert arms["qdora"]["a layer"] < arms["peft-qdora"]["a layer"]
 
 
+def test_a_step_waits_for_its_gpu_nowhere_but_where_rows_may_have_cancelled(tmp_path: Path, root: Path) -> None:
+    """Beside the trainer's own reading. With a mask transformers looks at each micro-batch: so it would be seen."""
+    folder, found = make_model(tmp_path / "model", "llama", num_hidden_layers=2), {}
+    for attention in ("varlen", "sdpa"):
+        options = [str(folder), f"model.attention={attention}", "parallel=none"]
+        done = run([sys.executable, str(root / "benchmarks" / "waits.py"), *options])
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[attention] = json.loads(done.stdout)
+    refresh = ["_local_scalar_dense in row_norms"]
+    assert found["varlen"] == {"gradients": [], "update": refresh}
+    assert found["sdpa"] == {"gradients": ["_local_scalar_dense in _token_loss"] * 2, "update": refresh}
+
+
 @pytest.mark.nightly
 def test_overhead_is_measured_against_peft(tmp_path: Path, root: Path) -> None:
     output = tmp_path / "overhead.json"

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from qdora import nf4, parallel
 from qdora.adapter.dora import AdaptedLinear, refresh
 from qdora.config import ActivationCheckpointing, AdapterConfig, ModelConfig, ParallelConfig, QuantConfig
-from qdora.model import load_model
-from qdora.model.loss import LogitTransform, chunked_cross_entropy
+from qdora.data import Batch
+from qdora.model import load_model, varlen
+from qdora.model.loss import LogitTransform, Rows, check_token_loss, chunked_cross_entropy, label_places
+from qdora.optim import clip_gradients
 from qdora.sharding import own_rows
+from qdora.training.trainer import accumulate_gradients
 from tests.support.models import make_model
 from tests.support.processes import qdora
 
@@ -148,7 +151,8 @@ def test_embedding_and_head_on_cuda_have_the_values_of_the_cpu(double_quant: boo
     for device in ("cpu", "cuda"):
         head.to(device)
         given = hidden.to(device).requires_grad_()
-        loss = chunked_cross_entropy(given, head.tensors(), None, labels.to(device), LogitTransform())
+        places, targets = (tensor.to(device) for tensor in label_places(labels))
+        loss = chunked_cross_entropy(given, head.tensors(), None, places, targets, LogitTransform())
         loss.backward()
         losses.append([loss.detach().cpu(), given.grad.cpu()])  # type: ignore[union-attr]
     embedding.share(head)  # `to` gives parameters new data and buffers new tensors
@@ -162,12 +166,12 @@ def _trained(folder: Path, config: ParallelConfig, recomputation: ActivationChec
     loaded = load_model(folder, ModelConfig(path=str(folder)), QuantConfig(), AdapterConfig(rank=4), config, world)
     loaded.recompute(recomputation)
     loaded.model.train()
-    tokens = torch.randint(4, 200, (4, 1024), generator=torch.Generator().manual_seed(0)).to(world.device)
-    positions = torch.arange(1024, device=world.device).expand(tokens.shape)
+    tokens = torch.randint(4, 200, (4, 1024), generator=torch.Generator().manual_seed(0))
+    rows = Rows.of(tokens, torch.arange(1024).expand(tokens.shape), tokens, world.device)
     for _ in range(2):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        loaded.model.token_loss(tokens, positions, tokens).backward()
+        loaded.model.token_loss(rows).backward()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
     gradients = [own_rows(p.grad)[0].cpu() for p in loaded.model.parameters() if p.grad is not None]
@@ -181,9 +185,40 @@ def test_hidden_states_in_host_memory_leave_room_on_the_gpu(tmp_path: Path) -> N
     full = ActivationCheckpointing.full
     plain, peak = _trained(folder, ParallelConfig(), full)
     offloaded, less = _trained(folder, ParallelConfig(offload_activations=True, activation_checkpointing=full), full)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(offloaded, plain, strict=True))
+    for ours, theirs in zip(offloaded, plain, strict=True):  # flash attention adds up queries' gradients in any order
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=BFLOAT16_TOLERANCE * float(theirs.abs().max()))
     hidden = 4 * 1024 * 512 * 2
     assert peak - less > (blocks - 6) * hidden
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_attention_by_samples_agrees_with_the_cpu(kv_heads: int, head_size: int) -> None:
+    """Values and gradients, with and without a window."""
+    assert varlen.agrees(torch.device("cuda"), torch.bfloat16, 8, kv_heads, head_size)
+
+
+@pytest.mark.parametrize("kind", [ActivationCheckpointing.none, ActivationCheckpointing.full])
+def test_gradients_of_packed_rows_wait_for_nothing(kind: ActivationCheckpointing, tmp_path: Path) -> None:
+    """torch raises where the host would wait; the first step allocates, and builds what is cached."""
+    folder = make_model(tmp_path, "llama", num_hidden_layers=2)
+    world = parallel.start(ParallelConfig())
+    model = ModelConfig(path=str(folder))
+    loaded = load_model(folder, model, QuantConfig(), AdapterConfig(rank=4), ParallelConfig(), world)
+    assert loaded.model.config._attn_implementation == varlen.NAME
+    check_token_loss(loaded.model, world.device, packing=True)
+    loaded.recompute(kind)
+    loaded.model.train()
+    tokens = torch.randint(4, 200, (2, 32), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens, torch.arange(16).repeat(2, 2), tokens, tokens.numel(), tokens.numel())
+    accumulate_gradients(loaded.model, [batch, batch], world)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums = accumulate_gradients(loaded.model, [batch, batch], world)
+        clip_gradients(loaded.model, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sums.isfinite().all()
 
 
 @needs_byte_shards

@@ -13,6 +13,7 @@ from qdora.adapter.dora import adapted_layers
 from qdora.config import AdapterConfig, Dtype, ModelConfig, ParallelConfig, QuantConfig
 from qdora.errors import ConfigError
 from qdora.model import activations, load_model
+from qdora.model.loss import Rows
 from tests.support.marks import nightly
 from tests.support.models import make_model
 
@@ -25,7 +26,8 @@ for the first shape, for any length, and for any number of rows."""
 def token_loss(model: Any, shape: tuple[int, int]) -> Tensor:
     """Loss of random tokens."""
     tokens = torch.randint(4, 200, shape, generator=torch.Generator().manual_seed(shape[1]))
-    loss: Tensor = model.token_loss(tokens, torch.arange(shape[1]).expand(shape), tokens.roll(-1, 1))
+    positions = torch.arange(shape[1]).expand(shape)
+    loss: Tensor = model.token_loss(Rows.of(tokens, positions, tokens.roll(-1, 1), tokens.device))
     return loss
 
 

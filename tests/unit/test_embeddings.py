@@ -13,7 +13,7 @@ from qdora import nf4
 from qdora.config import AdapterConfig, AdapterMethod, Dtype, ModelConfig, ParallelConfig, Plan, QuantConfig
 from qdora.errors import ModelError
 from qdora.model import LoadedModel, load_model
-from qdora.model.loss import LogitTransform, check_token_loss, chunked_cross_entropy
+from qdora.model.loss import LogitTransform, check_token_loss, chunked_cross_entropy, label_places
 from qdora.nf4 import NF4Embedding, NF4Head, NF4Weight
 from qdora.parallel import start_alone
 from tests.support.models import FAMILIES, make_model
@@ -87,7 +87,7 @@ def test_loss_is_that_of_the_dense_head(quantised: NF4Head, bias: bool, transfor
     results = []
     for tensors in (quantised.tensors(), [weight]):
         given = hidden.clone().requires_grad_()
-        value = chunked_cross_entropy(given, tensors, offset, labels, transform)
+        value = chunked_cross_entropy(given, tensors, offset, *label_places(labels), transform)
         value.backward()
         results.append((value.detach(), given.grad))
     torch.testing.assert_close(*results, **TOLERANCE)
@@ -119,7 +119,7 @@ def test_only_what_is_needed_is_dequantised(quantised: NF4Head, monkeypatch: pyt
     assert torch.equal(embedding(IDS), expected)
     assert shapes == [IDS.numel()]
     hidden = torch.randn(4, HIDDEN, requires_grad=True)
-    chunked_cross_entropy(hidden, quantised.tensors(), None, torch.arange(4), LogitTransform())
+    chunked_cross_entropy(hidden, quantised.tensors(), None, *label_places(torch.arange(4)), LogitTransform())
     quantised(hidden)
     assert max(shapes[1:]) == 7
     assert sum(shapes[1:]) == 3 * NUM_TOKENS

@@ -14,9 +14,11 @@ from qdora.errors import ModelError
 from qdora.model import loss
 from qdora.model.loss import (
     LogitTransform,
+    Rows,
     attach_losses,
     check_token_loss,
     chunked_cross_entropy,
+    label_places,
     mean_loss,
 )
 from qdora.parallel import start_alone
@@ -51,22 +53,25 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(
     labels = torch.randint(0, VOCABULARY, (2, 9))
     labels[0, :4] = -100
     results = []
-    for function in (chunked_cross_entropy, expected):
+    for ours in (True, False):
         given = [leaf.clone().requires_grad_() for leaf in leaves]
-        weight: Any = [given[1]] if function is chunked_cross_entropy else given[1]
-        value = function(given[0], weight, given[2] if bias else None, labels, TRANSFORMS[name])
+        offset = given[2] if bias else None
+        if ours:
+            value = chunked_cross_entropy(given[0], [given[1]], offset, *label_places(labels), TRANSFORMS[name])
+        else:
+            value = expected(given[0], given[1], offset, labels, TRANSFORMS[name])
         (0.5 * value).backward()
         results.append([value, *(leaf.grad for leaf in given)])
-    for ours, theirs in zip(*results, strict=True):
-        assert ours is not None
-        torch.testing.assert_close(ours, theirs)
+    for found, theirs in zip(*results, strict=True):
+        assert found is not None
+        torch.testing.assert_close(found, theirs)
 
 
 PEAK = """
 from pathlib import Path
 import torch
 from qdora import cpu_products
-from qdora.model.loss import LogitTransform, chunked_cross_entropy
+from qdora.model.loss import LogitTransform, chunked_cross_entropy, label_places
 from tests.support.processes import status_bytes
 
 cpu_products.install()
@@ -75,7 +80,7 @@ weight = torch.randn(128_000, 64, dtype=torch.bfloat16)
 labels = torch.randint(0, 128_000, (8192,))
 before = status_bytes("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
-chunked_cross_entropy(hidden, [weight], None, labels, LogitTransform()).backward()
+chunked_cross_entropy(hidden, [weight], None, *label_places(labels), LogitTransform()).backward()
 print(status_bytes("VmHWM") - before)
 """
 
@@ -88,9 +93,9 @@ def test_memory_of_8192_tokens_and_128000_words_stays_small() -> None:
 
 def test_row_without_a_label_adds_nothing() -> None:
     hidden = torch.randn(1, 5, HIDDEN, requires_grad=True)
-    value = chunked_cross_entropy(
-        hidden, [torch.randn(VOCABULARY, HIDDEN)], None, torch.full((1, 5), -100), LogitTransform()
-    )
+    places, targets = label_places(torch.full((1, 5), -100))
+    weight = torch.randn(VOCABULARY, HIDDEN)
+    value = chunked_cross_entropy(hidden, [weight], None, places, targets, LogitTransform())
     value.backward()
     assert value == 0
     assert hidden.grad is not None
@@ -104,12 +109,12 @@ class Toy(nn.Module):
         super().__init__()
         self.embedding, self.head = nn.Embedding(VOCABULARY, HIDDEN), nn.Linear(HIDDEN, VOCABULARY, bias=False)
         self.factor, self.sees_the_row = factor, sees_the_row
-        self.shapes: list[tuple[int, ...]] = []
+        self.options: dict[str, Any] = {}
         text = SimpleNamespace(vocab_size=VOCABULARY)
         self.config = SimpleNamespace(get_text_config=lambda: text, _attn_implementation=attention)
 
-    def decode(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
-        self.shapes.append(tuple(input_ids.shape))
+    def decode(self, input_ids: Tensor, **options: Any) -> SimpleNamespace:
+        self.options = options
         hidden = self.embedding(input_ids)
         return SimpleNamespace(last_hidden_state=hidden.cumsum(1) if self.sees_the_row else hidden)
 
@@ -142,17 +147,19 @@ def test_model_that_would_be_trained_wrongly_is_refused(
         check_token_loss(toy, torch.device("cpu"), packing)
 
 
-def test_flash_attention_is_given_a_single_row() -> None:
-    """It separates the samples of a lone row only."""
+@pytest.mark.parametrize("attention", ["flash_attention_2", "varlen"])
+def test_attention_by_samples_is_told_where_they_begin(attention: str) -> None:
+    """As transformers tells flash-attention; nobody else, as models may not take it."""
     torch.manual_seed(0)
-    toy, ids = Toy(attention="flash_attention_2"), torch.randint(0, VOCABULARY, (3, 6))
+    toy, ids = Toy(attention=attention), torch.randint(0, VOCABULARY, (2, 6))
     attach_losses(toy)
-    positions = torch.arange(6).repeat(3, 1)
-    one_row = toy.token_loss(ids, positions, ids)
-    assert toy.shapes == [(1, 18)]
+    rows = Rows.of(ids, torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]), ids, torch.device("cpu"))
+    told = toy.token_loss(rows)
+    assert toy.options["cu_seq_lens_q"].tolist() == toy.options["cu_seq_lens_k"].tolist() == [0, 3, 5, 6, 7, 12]
+    assert toy.options["max_length_q"] == toy.options["max_length_k"] == 5
     toy.config._attn_implementation = "sdpa"
-    torch.testing.assert_close(one_row, toy.token_loss(ids, positions, ids))
-    assert toy.shapes[-1] == (3, 6)
+    assert torch.equal(told, toy.token_loss(rows))
+    assert set(toy.options) == {"position_ids", "use_cache"}
 
 
 def test_log_likelihoods_are_those_of_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from qdora.config import (
 )
 from qdora.errors import ConfigError
 from qdora.model import LoadedModel, load_model
+from qdora.model.loss import Rows
 from tests.support.models import make_model
 
 NUM_BLOCKS, ROWS, LENGTH = 4, 2, 16
@@ -42,7 +43,8 @@ def loss_of(loaded: LoadedModel, entered: list[StorageWeakRef]) -> torch.Tensor:
         for block in loaded.blocks
     ]
     tokens = torch.randint(4, 200, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    loss: torch.Tensor = loaded.model.token_loss(tokens, torch.arange(LENGTH).expand(tokens.shape), tokens)
+    rows = Rows.of(tokens, torch.arange(LENGTH).expand(tokens.shape), tokens, tokens.device)
+    loss: torch.Tensor = loaded.model.token_loss(rows)
     for hook in hooks:
         hook.remove()
     return loss

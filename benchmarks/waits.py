@@ -1,0 +1,116 @@
+"""Where a training step waits for its GPU, found where there is none.
+
+    python benchmarks/waits.py benchmarks/shapes/llama3_2_1b model.attention=varlen parallel=none --layers 2
+
+The trainer's own gradients of two micro-batches of packed rows, and its update, on a device of which torch knows the
+name only (`simulate.py`). What makes the host wait is an operator that reads a tensor of the device: a number, the
+places of numbers, a copy. The trainer's own reading, once a step between the two, is not among them. Copies of the
+batches to a GPU are from pinned memory, and are not seen here.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from simulate import Asked, assemble, attention, dequantize, simulated_world
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
+
+import qdora
+from qdora import nf4
+from qdora.data import Batch
+from qdora.model.build import EmptyModel
+from qdora.optim import build_optimizer, clip_gradients
+from qdora.training.trainer import accumulate_gradients
+
+aten = torch.ops.aten
+READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
+ROWS, LENGTH = 2, 16
+
+
+class Waits(TorchDispatchMode):
+    """Notes what is read from the device, and which function of qdora has asked for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        on_device = any(isinstance(arg, Tensor) and arg.device == self.device for arg in args)
+        by_mask = operator is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if on_device and (operator in READS or by_mask):
+            self._note(operator)
+        if operator is aten._local_scalar_dense.default:  # no row's norm cancels, and AdamW's step is 1
+            return args[0].dtype != torch.bool
+        if operator is aten.nonzero.default:  # every token has a label
+            return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
+        result = operator(*args, **(kwargs or {}))
+        if on_device and isinstance(result, Tensor) and result.device.type == "cpu":
+            self._note(operator)
+        return result
+
+    def _note(self, operator: Any) -> None:
+        package = str(Path(qdora.__file__).parent)
+        names = [frame.name for frame in traceback.extract_stack() if frame.filename.startswith(package)]
+        self.found.append(f"{operator.overloadpacket.__name__} in {names[-1]}")
+
+
+def waits_of(empty: EmptyModel, asked: Asked) -> dict[str, list[str]]:
+    """Those of the second of two steps, by phase."""
+    config = asked.config
+    empty.model.set_attn_implementation(config.model.attention.name)
+    world = simulated_world(config, ranks=1)
+    tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
+    batch = Batch(tokens, torch.arange(LENGTH // 2).repeat(ROWS, 2), tokens, tokens.numel(), tokens.numel())
+    found: dict[str, list[str]] = {}
+    with (
+        patch.object(nf4, "dequantize", dequantize),
+        patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
+        patch.object(
+            masking_utils, "is_tracing", lambda *_: False
+        ),  # transformers looks less at tensors without values
+        FakeTensorMode(allow_non_fake_inputs=True),
+        Waits(world.device) as waits,
+    ):
+        for module in empty.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer if buffer.is_meta else buffer.to(world.device))
+        loaded = assemble(empty, config, asked.kind, world)
+        optimizer = build_optimizer(loaded.model, config.optim)
+        optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
+        loaded.model.train()
+        for _ in range(2):
+            waits.found = found["gradients"] = []
+            sums = accumulate_gradients(loaded.model, [batch, batch], world)
+            norm = clip_gradients(loaded.model, config.optim.max_grad_norm)
+            torch.cat([sums, norm.to(sums)[None]])
+            waits.found = found["update"] = []
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def main() -> None:
+    """Looks and prints JSON."""
+    asked = Asked.read(
+        argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        empty = asked.build(folder)
+    json.dump(waits_of(empty, asked), sys.stdout, indent=2)
+
+
+if __name__ == "__main__":
+    main()
