@@ -29,6 +29,7 @@ g = 1 and no m; VeRA and DVoRA (`vera.py`) are both with another A and B.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -197,11 +198,10 @@ class AdaptedLinear(nn.Module):
         return self.factors(trained_a, own.to(trained_a.device), trained_a.dtype, first_row)
 
     @torch.no_grad()
-    def products(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """2 s W A^T + s^2 B A A^T of the own rows, which times B are the norm's sums, into `out`; all float32."""
+    def project(self, a: Tensor, out: Tensor) -> None:
+        """W A^T of the own rows into `out`, all float32."""
         for first, rows in self._own_weight(a.device):
             torch.mm(rows, a.T, out=out[first : first + rows.shape[0]])
-        out.addmm_(b, a @ a.T, beta=2 * self.scaling, alpha=self.scaling**2)
 
     @torch.no_grad()
     def replace_lost(self, a: Tensor, b: Tensor, squared: Tensor, lost: Tensor) -> None:
@@ -277,30 +277,46 @@ def refresh(blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtyp
 
 
 def _write_gains(layers: Sequence[AdaptedLinear], trained: Sequence[Tensor], device: torch.device) -> None:
+    # Layers of a shape beside each other, for what is done for them together.
+    order = sorted(range(len(layers)), key=lambda index: _likeness(layers[index]))
+    layers, trained = [layers[index] for index in order], [trained[index] for index in order]
     norms = row_norms(layers, trained)
     magnitudes = torch.cat([own_rows(layer.magnitude)[0] for layer in layers]).to(device)  # type: ignore[arg-type]
     gains = [own_rows(layer.gain)[0].view(torch.float32)[:, 0] for layer in layers]  # type: ignore[arg-type]
     torch._foreach_copy_(gains, (magnitudes / norms).split([gain.numel() for gain in gains]))
 
 
+def _likeness(layer: AdaptedLinear) -> tuple[float, ...]:
+    """The same of layers that have the same shapes, and the same scaling."""
+    return layer.in_features, layer.out_features, layer.scaling
+
+
 @torch.no_grad()
 def row_norms(layers: Sequence[AdaptedLinear], trained: Sequence[Tensor]) -> Tensor:
     """n of the own rows of each layer after the other, (own rows of all,) float32.
 
-    What can be is computed for all layers at once. Waits for a GPU once, unless rows have cancelled.
+    What can be is computed for all layers at once, or for those of a shape that follow each other. Waits for a GPU
+    once, unless rows have cancelled.
 
     Args:
         layers: of one rank r.
         trained: all that A is made of, of each layer, in the dtype to which the forward rounds A and B.
     """
     factors = [layer.own_factors(trained_a) for layer, trained_a in zip(layers, trained, strict=True)]
-    own_a = [torch.empty_like(a, dtype=torch.float32) for a, _ in factors]
-    torch._foreach_copy_(own_a, [a for a, _ in factors])
+    groups = [list(group) for _, group in groupby(range(len(layers)), lambda index: _likeness(layers[index]))]
+    # A of the layers of a group as one tensor, and their B beside each other.
+    every_a = [torch.stack([factors[index][0] for index in group]).float() for group in groups]
+    own_a = [a for of_group in every_a for a in of_group.unbind()]
     every_b = torch.cat([b for _, b in factors]).to(trained[0].dtype).float()
     sizes = [b.shape[0] for _, b in factors]
     products, own_b = torch.empty_like(every_b), every_b.split(sizes)
-    for layer, a, b, out in zip(layers, own_a, own_b, products.split(sizes), strict=True):
-        layer.products(a, b, out)
+    for layer, a, out in zip(layers, own_a, products.split(sizes), strict=True):
+        layer.project(a, out)
+    rows = [sum(sizes[index] for index in group) for group in groups]
+    for group, a, b, out in zip(groups, every_a, every_b.split(rows), products.split(rows), strict=True):
+        # 2 s W A^T + s^2 B A A^T, which times B are the norm's sums.
+        shape, scaling = (len(group), -1, a.shape[1]), layers[group[0]].scaling
+        out.view(shape).baddbmm_(b.view(shape), a @ a.mT, beta=2 * scaling, alpha=scaling**2)
     base = torch.cat([layer.base_norm_squared for layer in layers])  # type: ignore[misc]
     squared = products.mul_(every_b).sum(1).add_(base)
     lost = squared < CANCELLATION * base

@@ -188,8 +188,8 @@ def _refresh(tensors: Tensors, sharing: Sharing) -> dict[str, int]:
 
 
 def _update(tensors: Tensors, sharing: Sharing) -> dict[str, int]:
-    """While AdamW steps all parameters at once: their gradients, and the roots of their second moments."""
+    """When all gradients are there, the last of them just now; the update itself takes nothing."""
     own = 0 if sharing.on_host else _own_gradients(tensors, sharing)
     embedding = tensors.embedding  # its backward comes last, and FSDP2 reduces its gradient in float32
     reduced = embedding.trained() * (tensors.dtype.itemsize + 4) if sharing.wrapped else 0
-    return {"gathered": 0, "gradients": own + max(own, reduced), "activations": 0, "loss": 0}
+    return {"gathered": 0, "gradients": own + reduced, "activations": 0, "loss": 0}

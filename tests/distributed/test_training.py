@@ -72,12 +72,12 @@ class Watch:
 
     def __init__(self) -> None:
         self.seen: dict[str, Any] = {"norm_calls": 0, "layers": 0, "stale_by": []}
-        self._norm, self._run, self._step = AdaptedLinear.products, Trainer.run, Trainer.train_step
+        self._norm, self._run, self._step = AdaptedLinear.project, Trainer.run, Trainer.train_step
 
-    def products(self, layer: AdaptedLinear, a: Tensor, b: Tensor, out: Tensor) -> None:
+    def project(self, layer: AdaptedLinear, a: Tensor, out: Tensor) -> None:
         """Counts the call."""
         self.seen["norm_calls"] += 1
-        self._norm(layer, a, b, out)
+        self._norm(layer, a, out)
 
     def run(self, trainer: Trainer, save: Any) -> str:
         """Counts the rows whose magnitude moves."""
@@ -121,7 +121,7 @@ def train_watched(
     )
     watch = Watch()
     with (
-        mock.patch.object(AdaptedLinear, "products", lambda layer, *given: watch.products(layer, *given)),
+        mock.patch.object(AdaptedLinear, "project", lambda layer, *given: watch.project(layer, *given)),
         mock.patch.object(Trainer, "run", lambda trainer, save: watch.run(trainer, save)),
         mock.patch.object(Trainer, "train_step", lambda trainer, batches: watch.train_step(trainer, batches)),
     ):
