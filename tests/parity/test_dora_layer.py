@@ -201,6 +201,30 @@ def test_refresh_recomputes_rows_that_cancel_in_one_layer_of_several() -> None:
         torch.testing.assert_close(norm.double(), dense.norm(dim=1), rtol=2e-3, atol=0)
 
 
+def test_layers_of_several_shapes_and_scalings_are_refreshed_as_each_alone() -> None:
+    """Layers of a shape that are not beside each other in the block, too."""
+    torch.manual_seed(0)
+    shapes = [(OUT, IN), (2 * OUT, IN), (OUT, IN), (OUT, 2 * IN), (OUT, IN)]
+    layers = []
+    for index, (rows, columns) in enumerate(shapes):
+        base = nn.Linear(columns, rows, bias=False)
+        options = {"in_features": columns, "out_features": rows, "scaling": 1.0 + (index == 2), "dropout": 0.0}
+        layer = AdaptedLinear(base, rank=RANK, dora=True, **options)  # type: ignore[arg-type]
+        layer.lora_a.data, layer.lora_b.data = torch.randn(RANK, columns), torch.randn(rows, RANK)
+        layer.measure(CPU)
+        assert layer.magnitude is not None
+        layer.magnitude.data = torch.rand(rows) + 0.5
+        layers.append(layer)
+    refresh([nn.Sequential(*layers)], CPU, torch.float32)
+    for layer in layers:
+        assert layer.gain is not None
+        assert layer.magnitude is not None
+        base_weight: nn.Parameter = layer.base.weight  # type: ignore[assignment]
+        dense = base_weight.double() + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
+        gain = layer.magnitude.double() / dense.norm(dim=1)
+        torch.testing.assert_close(layer.gain.view(torch.float32).squeeze(1).double(), gain, rtol=1e-5, atol=0)
+
+
 def test_rows_of_zeros_give_zeros_and_no_nan() -> None:
     weight = torch.randn(OUT, IN)
     weight[5] = 0

@@ -113,3 +113,17 @@ def test_products_are_exact_but_for_one_rounding(case: str) -> None:
     done = run([sys.executable, "-c", BEGIN + CASES[case]])
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
+
+
+def test_a_world_on_a_slow_cpu_has_them() -> None:
+    """And one on another CPU leaves torch's."""
+    for supported in (True, False):
+        script = f"""
+import torch
+torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: {supported}
+from qdora.parallel import start_alone
+start_alone("test")
+assert ("cpu_products.py" in torch._C._dispatch_dump("aten::mm")) != {supported}
+"""
+        done = run([sys.executable, "-c", script], cold=True)
+        assert done.returncode == 0, done.stderr
