@@ -29,7 +29,7 @@ from qdora.model import load_model
 from qdora.model.activations import compile_blocks
 from qdora.model.loss import IGNORED
 from qdora.optim import build_optimizer, clip_gradients
-from qdora.parallel import World, all_sum
+from qdora.parallel import World, all_sum, to_device
 from qdora.sharding import own_rows
 from qdora.training.bound import Work, work_of
 from qdora.training.trainer import accumulate_gradients
@@ -179,7 +179,7 @@ def _theirs(name: str, folder: Path, case: Case, world: World) -> Arm:
     def gradients(batches: list[Tensor]) -> tuple[float, float]:
         total = 0.0
         for index, on_host in enumerate(batches):
-            tokens = on_host.to(world.device)
+            tokens = to_device(on_host, world.device)
             if world.size > 1:
                 peft_model.set_requires_gradient_sync(index == len(batches) - 1)
             loss = peft_model(input_ids=tokens, labels=tokens, use_cache=False).loss / len(batches)

@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,6 +28,7 @@ from transformers import masking_utils
 
 import qdora
 from qdora import nf4
+from qdora.config import Plan
 from qdora.data import Batch
 from qdora.model.build import EmptyModel
 from qdora.optim import build_optimizer, clip_gradients
@@ -71,7 +73,9 @@ def waits_of(empty: EmptyModel, asked: Asked) -> dict[str, list[str]]:
     """Those of the second of two steps, by phase."""
     config = asked.config
     empty.model.set_attn_implementation(config.model.attention.name)
-    world = simulated_world(config, ranks=1)
+    world = simulated_world(config, ranks=1 if config.parallel.plan is Plan.none else 2)
+    if config.parallel.plan is Plan.none:
+        world = replace(world, mesh=None)
     tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
     batch = Batch(tokens, torch.arange(LENGTH // 2).repeat(ROWS, 2), tokens, tokens.numel(), tokens.numel())
     found: dict[str, list[str]] = {}
@@ -94,7 +98,7 @@ def waits_of(empty: EmptyModel, asked: Asked) -> dict[str, list[str]]:
         for _ in range(2):
             waits.found = found["gradients"] = []
             sums = accumulate_gradients(loaded.model, [batch, batch], world)
-            norm = clip_gradients(loaded.model, config.optim.max_grad_norm)
+            norm = clip_gradients(loaded.model, config.optim.max_grad_norm, world.shard_group)
             torch.cat([sums, norm.to(sums)[None]])
             waits.found = found["update"] = []
             optimizer.step()

@@ -32,7 +32,7 @@ ATTENTION = "_scaled_dot_product_flash_attention_for_cpu_backward"
 @cache
 def install() -> None:
     """Replaces torch's kernels of bfloat16 products on the CPU, for this process, if they are loops."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         for name in (
             "mm",
             "mm.out",
@@ -63,9 +63,9 @@ def _in_float32(own: Any, dim: int, in_place: bool) -> Callable[..., Any]:
 
     def kernel(keyset: Any, *args: Any, out: Tensor | None = None, **factors: Any) -> Tensor:
         *added, a, b = args
-        into = added[0] if in_place else out
-        if _is_ours([*args, *([] if into is None else [into])], a, b, dim):
-            shape = (*a.shape[:-1], b.shape[-1])
+        into, shape = added[0] if in_place else out, (*a.shape[:-1], b.shape[-1])
+        misfits = in_place and added[0].shape != shape
+        if _is_ours([*args, *([] if into is None else [into])], a, b, dim) and not misfits:
             if into is None:
                 into = a.new_empty(shape)
             elif into.shape != shape:

@@ -31,7 +31,7 @@ class Interrupt:
 
     @property
     def received(self) -> bool:
-        """A first signal came: the step under way is the last one."""
+        """A first signal came: the step under way is the last one, or one more if its gradients were done."""
         return self._at is not None
 
     @contextmanager

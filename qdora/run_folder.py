@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from enum import Enum
@@ -28,6 +29,19 @@ _IDENTITY = ("model", "quant", "adapter", "data", "seed")
 """Groups that make a run what it is: a checkpoint continues only under the same values."""
 _HARMLESS = {"data.cache_dir", "data.eval", "data.train", "model.path"}
 """Data and model that were moved are the same: the checkpoint knows their fingerprints."""
+
+
+_SAME_ATTENTION = {"auto", "sdpa", "varlen"}
+"""They compute the same; which one `auto` is depends on the machine."""
+
+
+def differing(ours: dict[str, Any], theirs: dict[str, Any], but: Container[str]) -> list[str]:
+    """Names of the flat options `ours` that are not as in `theirs`, apart from those in `but`."""
+    different = [name for name in ours if name not in but and ours[name] != theirs.get(name)]
+    name = "model.attention"
+    if name in different and {ours[name], theirs.get(name)} <= _SAME_ATTENTION:
+        different.remove(name)
+    return different
 
 
 def plain(value: Any) -> Any:
@@ -349,7 +363,7 @@ def _check_identity(config: RunConfig, stored: dict[str, Any], where: str) -> No
     usual = config_values(RunConfig(model=config.model, data=config.data))
     # An option that a run did not know yet was as it is by default.
     theirs = flatten({key: usual[key] for key in _IDENTITY}) | flatten({key: stored.get(key) for key in _IDENTITY})
-    different = [name for name in ours if name not in _HARMLESS and ours[name] != theirs.get(name)]
+    different = differing(ours, theirs, _HARMLESS)
     if different:
         different += [name for name in ("data.train", "model.path") if ours[name] != theirs.get(name)]
         pairs = ", ".join(f"{name}={theirs.get(name)} (now {ours[name]})" for name in different)

@@ -195,13 +195,13 @@ def _is_done(path: Path, config: RunConfig) -> bool:
     if not (path / "summary.json").exists():
         return False
     # Here: these take seconds and memory that what only waits for its run can spare.
-    from qdora.run_folder import RunFolder, config_values, flatten
+    from qdora.run_folder import RunFolder, config_values, differing, flatten
 
     folder = RunFolder(path)
     if not folder.is_finished():
         return False
     ours, theirs = (flatten(config_values(values)) for values in (config, folder.read_config()))
-    different = [name for name in ours if name not in _OWN and ours[name] != theirs.get(name)]
+    different = differing(ours, theirs, _OWN)
     replaced = [] if different else folder.replaced(config)
     if replaced and not config.allow_changes:
         raise ConfigError(

@@ -16,6 +16,11 @@ class Attention(Enum):
     flash_attention_2 = "flash_attention_2"
     flex_attention = "flex_attention"
 
+    @property
+    def untrained(self) -> "Attention":
+        """That of a model which is not trained: `varlen` knows no cache and no padding."""
+        return Attention.sdpa if self in (Attention.auto, Attention.varlen) else self
+
 
 class QuantMethod(Enum):
     nf4 = "nf4"

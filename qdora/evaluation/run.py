@@ -210,7 +210,7 @@ def _header(config: EvaluateConfig, subject: Subject, data: list[str]) -> dict[s
 def _identity(config: EvaluateConfig, subject: Subject, base: Path, asked: list[Any]) -> str:
     """Of all that a score depends on: the weights, what is asked of them token by token, and what computes together."""
     said: list[Any] = [VERSION, config.protocol.name, config.batch_size]
-    said += [CheckpointFiles(base).fingerprint(), subject.model.dtype.name, subject.model.attention.name]
+    said += [CheckpointFiles(base).fingerprint(), subject.model.dtype.name, subject.model.attention.untrained.name]
     said += [subject.quant.method.name, subject.quant.double_quant, subject.quant.embeddings]
     said += asked
     digest = hashlib.sha256(repr(said).encode())

@@ -14,13 +14,11 @@ from qdora.adapter.inject import inject, select
 from qdora.config import (
     AdapterConfig,
     AdapterMethod,
-    Attention,
     ModelConfig,
     QuantConfig,
     QuantMethod,
 )
 from qdora.errors import ModelError
-from qdora.model import varlen  # noqa: F401  # makes it known to transformers
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.folder import load_config
 from qdora.model.sources import Sources, find_sources
@@ -81,10 +79,7 @@ def build_model(
         ModelError, AdapterError: the checkpoint, a layer, or the adapter does not fit.
     """
     dtype = getattr(torch, config.dtype.name)
-    attention = config.attention
-    if attention is Attention.auto or (attention is Attention.varlen and not trainable):  # which knows no cache
-        attention = Attention.sdpa
-    model = _build_on_meta(folder, config, dtype, attention)
+    model = _build_on_meta(folder, config, dtype)
     files = CheckpointFiles(folder)
     sources = find_sources(model, files) if with_weights else Sources()
     blocks = find_blocks(model)
@@ -107,7 +102,7 @@ def build_model(
     return EmptyModel(model, blocks, report, dtype, adapter, sources, files)
 
 
-def _build_on_meta(folder: Path, config: ModelConfig, dtype: torch.dtype, attention: Attention) -> Any:
+def _build_on_meta(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
     model_config = load_config(folder, config)
     quantization = getattr(model_config, "quantization_config", None)
     if quantization is not None:
@@ -120,7 +115,7 @@ def _build_on_meta(folder: Path, config: ModelConfig, dtype: torch.dtype, attent
             model = AutoModelForCausalLM.from_config(
                 model_config,
                 dtype=dtype,
-                attn_implementation=attention.name,
+                attn_implementation=config.attention.untrained.name,
                 trust_remote_code=config.trust_remote_code,
             )
     except (ValueError, ImportError) as error:

@@ -19,19 +19,18 @@ from qdora.config import (
     AdapterConfig,
     AdapterMethod,
     Attention,
-    Dtype,
     ModelConfig,
     ParallelConfig,
     QuantConfig,
 )
-from qdora.errors import ConfigError
+from qdora.errors import ConfigError, ModelError
 from qdora.model import varlen
 from qdora.model.activations import checkpoint_activations
 from qdora.model.build import EmptyModel, LayerReport, build_model, ends, holders
 from qdora.model.loss import attach_losses
 from qdora.model.sources import convert
 from qdora.nf4 import BLOCK_SIZE, NF4Weight, nest, quantize
-from qdora.parallel import World, arm_watchdog, disarm_watchdog, failing_together
+from qdora.parallel import World, any_of, arm_watchdog, disarm_watchdog, failing_together
 from qdora.sharding import own_rows, recompute_by_parts, shard
 
 QUANTISE_NUMEL = 2**24
@@ -92,13 +91,12 @@ def load_model(
     started = time.perf_counter()
     if config.attention is Attention.flex_attention and trainable and world.device.type == "cpu":
         raise ConfigError("model.attention=flex_attention has no backward on a CPU: use sdpa")
-    if config.attention is Attention.varlen and config.dtype is not Dtype.bfloat16 and world.device.type == "cuda":
-        raise ConfigError("model.attention=varlen computes in bfloat16 on a GPU: use sdpa, or model.dtype=bfloat16")
     with failing_together(world):
         empty = build_model(folder, config, quant, adapter, trainable=trainable)
     model = empty.model
-    if config.attention is Attention.auto and trainable and varlen.suits(model, world.device, empty.dtype):
-        model.set_attn_implementation(varlen.NAME)
+    if trainable and config.attention in (Attention.auto, Attention.varlen):
+        with failing_together(world):
+            _choose_attention(model, config.attention, empty.dtype, world)
     shard(model, empty.blocks, ends(model), world, parallel, empty.dtype)
     materialise(model, torch.device("cpu") if parallel.cpu_offload else world.device, world.device)
     for name, module in base_modules(model):
@@ -118,6 +116,21 @@ def load_model(
     loaded.refresh(world.device)
     loaded.load_s = time.perf_counter() - started
     return loaded
+
+
+def _choose_attention(model: Any, asked: Attention, dtype: torch.dtype, world: World) -> None:
+    """Makes `varlen` the attention if it was asked for, or if `auto` may take it on every rank. *Collective*.
+
+    Raises:
+        ModelError: it was asked for, and this device or model has none.
+    """
+    missing = varlen.missing(model, world.device, dtype, known=asked is Attention.auto)
+    if asked is Attention.auto:
+        if any_of(world, missing is not None):
+            return
+    elif missing is not None:
+        raise ModelError(f"model.attention=varlen: {missing}; use sdpa")
+    model.set_attn_implementation(varlen.NAME)
 
 
 def materialise(module: nn.Module, device: torch.device, buffer_device: torch.device) -> None:

@@ -208,12 +208,13 @@ class Rows(NamedTuple):
 
 def _token_loss(self: Any, rows: Rows) -> Tensor:
     decoder, head = self.get_decoder(), self.get_output_embeddings()
-    samples: dict[str, Any] = {}
+    inputs: dict[str, Any] = {"input_ids": rows.input_ids, "position_ids": rows.position_ids}
     if self.config._attn_implementation in (varlen.NAME, "flash_attention_2"):
+        # As a lone row, of which transformers separates the samples also where a model does not pass on their bounds.
+        inputs = {name: tensor.view(1, -1) for name, tensor in inputs.items()}
         for side in ("q", "k"):
-            samples |= {f"cu_seq_lens_{side}": rows.bounds, f"max_length_{side}": rows.longest}
-    inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids}
-    hidden = decoder(**inputs, **samples, use_cache=False).last_hidden_state
+            inputs |= {f"cu_seq_lens_{side}": rows.bounds, f"max_length_{side}": rows.longest}
+    hidden = decoder(**inputs, use_cache=False).last_hidden_state
 
     def loss(_: Forward, hidden: Tensor) -> Tensor:
         transform = LogitTransform.of(self.config)

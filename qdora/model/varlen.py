@@ -19,8 +19,13 @@ from qdora.errors import ModelError, first_line
 logger = logging.getLogger(__name__)
 
 NAME = "varlen"
-UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")
-"""What transformers may ask of an attention and this one does not do; None where a model does not ask for it."""
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
+"""Types of text configs that `auto` takes it for: tests hold them to what a mask gives, windows and all."""
+KNOWN = (
+    *("sliding_window", "is_causal", "cu_seq_lens_k", "max_length_k"),
+    *("position_ids", "position_embeddings", "use_cache", "output_attentions", "output_hidden_states"),
+)
+"""What transformers may pass to an attention and what is understood here, or matters not. All else has to be None."""
 
 
 def bounds_of(position_ids: Tensor) -> tuple[Tensor, int]:
@@ -49,7 +54,7 @@ def attend(
     """
     if query.is_cpu:
         return _one_by_one(query, key, value, bounds, scale, window)
-    # A causal kernel would not look at the window.
+    # As torch's own `varlen_attn` passes a window: to the last token itself, and not as causal.
     left, right = (None, None) if window is None else (window - 1, 0)
     out: Tensor = torch.ops.aten._flash_attention_forward(
         query,
@@ -92,7 +97,6 @@ def _forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     **others: Any,
@@ -104,42 +108,56 @@ def _forward(
     Raises:
         ModelError: the model wants something of its attention that is not known here.
     """
-    wanted = [name for name in UNKNOWN if others.get(name) is not None]
+    rows, length = query.shape[0], query.shape[2]
+    wanted = [name for name, option in others.items() if name not in KNOWN and option is not None]
     wanted += ["dropout"] if dropout else []
-    wanted += ["a mask"] if attention_mask is not None or not getattr(module, "is_causal", True) else []
-    wanted += ["values of another size than keys"] if value.shape[-1] != key.shape[-1] else []
+    if others.get("is_causal") is False or not getattr(module, "is_causal", True) or attention_mask is not None:
+        wanted.append("a mask")
+    if "sliding_window" not in others and getattr(getattr(module, "config", None), "sliding_window", None):
+        wanted.append("a window by its mask alone")
+    if key.shape[2] != length or value.shape[-1] != query.shape[-1]:
+        wanted.append("keys or values of another size")
     if wanted:
         raise ModelError(f"{type(module).__name__} wants {wanted[0]}, which model.attention={NAME} has not: use sdpa")
-    rows, length = query.shape[0], query.shape[2]
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=query.device)
         max_length_q = length
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-    out = attend(q, k, v, cu_seq_lens_q, max_length_q, scale, sliding_window)
+    out = attend(q, k, v, cu_seq_lens_q, max_length_q, scale, others.get("sliding_window") or None)
     return out.unflatten(0, (rows, length)), None
 
 
 AttentionInterface.register(NAME, _forward)  # and no way to make masks: transformers then makes none
 
 
-def suits(model: Any, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the model can be trained with it on this device. Computes a little there."""
-    text = model.config.get_text_config()
+def missing(model: Any, device: torch.device, dtype: torch.dtype, known: bool) -> str | None:
+    """Why the model cannot be trained with it on this device, or None. Computes a little there, if it is a GPU.
+
+    Args:
+        known: whether the model has to be of `FAMILIES`, and the device a GPU.
+    """
+    name, text = type(model).__name__, model.config.get_text_config()
+    if known and (device.type != "cuda" or text.model_type not in FAMILIES):
+        return f"{name} on a {device.type} has not been tried"
+    if not model._can_set_attn_implementation():
+        return f"{name} takes no attention but its own"
+    if device.type == "cpu":
+        return None
+    if dtype is not torch.bfloat16:
+        return "it computes in bfloat16 on a GPU"
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return (
-        device.type == "cuda"
-        and dtype is torch.bfloat16
-        and model._supports_flash_attn
-        and getattr(text, "attn_logit_softcapping", None) is None
-        and agrees(device, dtype, heads, kv_heads, head_size)
-    )
+    return None if agrees(device, dtype, heads, kv_heads, head_size) else "torch's kernel does not compute it here"
 
 
 def agrees(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_size: int) -> bool:
-    """Whether the device's kernel has the values and gradients of a CPU's; a warning says what it does instead."""
+    """Whether the device's kernel has the values and gradients of a CPU's; a warning says what it does instead.
+
+    Raises:
+        torch.OutOfMemoryError: the device is full.
+    """
     generator = torch.Generator().manual_seed(0)
     bounds, longest = bounds_of(torch.cat([torch.arange(n) for n in (40, 1, 23)])[None])
     shapes = [(64, count, head_size) for count in (heads, kv_heads, kv_heads, heads)]
@@ -155,8 +173,8 @@ def agrees(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, 
             for ours, theirs in zip(*found, strict=True):
                 torch.testing.assert_close(ours.cpu(), theirs, atol=0.05, rtol=0.05)
         except (RuntimeError, AssertionError) as error:
-            logger.warning(
-                "attention of packed rows takes a mask: torch's kernel for samples fails: %s", first_line(error)
-            )
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            logger.warning("torch's kernel for attention by samples fails on this device: %s", first_line(error))
             return False
     return True

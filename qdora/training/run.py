@@ -1,7 +1,6 @@
 """A run from start to end: data, model, resume, training, and what it leaves in its folder."""
 
 import hashlib
-import logging
 import os
 import secrets
 import time
@@ -9,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -28,9 +26,9 @@ from qdora.config import (
 )
 from qdora.data import BatchLoader, TokenDataset, prepare
 from qdora.device_memory import explaining_shortage, free_memory
-from qdora.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, ModelError, TrainingError, first_line
+from qdora.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, TrainingError
 from qdora.interrupt import interrupt
-from qdora.model import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_folder, varlen
+from qdora.model import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_folder
 from qdora.model.activations import compile_blocks
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.loss import check_token_loss
@@ -44,8 +42,6 @@ from qdora.tracking import make_tracker
 from qdora.training.memory import StepBytes, choose_recomputation, remedies, step_bytes
 from qdora.training.results import conclude, num_trainable, versions, write_results
 from qdora.training.trainer import Trainer, num_steps
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +109,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
         print(f"warning: {settled.told}", flush=True)
     with explaining_shortage(lambda: _does_not_load(config, world)):
         loaded = load_model(base, config.model, config.quant, config.adapter, config.parallel, world, seed=config.seed)
-        _check_model(loaded.model, config, world)
+        check_token_loss(loaded.model, world.device, config.data.packing)
     recomputation = _set_recomputation(config, world, loaded)
     if config.train.compile:
         if config.model.attention is Attention.varlen and world.device.type == "cpu":
@@ -152,20 +148,6 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     if world.is_main:
         conclude(config, folder, status, trainer.checkpoints.failure, trainer.tracker.location)
     return EXIT_PREEMPTED if status == "preempted" else 0
-
-
-def _check_model(model: Any, config: RunConfig, world: World) -> None:
-    """`check_token_loss`; a model for which `auto` was wrong about `varlen` goes on with sdpa. *Collective*."""
-    try:
-        check_token_loss(model, world.device, config.data.packing)
-    except (ModelError, RuntimeError) as error:
-        is_guess = config.model.attention is Attention.auto and model.config._attn_implementation == varlen.NAME
-        if not is_guess or isinstance(error, torch.OutOfMemoryError):
-            raise
-        model.set_attn_implementation("sdpa")
-        check_token_loss(model, world.device, config.data.packing)
-        if world.is_main:
-            logger.warning("attention of packed rows is sdpa's, with a mask: %s", first_line(error))
 
 
 def _settle(config: RunConfig, base: Path, world: World, found: Manifest | None) -> tuple[World, Settled, Rates]:
@@ -359,7 +341,9 @@ def _announce(config: RunConfig, world: World, loaded: LoadedModel, data: list[T
     trainable = num_trainable(loaded)
     plan = config.parallel.plan.name if world.size > 1 else Plan.none.name
     print(f"model: {config.model.path}, {'; '.join(loaded.report.lines())}; {trainable:,} trainable parameters")
-    print(f"ranks: {world.size} on {world.device.type}, parallel={plan}; loaded in {loaded.load_s:.1f} s")
+    attention = loaded.model.config._attn_implementation
+    how = f"parallel={plan}, attention {attention}"
+    print(f"ranks: {world.size} on {world.device.type}, {how}; loaded in {loaded.load_s:.1f} s")
     packed = f"; rows {trainer.train_loader.packing_efficiency:.0%} full" if config.data.packing else ""
     for name, dataset, more in zip(("train:", "eval: "), data, (packed, ""), strict=False):
         print(f"{name} {dataset.report.describe()}{more}")

@@ -130,7 +130,7 @@ class Trainer:
     def train_step(self, batches: list[Batch]) -> StepMetrics:
         """One optimiser update from this rank's micro-batches. *Collective*.
 
-        A GPU is waited for once, before the update, for all that the host wants to know.
+        A GPU is waited for once before the update, for all that the host wants to know, and by DoRA's refresh in it.
         """
         started = time.perf_counter()
         sums = accumulate_gradients(

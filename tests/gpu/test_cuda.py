@@ -13,6 +13,7 @@ from qdora.adapter.dora import AdaptedLinear, refresh
 from qdora.config import ActivationCheckpointing, AdapterConfig, ModelConfig, ParallelConfig, QuantConfig
 from qdora.data import Batch
 from qdora.model import load_model, varlen
+from qdora.model.activations import compile_blocks
 from qdora.model.loss import LogitTransform, Rows, check_token_loss, chunked_cross_entropy, label_places
 from qdora.optim import clip_gradients
 from qdora.sharding import own_rows
@@ -219,6 +220,24 @@ def test_gradients_of_packed_rows_wait_for_nothing(kind: ActivationCheckpointing
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sums.isfinite().all()
+
+
+def test_compiled_blocks_take_any_number_of_samples_in_few_graphs(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "llama", num_hidden_layers=2)
+    world = parallel.start(ParallelConfig())
+    model = ModelConfig(path=str(folder))
+    loaded = load_model(folder, model, QuantConfig(), AdapterConfig(rank=4), ParallelConfig(), world)
+    tokens = torch.randint(4, 200, (2, 64), generator=torch.Generator().manual_seed(0))
+    samples = [Rows.of(tokens, torch.arange(64 // n).repeat(2, n), tokens, world.device) for n in (1, 2, 4, 8, 16)]
+    loaded.model.train()
+    plain = [float(loaded.model.token_loss(rows)) for rows in samples]
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(loaded.blocks, world.device)
+    for rows, loss in zip(samples, plain, strict=True):
+        compiled = loaded.model.token_loss(rows)
+        compiled.backward()
+        assert float(compiled) == pytest.approx(loss, rel=BFLOAT16_TOLERANCE)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
 
 
 @needs_byte_shards

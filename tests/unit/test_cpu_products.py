@@ -104,6 +104,12 @@ for a, b, words in (
         assert words in str(error), error
     else:
         raise AssertionError(words)
+try:
+    values(50).addmm_(values(40, 30), values(30, 50))
+except RuntimeError:
+    pass
+else:
+    raise AssertionError("addmm_ of a tensor of another shape")
 """,
 }
 

@@ -149,17 +149,19 @@ def test_model_that_would_be_trained_wrongly_is_refused(
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "varlen"])
 def test_attention_by_samples_is_told_where_they_begin(attention: str) -> None:
-    """As transformers tells flash-attention; nobody else, as models may not take it."""
+    """As transformers tells flash-attention, of a lone row; nobody else, as models may not take it."""
     torch.manual_seed(0)
     toy, ids = Toy(attention=attention), torch.randint(0, VOCABULARY, (2, 6))
     attach_losses(toy)
     rows = Rows.of(ids, torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]), ids, torch.device("cpu"))
     told = toy.token_loss(rows)
+    assert toy.options["position_ids"].shape == (1, 12)
     assert toy.options["cu_seq_lens_q"].tolist() == toy.options["cu_seq_lens_k"].tolist() == [0, 3, 5, 6, 7, 12]
     assert toy.options["max_length_q"] == toy.options["max_length_k"] == 5
     toy.config._attn_implementation = "sdpa"
-    assert torch.equal(told, toy.token_loss(rows))
+    torch.testing.assert_close(told, toy.token_loss(rows))
     assert set(toy.options) == {"position_ids", "use_cache"}
+    assert toy.options["position_ids"].shape == (2, 6)
 
 
 def test_log_likelihoods_are_those_of_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
