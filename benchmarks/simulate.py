@@ -12,7 +12,8 @@ between its blocks, and what CUDA and NCCL take.
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,6 +56,11 @@ OPERATORS = (
     nf4.opaque_frozen_linear_backward,
 )
 aten = torch.ops.aten
+READ: dict[Any, Callable[[Tensor], Any]] = {
+    aten._local_scalar_dense.default: lambda tensor: tensor.dtype != torch.bool,  # no row's norm cancels
+    aten.nonzero.default: lambda tensor: tensor.new_empty(tensor.numel(), tensor.ndim, dtype=torch.int64),
+}
+"""What is read of a tensor that has no values; every token has a label."""
 
 
 class DeviceBytes(LiveBytes):
@@ -73,10 +79,8 @@ class DeviceBytes(LiveBytes):
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
-        if operator is aten._local_scalar_dense.default:  # no row's norm cancels, and AdamW's step is 1
-            return args[0].dtype != torch.bool
-        if operator is aten.nonzero.default:  # every token has a label
-            return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
+        if operator in READ:
+            return READ[operator](args[0])
         if operator in self._bodies:
             TorchDispatchMode.__enter__(self)
             try:
@@ -121,6 +125,24 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     return aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout, causal, scale=scale)[0]
 
 
+@contextmanager
+def nothing_computed() -> Iterator[None]:
+    """Tensors have a device and a size, and no values."""
+    with (
+        patch.object(nf4, "dequantize", dequantize),
+        patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        yield
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Moves buffers that have values, for which `fully_shard` would write into them; mutates `model`."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer if buffer.is_meta else buffer.to(device))
+
+
 def simulated_device() -> torch.device:
     """A device that has a GPU's sizes, and a CPU's streams, which do nothing; once a process."""
     module: Any = _DummyBackendModule()
@@ -146,15 +168,8 @@ def simulated_world(config: RunConfig, ranks: int) -> World:
 def count(empty: EmptyModel, config: RunConfig, kind: ActivationCheckpointing, ranks: int) -> dict[str, int]:
     """Bytes on the device: what is there between two steps, and at most in each phase of the second; host bytes."""
     world = simulated_world(config, ranks)
-    with (
-        patch.object(nf4, "dequantize", dequantize),
-        patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        DeviceBytes() as live,
-    ):
-        for module in empty.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer if buffer.is_meta else buffer.to(world.device))
+    with nothing_computed(), DeviceBytes() as live:
+        move_buffers(empty.model, world.device)
         loaded = assemble(empty, config, kind, world)
         counted = two_steps(loaded, config, world, lambda: live.now, live.phase_peak)
         counted["in host memory"] = live.host.peak

@@ -19,15 +19,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from simulate import Asked, assemble, attention, dequantize, simulated_world
+from simulate import READ, Asked, assemble, move_buffers, nothing_computed, simulated_world
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
 import qdora
-from qdora import nf4
 from qdora.config import Plan
 from qdora.data import Batch
 from qdora.model.build import EmptyModel
@@ -35,7 +33,7 @@ from qdora.optim import build_optimizer, clip_gradients
 from qdora.training.trainer import accumulate_gradients
 
 aten = torch.ops.aten
-READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
+READS = {*READ, aten.masked_select.default, aten.equal.default}
 ROWS, LENGTH = 2, 16
 
 
@@ -54,10 +52,8 @@ class Waits(TorchDispatchMode):
         by_mask = operator is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
         if on_device and (operator in READS or by_mask):
             self._note(operator)
-        if operator is aten._local_scalar_dense.default:  # no row's norm cancels, and AdamW's step is 1
-            return args[0].dtype != torch.bool
-        if operator is aten.nonzero.default:  # every token has a label
-            return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
+        if operator in READ:
+            return READ[operator](args[0])
         result = operator(*args, **(kwargs or {}))
         if on_device and isinstance(result, Tensor) and result.device.type == "cpu":
             self._note(operator)
@@ -70,7 +66,7 @@ class Waits(TorchDispatchMode):
 
 
 def waits_of(empty: EmptyModel, asked: Asked) -> dict[str, list[str]]:
-    """Those of the second of two steps, by phase."""
+    """Steps twice; the waits of the second, by phase."""
     config = asked.config
     empty.model.set_attn_implementation(config.model.attention.name)
     world = simulated_world(config, ranks=1 if config.parallel.plan is Plan.none else 2)
@@ -79,18 +75,13 @@ def waits_of(empty: EmptyModel, asked: Asked) -> dict[str, list[str]]:
     tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
     batch = Batch(tokens, torch.arange(LENGTH // 2).repeat(ROWS, 2), tokens, tokens.numel(), tokens.numel())
     found: dict[str, list[str]] = {}
+    # transformers looks less at tensors without values.
     with (
-        patch.object(nf4, "dequantize", dequantize),
-        patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
-        patch.object(
-            masking_utils, "is_tracing", lambda *_: False
-        ),  # transformers looks less at tensors without values
-        FakeTensorMode(allow_non_fake_inputs=True),
+        patch.object(masking_utils, "is_tracing", lambda *_: False),
+        nothing_computed(),
         Waits(world.device) as waits,
     ):
-        for module in empty.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer if buffer.is_meta else buffer.to(world.device))
+        move_buffers(empty.model, world.device)
         loaded = assemble(empty, config, asked.kind, world)
         optimizer = build_optimizer(loaded.model, config.optim)
         optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))

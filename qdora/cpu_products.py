@@ -1,7 +1,7 @@
 """Products in bfloat16 on a CPU that has no instructions for them: in float32, rounded once.
 
-torch leaves bfloat16 matrices to oneDNN where the CPU has AVX-512, and otherwise multiplies them by loops, which take 4
-to 70 times as long as float32 (pytorch/pytorch#146508): on most desktops, Zen 1 to 3 and Intel's since the 12th
+torch leaves bfloat16 matrices to oneDNN where the CPU has AVX-512, and otherwise multiplies them by loops, which take
+up to 70 times as long as float32 (pytorch/pytorch#146508): on most desktops, Zen 1 to 3 and Intel's since the 12th
 generation. There `install` puts torch's own float32 product of the same values in their place. What is added up and
 rounded is the same: a product of two bfloat16 is exact in float32, sums are in float32, the result is rounded once.
 
@@ -23,9 +23,9 @@ __all__ = ["install"]
 TILE = 1024
 """Rows and columns of what is in float32 at a time (4 MiB)."""
 FEW_ROWS = 4
-"""Of such a product torch's loop is as fast: reading the other factor is what it waits for."""
+"""A product of fewer is left to torch's loop, which is as fast: reading the other factor is what it waits for."""
 FEW_PRODUCTS = 1 << 14
-"""m k n of what its loop has done before others have begun."""
+"""A product of fewer m k n is left to it, too: it has done them before others have begun."""
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu_backward"
 
 
@@ -52,10 +52,13 @@ def install() -> None:
 def _replace(name: str, kernel: Callable[..., Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced
-        _library.impl(name, kernel, "CPU", with_keyset=True, allow_override=True)
+        _library().impl(name, kernel, "CPU", with_keyset=True, allow_override=True)
 
 
-_library = Library("aten", "IMPL")  # its kernels go when it is collected
+@cache
+def _library() -> Library:
+    """Makes the library of this process, kept because its kernels go when it is collected."""
+    return Library("aten", "IMPL")
 
 
 def _in_float32(own: Any, dim: int, in_place: bool) -> Callable[..., Any]:

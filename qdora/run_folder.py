@@ -16,7 +16,7 @@ import yaml
 from qdora import checkpoint
 from qdora.adapter import peft_format
 from qdora.checkpoint import Manifest
-from qdora.config import RunConfig
+from qdora.config import Attention, RunConfig
 from qdora.data.sources import content
 from qdora.errors import CheckpointError, ConfigError, DataError, ModelError
 from qdora.files import existing, lock, read_json, write_durably
@@ -31,15 +31,12 @@ _HARMLESS = {"data.cache_dir", "data.eval", "data.train", "model.path"}
 """Data and model that were moved are the same: the checkpoint knows their fingerprints."""
 
 
-_SAME_ATTENTION = {"auto", "sdpa", "varlen"}
-"""They compute the same; which one `auto` is depends on the machine."""
-
-
 def differing(ours: dict[str, Any], theirs: dict[str, Any], but: Container[str]) -> list[str]:
     """Names of the flat options `ours` that are not as in `theirs`, apart from those in `but`."""
     different = [name for name in ours if name not in but and ours[name] != theirs.get(name)]
-    name = "model.attention"
-    if name in different and {ours[name], theirs.get(name)} <= _SAME_ATTENTION:
+    name = "model.attention"  # `auto` is another one on another machine, and computes the same
+    kinds = {attention.name: attention.untrained for attention in Attention}
+    if name in different and kinds[ours[name]] is kinds.get(theirs.get(name, "")):
         different.remove(name)
     return different
 

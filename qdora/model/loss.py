@@ -197,7 +197,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, input_ids: Tensor, position_ids: Tensor, labels: Tensor, device: torch.device) -> "Rows":
-        """Of tensors (rows, length) of the host, so that no GPU is waited for."""
+        """Takes tensors (rows, length) of the host, so that no GPU is waited for."""
         bounds, longest = varlen.bounds_of(position_ids)
         places, targets = label_places(labels)
         ids, positions, places, targets, bounds = (
@@ -274,17 +274,16 @@ def check_token_loss(model: Any, device: torch.device, packing: bool) -> None:
     model.eval()
     first, positions = torch.arange(8)[None] % model.config.get_text_config().vocab_size, torch.arange(8)[None]
     second = first.flip(1)
-    ours, other = (
-        model.token_loss(Rows.of(tokens, positions, tokens.roll(-1, 1), device)) for tokens in (first, second)
-    )
-    inputs = {"input_ids": first.to(device), "position_ids": positions.to(device)}
+    alone = [Rows.of(tokens, positions, tokens.roll(-1, 1), device) for tokens in (first, second)]
+    ours, other = map(model.token_loss, alone)
+    inputs = {"input_ids": alone[0].input_ids, "position_ids": alone[0].position_ids}
     logits = model(**inputs, use_cache=False).logits.float()
     rows = torch.cat([torch.cat([first, second], 1), torch.cat([second, first], 1)])
     labels = torch.cat([part.roll(-1, 1) for part in rows.split(8, 1)], 1)
     packed, single = model.token_loss(Rows.of(rows, positions.repeat(2, 2), labels, device)), 2 * (ours + other)
     model.train(training)
     reshard(model)
-    theirs = nn.functional.cross_entropy(logits[0], first.roll(-1, 1)[0].to(device), reduction="sum")
+    theirs = nn.functional.cross_entropy(logits[0], alone[0].targets, reduction="sum")
     if not torch.allclose(ours, theirs, rtol=2e-2, atol=1e-2):
         raise ModelError(
             f"{name} changes its logits in a way qdora does not know (loss {ours:.4f} against its own "

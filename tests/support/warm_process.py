@@ -204,8 +204,7 @@ def _import_all() -> None:
     for module in pkgutil.walk_packages(qdora.__path__, "qdora."):
         if module.name.rpartition(".")[2] not in ("__main__", "harness", "reload", "triton_kernels"):
             importlib.import_module(module.name)
-    cpu_products = importlib.import_module("qdora.cpu_products")
-    cpu_products.install()  # scripts of tests, too, which start no world
+    qdora.cpu_products.install()  # scripts of tests, too, which start no world
 
 
 def become(
