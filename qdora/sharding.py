@@ -14,14 +14,17 @@ in; a frozen float32 parameter would be rounded in silence, so `shard` refuses i
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from packaging.version import parse
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState, is_bw
 from torch.distributed.tensor import DTensor
 
@@ -47,6 +50,7 @@ def shard(
     """
     if world.mesh is None:
         return
+    _keep_integers()
     for name, parameter in model.named_parameters():
         if not (parameter.requires_grad or parameter.dtype in (dtype, torch.uint8)):
             raise ModelError(f"{name} is {parameter.dtype} and frozen: sharding would round it to {dtype} in silence")
@@ -72,6 +76,29 @@ def shard(
                 module.set_modules_to_backward_prefetch([module])  # which is there already: none
     for name, parameter in model.named_parameters():
         assert own_rows(parameter)[0].shape[0] <= -(-parameter.shape[0] // world.num_shards), f"{name} is not sharded"
+
+
+@cache
+def _keep_integers() -> None:
+    """Lets FSDP2 shard integers and gather them as they are, as it does from torch 2.12 on; for this process.
+
+    Before, it made of each a parameter that wants gradients, which torch refuses, and cast it to the compute dtype. To
+    be removed with torch 2.11.
+    """
+    if parse(torch.__version__) >= parse("2.12.dev0"):
+        return
+    from_policy = _fsdp_param.FSDPParam.init_dtype_attrs
+
+    def init_dtype_attrs(self: Any, mp_policy: MixedPrecisionPolicy) -> None:
+        from_policy(self, mp_policy)
+        if not self.orig_dtype.is_floating_point:
+            self.param_dtype = None
+
+    def parameter(data: Tensor, requires_grad: bool = True) -> nn.Parameter:
+        return nn.Parameter(data, requires_grad=requires_grad and data.is_floating_point())
+
+    _fsdp_param.FSDPParam.init_dtype_attrs = init_dtype_attrs  # type: ignore[method-assign]
+    _fsdp_param.nn = SimpleNamespace(Module=nn.Module, Parameter=parameter)  # type: ignore[assignment, attr-defined]
 
 
 def parts_of(block: nn.Module) -> list[nn.Module]:

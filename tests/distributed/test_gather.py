@@ -36,17 +36,19 @@ PATIENCE = 5
 """Milliseconds for gloo to let go of a buffer."""
 
 
+def groups_of(state: Any) -> list[Any]:
+    """What a module's FSDP2 gathers; before torch 2.12 one group at most."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [group for group in (state._fsdp_param_group,) if group is not None] if groups is None else [*groups]
+
+
 class GatheredBytes(TorchDispatchMode):
     """Bytes of gathered weights that are alive: buffers of a collective, and the parameters copied out of them."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.groups = [
-            group
-            for module in model.modules()
-            if isinstance(module, FSDPModule)
-            for group in module._get_fsdp_state()._fsdp_param_groups  # type: ignore[attr-defined]
-        ]
+        states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+        self.groups = [group for state in states for group in groups_of(state)]
         self.received: list[tuple[StorageWeakRef, int]] = []
         self.at_work: list[list[int]] = []
         self.at_all: list[list[int]] = []
