@@ -103,7 +103,7 @@ def test_recomputation_is_what_the_container_has_room_for(
 def test_rank_with_the_least_memory_decides(
     arguments: list[str], tmp_path: Path, limited: Callable[[int], Path]
 ) -> None:
-    group = limited(int(1.5 * GIB))
+    group = limited(int(1.7 * GIB))
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
@@ -114,4 +114,4 @@ def test_rank_with_the_least_memory_decides(
     done = qdora("train", *arguments, nproc=2, PYTHONPATH=path)
     chosen, sizes, _ = told_of(done, tmp_path / "run")
     assert chosen == "selective"
-    assert sizes["free"] < 0.7, "of rank 1; the group is for one of two ranks of this machine"
+    assert sizes["free"] < 0.8, "of rank 1; the group is for one of two ranks of this machine"
