@@ -9,6 +9,9 @@ launches for some hundreds at a time), else as one a tensor.
 Beside them stands how often the step waits for the device. PEFT's layers (over bitsandbytes' Linear4bit; AdamW fused)
 are not possible without values: they are counted on the CPU, where the same operators are called.
 
+`qdora-norm-in-forward` is the way that was not taken: row norms from the weight that the forward has dequantised
+anyhow, in each micro-batch, instead of a refresh after each update.
+
 Ends with status 1 where a layer launches more than `MOST` says: a change that adds launches has to change that, too.
 """
 
@@ -32,15 +35,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qdora import nf4
-from qdora.adapter.dora import AdaptedLinear, refresh
+from qdora.adapter import operator
+from qdora.adapter.dora import AdaptedLinear, _round_factors, refresh
 from qdora.config import OptimConfig
 from qdora.optim import build_optimizer
 
-ARMS = ("peft-qlora", "peft-qdora", "qlora", "qdora")
+ARMS = ("peft-qlora", "peft-qdora", "qlora", "qdora", "qdora-norm-in-forward")
 LAYERS, WIDTH, TOKENS, RANK, SCALING = 16, 256, 64, 16, 2.0
 MOST = {
-    "qlora": {"forward": 4, "backward": 8, "optimiser and refresh": 0.5, "waits a step": 0},
-    "qdora": {"forward": 4, "backward": 11, "optimiser and refresh": 4.5, "waits a step": 1},
+    "qlora": {"forward": 4, "backward": 7, "optimiser and refresh": 0.5, "waits a step": 0},
+    "qdora": {"forward": 4, "backward": 8, "optimiser and refresh": 4.5, "waits a step": 1},
 }
 """Launches a layer, and waits a step; what is done once for all layers is a fraction of a launch."""
 DTYPE = torch.bfloat16
@@ -88,20 +92,62 @@ def nothing_computed(launches: Launches) -> Iterator[None]:
     def dequantize(*_: Any) -> None:
         launches.counts.setdefault(launches.phase, Counter())["dequantize_nf4"] += 1
 
+    def magnitude_gradient(dy: Tensor, y: Tensor, inverse_m: Tensor) -> Tensor:
+        launches.counts.setdefault(launches.phase, Counter())["magnitude_gradient"] += 1
+        return torch.empty_like(inverse_m)
+
     with (
         patch.object(nf4, "_kernel", lambda _: dequantize),  # of Triton, which wants a device
+        patch.object(operator, "_magnitude_kernel", lambda _: magnitude_gradient),
+        patch.object(operator, "_multiplies_to_float32", lambda _: True),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         yield
 
 
-def ours(dora: bool) -> tuple[nn.Module, Callable[[], torch.optim.Optimizer]]:
+class NormInForward(AdaptedLinear):
+    """DoRA whose forward computes its own row norms, with as few launches as PyTorch's operators allow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _NormInForward.apply(x, self.lora_a, self.lora_b, self.magnitude, self)  # type: ignore[no-any-return]
+
+
+class _NormInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, lora_a, lora_b, magnitude, layer):  # type: ignore[no-untyped-def, override]
+        made, s = layer.rounded(DTYPE), layer.scaling
+        a, b = made.lora_a_rounded, made.scaled_b  # here s B
+        weight = nf4.weight_from(layer.base_tensors(), DTYPE)
+        products = operator._product(weight, a.t(), torch.float32)
+        products.addmm_(b.float(), operator._product(a, a.t(), torch.float32), beta=2)
+        squared = products.mul_(b).sum(1).add_(layer.base_norm_squared)
+        gain = magnitude / squared.clamp_(min=0).sqrt_()
+        y, xa = torch.mm(x, weight.t()), torch.mm(x, a.t())
+        y.addmm_(xa, b.t()).mul_(gain)
+        ctx.layer, ctx.s = layer, s
+        ctx.save_for_backward(x, xa, y, a, b, gain, made.inverse_m)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
+        x, xa, y, a, b, gain, inverse_m = ctx.saved_tensors
+        dm = operator.magnitude_gradient(dy, y, inverse_m)
+        scaled = torch.mul(dy, gain, out=torch.empty_like(dy))
+        dxa = torch.mm(scaled, b)
+        da = operator._product(dxa.t(), x, torch.float32)
+        db = operator._product(scaled.t(), xa, torch.float32).mul_(ctx.s)
+        dx = torch.mm(scaled, nf4.weight_from(ctx.layer.base_tensors(), DTYPE)).addmm_(dxa, a)
+        return dx, da, db, dm, None
+
+
+def ours(name: str) -> tuple[nn.Module, Callable[[], torch.optim.Optimizer]]:
     """Layers in a row, and how their optimiser is made."""
+    kind, dora = (NormInForward if name.endswith("norm-in-forward") else AdaptedLinear), "dora" in name
     layers = []
     with DEVICE:
         for _ in range(LAYERS):
             base = nf4.NF4Linear(WIDTH, WIDTH, bias=False, double_quant=True, dtype=DTYPE)
-            layer = AdaptedLinear(
+            layer = kind(
                 base, in_features=WIDTH, out_features=WIDTH, rank=RANK, scaling=SCALING, dropout=0.0, dora=dora
             )
             layer.measure(DEVICE)
@@ -110,7 +156,8 @@ def ours(dora: bool) -> tuple[nn.Module, Callable[[], torch.optim.Optimizer]]:
 
     def optimizer() -> torch.optim.Optimizer:
         built = build_optimizer(model, OptimConfig())
-        built.register_step_post_hook(lambda *_: refresh([model], DEVICE, DTYPE))
+        after = _round_factors if kind is NormInForward else lambda *_: refresh([model], DEVICE, DTYPE)
+        built.register_step_post_hook(torch.no_grad()(lambda *_: after(layers, DTYPE)))
         return built
 
     refresh([model], DEVICE, DTYPE)
@@ -138,7 +185,7 @@ def count(name: str) -> dict[str, Any]:
     launches, is_peft = Launches(), name.startswith("peft")
     device = torch.device("cpu") if is_peft else DEVICE
     with nullcontext() if is_peft else nothing_computed(launches), launches:
-        model, make_optimizer = (theirs if is_peft else ours)("dora" in name)
+        model, make_optimizer = theirs("dora" in name) if is_peft else ours(name)
         optimizer = make_optimizer()
         for _ in range(3):  # AdamW's moments are there by the second
             x = torch.randn(TOKENS, WIDTH, dtype=DTYPE, device=device, requires_grad=True)

@@ -1,13 +1,28 @@
-"""bitsandbytes without what it does at import that is not needed here, which every command would wait for."""
+"""Kernels of others: bitsandbytes without what it does at import and is not needed, and whether Triton's work here."""
 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["bnb", "lib"]
+from qdora.errors import first_line
+
+__all__ = ["bnb", "lib", "tried"]
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def tried(trial: Callable[[], T], device: torch.device, instead: str) -> T | None:
+    """What `trial` returns; None where it raises, and a warning that says why and what is done instead."""
+    try:
+        return trial()
+    except Exception as error:  # no Triton, no compiler, a device that it does not know, values that differ
+        fault = f"{type(error).__name__}: {first_line(error)}"
+        logger.warning("the Triton kernel failed on %s, %s: %s", device, instead, fault)
+        return None
 
 
 @contextmanager

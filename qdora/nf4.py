@@ -24,7 +24,6 @@ and a CPU's quantisation.
 """
 
 import ctypes
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,10 +34,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qdora.errors import first_line
-from qdora.kernels import bnb, lib
+from qdora.kernels import bnb, lib, tried
 
-logger = logging.getLogger(__name__)
 BLOCK_SIZE = 64
 """Values a block; bitsandbytes' CPU kernels are wrong for rows that do not hold whole blocks."""
 NESTED_BLOCK_SIZE = 256
@@ -86,6 +83,10 @@ class _Scratch:
             self._buffers.pop(key, None)
             buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
         return buffer[:numel].view(shape)
+
+    def buffers(self) -> list[Tensor]:
+        """All that there are."""
+        return [*self._buffers.values()]
 
 
 scratch = _Scratch()
@@ -239,7 +240,8 @@ def working_kernel(device: torch.device) -> Kernel | None:
     some = [packed[first:], codes[first:], absmax_scale, absmax_mean]
     scales = unnest(codes, absmax_scale, absmax_mean)[first:]
     row_scale = torch.rand(scales.shape[0], 1, generator=generator).to(device)
-    try:
+
+    def trial() -> Kernel:
         from qdora.triton_kernels import dequantize_nf4
 
         for dtype, scale, tolerance in ((torch.float32, None, 0.0), (torch.bfloat16, row_scale, 2**-7)):
@@ -247,11 +249,9 @@ def working_kernel(device: torch.device) -> Kernel | None:
             dequantize_nf4(some, scale, first, found, nested_code(device), nf4_code(device))
             expected = dequantize(some[0], scales if scale is None else scales * scale, dtype)
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=0.0)
-    except Exception as error:  # no Triton, no compiler, a device that it does not know, values that differ
-        fault = f"{type(error).__name__}: {first_line(error)}"
-        logger.warning("the Triton kernel failed on %s, weights are dequantised in four launches: %s", device, fault)
-        return None
-    return dequantize_nf4
+        return dequantize_nf4
+
+    return tried(trial, device, "weights are dequantised in four launches")
 
 
 class NF4Weight(nn.Module):

@@ -1,4 +1,6 @@
-"""What a CUDA device does in one launch where PyTorch's operators take several; `qdora.nf4` has the references.
+"""What a CUDA device does in one launch where PyTorch's operators take several.
+
+`qdora.nf4` and `qdora.adapter.operator` have the references.
 
 Imported where a CUDA device computes. With `TRITON_INTERPRET=1` kernels run on a CPU, which is how tests run them.
 """
@@ -14,6 +16,8 @@ BYTES = 1024
 """Packed codes that a program dequantises, two values each."""
 ALLOW_FMA = False
 """Whether a product and a sum may be rounded once: bitsandbytes rounds each."""
+ROWS, COLUMNS = 64, 32
+"""Of dy and y, that a program takes at a time, and that it adds up."""
 BLOCK_BYTES: Any = tl.constexpr(32)
 NESTED_BLOCK_SIZE: Any = tl.constexpr(256)
 """Packed codes that share a scale, and scales that share a float32: those of `qdora.nf4`."""
@@ -73,3 +77,31 @@ def dequantize_nf4(
             packed.numel(), packed.shape[1], first_row * absmax.shape[1],
             NESTED=bool(nested), SCALED=row_scale is not None, BYTES=BYTES, enable_fp_fusion=ALLOW_FMA,
         )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _magnitude_gradient(  # type: ignore[no-untyped-def]
+    dy, y, inverse_m, out, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    has_column = column < num_columns
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for first in range(0, num_rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < num_rows)[:, None] & has_column[None, :]
+        at = row.to(tl.int64)[:, None] * num_columns + column[None, :]
+        left = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        total += left * tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(inverse_m + column, mask=has_column, other=0.0)
+    tl.store(out + column, tl.sum(total, 0) * scale, mask=has_column)
+
+
+def magnitude_gradient(dy: Tensor, y: Tensor, inverse_m: Tensor) -> Tensor:
+    """As `qdora.adapter.operator.magnitude_gradient`, with products and sums in float32; always in the same order."""
+    dy, y = dy.contiguous(), y.contiguous()
+    out = torch.empty(dy.shape[1], dtype=torch.float32, device=dy.device)
+    with torch.cuda.device_of(dy):
+        _magnitude_gradient[(triton.cdiv(dy.shape[1], COLUMNS),)](
+            dy, y, inverse_m.contiguous(), out, dy.shape[0], dy.shape[1], ROWS=ROWS, COLUMNS=COLUMNS
+        )
+    return out

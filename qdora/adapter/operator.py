@@ -5,6 +5,8 @@ operator a direction, which takes longer: a compiler must not see, and move, rea
 dequantised into, and selective recomputation keeps y itself.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qdora import nf4
+from qdora.kernels import tried
 
 
 class Factors(NamedTuple):
@@ -103,10 +106,11 @@ def _backward(
     """dx, dA and dB in `dtype`, and dm in float32; None for dx or dm where it is not wanted."""
     dx, dm = None, None
     if factors.inverse_m is not None and y is not None:
-        dm = _column_dot(dy, y) * factors.inverse_m
+        dm = magnitude_gradient(dy, y, factors.inverse_m)
     dxa = torch.mm(dy, factors.scaled_b)
-    da = torch.mm(dxa.t(), x).to(dtype)
-    db = torch.mul(torch.mm(dy.t(), xa), factors.row_scale, out=torch.empty_like(factors.scaled_b, dtype=dtype))
+    da = _product(dxa.t(), x, dtype).to(dtype)
+    db = _product(dy.t(), xa, dtype)
+    db = torch.mul(db, factors.row_scale, out=db if db.dtype is dtype else torch.empty_like(db, dtype=dtype))
     if need_dx:
         g = None if gain is None else gain.view(torch.float32)
         if len(base) == 1 and g is not None:
@@ -117,12 +121,59 @@ def _backward(
     return dx, da, db, dm
 
 
-def _column_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over rows of a * b (rows, columns). Products round to a's dtype and add up in float32.
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, in `dtype` where the device multiplies bfloat16 to float32, else in the dtype of the two."""
+    if dtype is torch.float32 and a.dtype is torch.bfloat16 and _multiplies_to_float32(a.device):
+        return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload, no-any-return]
+    return torch.mm(a, b)
 
-    A CPU would copy the products to float32 for such a result: there it is rounded once more.
+
+@cache
+def _multiplies_to_float32(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        return bool(torch.mm(ones, ones, out_dtype=torch.float32).eq(16).all())  # type: ignore[call-overload]
+    except RuntimeError:  # torch's build, or the device, has it not
+        return False
+
+
+def magnitude_gradient(dy: Tensor, y: Tensor, inverse_m: Tensor) -> Tensor:
+    """dm, the sum over tokens of dy * y / m, (out,) float32; of dy and y (tokens, out), and 1 / m (out,).
+
+    By PyTorch's operators products round to the dtype of dy, and a CPU, which would copy them to float32 for such a
+    sum, rounds that once more.
     """
-    return (a * b).sum(0) if a.is_cpu else (a * b).sum(0, dtype=torch.float32)
+    kernel = _magnitude_kernel(dy.device)
+    if kernel is not None:
+        return kernel(dy, y, inverse_m)
+    return ((dy * y).sum(0) if dy.is_cpu else (dy * y).sum(0, dtype=torch.float32)) * inverse_m
+
+
+MagnitudeKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@cache
+def _magnitude_kernel(device: torch.device) -> MagnitudeKernel | None:
+    """What does `magnitude_gradient` in one launch; None where there is none."""
+    return working_magnitude_kernel(device) if device.type == "cuda" else None
+
+
+def working_magnitude_kernel(device: torch.device) -> MagnitudeKernel | None:
+    """Triton's kernel if it has the values of PyTorch's operators on this device; else None and a warning."""
+    generator = torch.Generator().manual_seed(0)
+    dy, y = (torch.randn(300, 200, generator=generator).to(device) for _ in range(2))
+    inverse_m = torch.rand(200, generator=generator).to(device)
+
+    def trial() -> MagnitudeKernel:
+        from qdora import triton_kernels
+
+        found = triton_kernels.magnitude_gradient(dy, y, inverse_m)
+        torch.testing.assert_close(found, (dy * y).sum(0) * inverse_m, rtol=1e-4, atol=1e-3)
+        return triton_kernels.magnitude_gradient
+
+    return tried(trial, device, "the gradients of magnitudes take three launches")
 
 
 class _AdaptedLinear(torch.autograd.Function):
