@@ -17,6 +17,7 @@ from qdora.config import (
     ActivationCheckpointing,
     AdapterConfig,
     AdapterMethod,
+    Attention,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -32,10 +33,13 @@ from qdora.optim import build_optimizer, clip_gradients
 from qdora.parallel import World, all_sum, to_device
 from qdora.sharding import own_rows
 from qdora.training.bound import Work, work_of
+from qdora.training.graph import GraphedGradients
 from qdora.training.trainer import accumulate_gradients
 
 ARMS = ("peft-lora", "peft-qlora", "peft-qdora", "dora", "qlora", "qdora", "qdora-compiled")
-SAME = (("peft-qlora", "qlora"), ("peft-qdora", "qdora", "qdora-compiled"))
+ON_GPU = (*ARMS, "qdora-graph")
+"""With what has nothing to measure elsewhere."""
+SAME = (("peft-qlora", "qlora"), ("peft-qdora", "qdora", "qdora-compiled", "qdora-graph"))
 """Arms that compute the same loss and gradients."""
 QUANTISED = ("peft-qlora", "peft-qdora", "qlora", "qdora", "qdora-compiled")
 LEARNING_RATE = 1e-4
@@ -68,18 +72,25 @@ class Arm:
     gradients: Callable[[list[Tensor]], tuple[float, float]]
     optimizer: torch.optim.Optimizer
     work: Work | None = None
+    held_bytes: int = 0
+    """Allocated on the GPU when it was built."""
+    keeps_gradients: bool = False
+    """Whether they are set to zero and not dropped."""
 
     def step(self, batches: list[Tensor]) -> tuple[float, float]:
         """One update; returns loss and gradient norm before it. *Collective*."""
         loss, norm = self.gradients(batches)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         return loss, norm
 
 
 def build(name: str, folder: Path, case: Case, world: World) -> Arm:
-    """The arm `name` of `ARMS`. *Collective*."""
-    return _theirs(name, folder, case, world) if name.startswith("peft") else _ours(name, folder, case, world)
+    """The arm `name` of `ON_GPU`. *Collective*."""
+    before = torch.cuda.memory_allocated() if world.device.type == "cuda" else 0
+    arm = (_theirs if name.startswith("peft") else _ours)(name, folder, case, world)
+    arm.held_bytes = torch.cuda.memory_allocated() - before if world.device.type == "cuda" else 0
+    return arm
 
 
 def _initial(name: str, rank: int, out: int, width: int) -> tuple[Tensor, Tensor]:
@@ -92,10 +103,11 @@ def _initial(name: str, rank: int, out: int, width: int) -> tuple[Tensor, Tensor
 def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
     """As `qdora train` does a step: float32 master shards, bfloat16 arithmetic."""
     parallel = ParallelConfig(plan=Plan.none if world.size == 1 else Plan.fsdp)
+    is_graph = name.endswith("-graph")
     loaded = load_model(
         folder,
-        ModelConfig(path=str(folder)),
-        QuantConfig(method=QuantMethod.nf4 if name in QUANTISED else QuantMethod.none),
+        ModelConfig(path=str(folder), attention=Attention.varlen if is_graph else Attention.auto),
+        QuantConfig(method=QuantMethod.nf4 if name.removesuffix("-graph") in QUANTISED else QuantMethod.none),
         AdapterConfig(method=AdapterMethod.dora if "dora" in name else AdapterMethod.lora, rank=case.rank),
         parallel,
         world,
@@ -109,20 +121,23 @@ def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
             own, first = own_rows(parameter)
             own.copy_(value[first : first + own.shape[0]])
     loaded.refresh(world.device)
-    loaded.recompute(case.recomputation)
+    loaded.recompute(case.recomputation, keep_random_state=not is_graph)
     if name.endswith("-compiled"):
         compile_blocks(loaded.blocks, world.device)
     loaded.model.train()
     optimizer = build_optimizer(loaded.model, OptimConfig(learning_rate=LEARNING_RATE))
     optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
 
+    shape = case.tokens // case.length, case.length
+    add = GraphedGradients(loaded.model, world, *shape) if is_graph else None
+
     def gradients(batches: list[Tensor]) -> tuple[float, float]:
-        sums = accumulate_gradients(loaded.model, [_batch(tokens) for tokens in batches], world)
+        sums = accumulate_gradients(loaded.model, [_batch(tokens) for tokens in batches], world, add=add)
         norm = clip_gradients(loaded.model, OptimConfig().max_grad_norm, world.shard_group)
         loss, norm_before = torch.stack([sums[0], norm.to(sums)]).tolist()
         return loss, norm_before
 
-    return Arm(gradients, optimizer, work_of(loaded, world, parallel))
+    return Arm(gradients, optimizer, work_of(loaded, world, parallel), keeps_gradients=is_graph)
 
 
 def _batch(tokens: Tensor) -> Batch:

@@ -3,7 +3,8 @@
     python benchmarks/capped.py benchmarks/shapes/llama3_3_70b parallel.cpu_offload=true --gib 24 --output FILE
 
 The steps are those of simulate.py: the trainer's own sharding, loss, backward and optimiser. The cap holds for what
-torch's allocator reserves; what CUDA's context takes (assumed, as by the planner) is taken off it.
+torch's allocator reserves; what CUDA's context takes (assumed, as by the planner) is taken off it. Without a GPU the
+steps run and nothing is measured.
 """
 
 import argparse
@@ -47,8 +48,10 @@ def main() -> None:
     asked = Asked.read(parser)
     cap_gib: float = asked.options.gib
     world = parallel.start(asked.config.parallel)
-    total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction((cap_gib * GIB - CONTEXT_BYTES["cuda"]) / total)
+    use_gpu = world.device.type == "cuda"
+    if use_gpu:
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction((cap_gib * GIB - CONTEXT_BYTES["cuda"]) / total)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         loaded = assemble(asked.build(folder), asked.config, asked.kind, world, fill)
@@ -59,6 +62,8 @@ def main() -> None:
 
     def phase_peak() -> int:
         nonlocal reserved
+        if not use_gpu:
+            return 1
         torch.cuda.synchronize()
         reserved = max(reserved, torch.cuda.max_memory_reserved())
         peak: int = torch.cuda.max_memory_allocated()
@@ -68,7 +73,7 @@ def main() -> None:
     def at_start_of_step() -> int:
         nonlocal step_started
         step_started = time.perf_counter()
-        return torch.cuda.memory_allocated()
+        return torch.cuda.memory_allocated() if use_gpu else 1
 
     counted = two_steps(loaded, asked.config, world, at_start_of_step, phase_peak)
     step_s = time.perf_counter() - step_started

@@ -22,7 +22,6 @@ import torch
 from arms import ARMS, QUANTISED
 from matplotlib.figure import Figure
 from provenance import provenance
-from random_model import SHAPES, write_random_model
 from rich.console import Console
 from rich.table import Table
 
@@ -187,9 +186,6 @@ def main() -> None:
     console = Console(highlight=False, width=120)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for job in jobs(use_gpu, options.tiny, options.short):
-        shape = Path(job.model).name.removeprefix("random-")
-        if shape in SHAPES:
-            write_random_model(Path(job.model), shape)
         record["cases"].append(run_job(job, options.repeats, options.steps))
         print_table(record["cases"][-1], console)
         options.output.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -2,8 +2,9 @@
 
     python benchmarks/step.py --model models/SmolLM2-135M-Instruct --tokens 1024 --output steps.json
 
-All arms meet whatever else the machine does alike: what counts is the ratio of medians. Peak memory needs a process an
-arm (`--arms qdora` alone). `benchmarks/run.py` calls this for every case and puts the results together.
+All arms meet whatever else the machine does alike: what counts is the ratio of medians. A CPU's peak memory needs a
+process an arm (`--arms qdora` alone). `benchmarks/run.py` calls this for every case and puts the results together. A
+model called `random-SHAPE` is made where it is not there.
 """
 
 import argparse
@@ -11,11 +12,16 @@ import contextlib
 import gc
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, SAME, Arm, Case, build
+from arms import ARMS, ON_GPU, SAME, Arm, Case, build
+from random_model import SHAPES, write_random_model
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 from transformers.utils import logging
 
@@ -34,6 +40,7 @@ def measure(arms: dict[str, Arm], case: Case, world: World, vocabulary: int, war
     """Seconds of each step after the warm-up, and every loss, by arm; None where the memory does not suffice."""
     results: dict[str, Any] = {name: {"seconds": [], "losses": [], "grad_norms": []} for name in arms}
     names = list(arms)
+    use_gpu = world.device.type == "cuda"
     for index in range(warmup + steps):
         batches = case.batches(world, index, vocabulary)
         first = index % len(names)  # so that no arm always follows the same one
@@ -42,6 +49,9 @@ def measure(arms: dict[str, Arm], case: Case, world: World, vocabulary: int, war
             if results[name] is None:
                 continue
             parallel.wait(world)
+            before = torch.cuda.memory_allocated() if use_gpu else 0
+            if use_gpu:
+                torch.cuda.reset_peak_memory_stats()
             started = time.perf_counter()
             try:
                 loss, norm = arm.step(batches)
@@ -57,7 +67,35 @@ def measure(arms: dict[str, Arm], case: Case, world: World, vocabulary: int, war
             results[name]["grad_norms"].append(norm)
             if index >= warmup:
                 results[name]["seconds"].append(time.perf_counter() - started)
+            if use_gpu:  # of this arm: what it holds between steps, and what a step adds to all that is there
+                if not index:
+                    arm.held_bytes += torch.cuda.memory_allocated() - before
+                results[name]["peak_bytes"] = arm.held_bytes + torch.cuda.max_memory_allocated() - before
     return results
+
+
+def profiled_step(arm: Arm, batches: list[Tensor], world: World) -> dict[str, Any]:
+    """What one more step has run on the GPU, which calls of CUDA it made, and how many operators, all as counts.
+
+    `kernels` are the 15 that take longest: name, times, seconds.
+    """
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])]
+    with profile(activities=activities) as profiled:
+        arm.step(batches)
+        parallel.wait(world)
+    events = list(profiled.events() or ())
+    on_gpu = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    times = Counter(event.name for event in on_gpu)
+    seconds: Counter[str] = Counter()
+    for event in on_gpu:
+        seconds[event.name] += event.time_range.elapsed_us() / 1e6  # type: ignore[assignment]
+    return {
+        "on_gpu": len(on_gpu),
+        "gpu_s": sum(seconds.values()),
+        "calls": Counter(event.name for event in events if event.name.startswith("cu")),
+        "operators": sum(event.name.startswith("aten::") for event in events),
+        "kernels": [[name[:100], times[name], taken] for name, taken in seconds.most_common(15)],
+    }
 
 
 def reset_peak(world: World) -> None:
@@ -96,7 +134,8 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=ON_GPU, default=ARMS)
+    parser.add_argument("--profile", action="store_true", help="one more step of each arm, with what it launches")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
 
@@ -104,13 +143,19 @@ def main() -> None:
     recomputation = ActivationCheckpointing[options.recomputation]
     case = Case(options.tokens, options.length, options.rank, recomputation, options.accumulation)
     world = parallel.start(ParallelConfig())
+    shape = options.model.name.removeprefix("random-")
+    if shape in SHAPES:
+        parallel.main_first(world, lambda: write_random_model(options.model, shape))
     arms = {name: build(name, options.model, case, world) for name in options.arms}
     vocabulary = AutoConfig.from_pretrained(options.model).vocab_size
     rates = measure_rates(world, torch.bfloat16)
     reset_peak(world)
     results = measure(arms, case, world, vocabulary, options.warmup, options.steps)
-    check_same(results)
     peak = max(parallel.gather(world, memory_gib(world)))
+    for name in arms if options.profile else ():
+        if results[name] is not None:
+            batches = case.batches(world, options.warmup + options.steps, vocabulary)
+            results[name]["profile"] = profiled_step(arms[name], batches, world)
     if world.is_main:
         record = {
             "ranks": world.size,
@@ -121,6 +166,7 @@ def main() -> None:
             "peak_bytes": round(peak * 2**30),
         }
         options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    check_same(results)
     parallel.stop()
 
 

@@ -25,6 +25,7 @@ from qdora.config.words import (
     MergeBase,
     MergedDtype,
     MergeFormat,
+    Plan,
     Protocol,
     QuantMethod,
     Report,
@@ -124,6 +125,18 @@ class RunConfig:
             not self.train.compile or self.parallel.gather is not Gather.part,
             "train.compile=true compiles whole blocks, and parallel.gather=part gathers their parts: use gather=block",
         )
+        if self.train.cuda_graph:
+            graph, plan = "train.cuda_graph=true", self.parallel.plan
+            require(self.data.packing, f"{graph} fills up rows to data.max_length: leave data.packing=true")
+            require(
+                self.adapter.dropout == 0, f"{graph} and adapter.dropout={self.adapter.dropout}: set one of the two"
+            )
+            require(self.adapter.method is not AdapterMethod.none, f"{graph} is for adapters, not adapter=none")
+            require(plan is not Plan.hsdp, f"{graph} wants the weights whole on each rank: parallel=none or ddp")
+            require(
+                not (self.parallel.cpu_offload or self.parallel.offload_activations),
+                f"{graph} keeps all that it needs on the GPU: set neither parallel.cpu_offload nor offload_activations",
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -208,6 +208,9 @@ class TrainConfig:
     """Micro-batches a rank adds up before an update."""
     compile: bool = False
     """torch.compile each block: less memory, for a compilation at the start."""
+    cuda_graph: bool = False
+    """Run a micro-batch's forward and backward as one CUDA graph: one launch instead of thousands. Not yet tried on a
+    GPU."""
     log_every: int = 1
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 0

@@ -38,19 +38,26 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.MUST_SAVE if operator in KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def checkpoint_activations(blocks: Sequence[nn.Module], kind: ActivationCheckpointing, offload: bool = False) -> None:
+def checkpoint_activations(
+    blocks: Sequence[nn.Module],
+    kind: ActivationCheckpointing,
+    offload: bool = False,
+    keep_random_state: bool = True,
+) -> None:
     """Makes each block's forward keep less for its backward; mutates the blocks.
 
     The forward itself is replaced, inside FSDP2's hooks and under the same module names.
 
     Args:
         offload: with `full`, whether the hidden states go to host memory.
+        keep_random_state: whether the recomputation draws the numbers of the forward again; a CUDA graph cannot ask for
+            the state.
     """
     assert kind is ActivationCheckpointing.full or not offload, "the config allows it with full only"
     assert kind is not ActivationCheckpointing.auto, "chosen by qdora.training.memory before"
     if kind is ActivationCheckpointing.none:
         return
-    options: dict[str, Any] = {"use_reentrant": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": keep_random_state}
     if kind is ActivationCheckpointing.selective:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     host = HostMemory() if offload else None

@@ -52,9 +52,9 @@ class LoadedModel:
     load_s: float
     recomputation: ActivationCheckpointing = ActivationCheckpointing.none
 
-    def recompute(self, kind: ActivationCheckpointing) -> None:
+    def recompute(self, kind: ActivationCheckpointing, keep_random_state: bool = True) -> None:
         """Makes the blocks keep less for their backward; once, and before they are compiled."""
-        checkpoint_activations(self.blocks, kind, self.parallel.offload_activations)
+        checkpoint_activations(self.blocks, kind, self.parallel.offload_activations, keep_random_state)
         if kind is not ActivationCheckpointing.none:
             recompute_by_parts(self.blocks)
         self.recomputation = kind

@@ -82,10 +82,16 @@ def _hidden_gradient(d_logits: Tensor, weight: list[Tensor], out: Tensor) -> Non
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, hidden: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, *tensors: Tensor
+        ctx,
+        hidden: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        counts: Tensor | None,
+        transform: LogitTransform,
+        *tensors: Tensor,
     ) -> Tensor:
         weight, parts = tensors[0], list(tensors)
-        need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
@@ -95,20 +101,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         buffer = torch.empty(min(step, hidden.shape[0]), weight.shape[0], dtype=torch.float32, device=hidden.device)
         for first in range(0, hidden.shape[0], step):
             some, targets = hidden[first : first + step], labels[first : first + step, None]
+            count = None if counts is None else counts[first : first + step, None]
             rounded = _logits(some, parts, bias)
             logits = transform(buffer[: some.shape[0]].copy_(rounded))
             slope = transform.slope(logits) if need_hidden or need_weight else None
             highest = logits.amax(1, keepdim=True)
-            total += (highest - logits.gather(1, targets)).sum()
+            total += _counted_sum(highest - logits.gather(1, targets), count)
             exponentials = logits.sub_(highest).exp_()
             normaliser = exponentials.sum(1, keepdim=True)
-            total += normaliser.log().sum()
+            total += _counted_sum(normaliser.log(), count)
             if not (need_hidden or need_weight):
                 continue
             d_logits = exponentials.div_(normaliser)
             d_logits.scatter_add_(1, targets, torch.full_like(normaliser, -1.0))
             if slope is not None:
                 d_logits.mul_(slope)
+            if count is not None:
+                d_logits.mul_(count)
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
             rounded.copy_(d_logits)
@@ -130,7 +139,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_hidden, d_bias, d_weight = (
             None if grad is None else (grad.float() * upstream).to(grad.dtype) for grad in ctx.saved_tensors
         )
-        return d_hidden, d_bias, None, None, d_weight, *[None] * (ctx.num_tensors - 1)
+        return d_hidden, d_bias, None, None, None, d_weight, *[None] * (ctx.num_tensors - 1)
+
+
+def _counted_sum(values: Tensor, count: Tensor | None) -> Tensor:
+    return (values if count is None else values * count).sum()
 
 
 def label_places(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,6 +163,7 @@ def chunked_cross_entropy(
     places: Tensor,
     targets: Tensor,
     transform: LogitTransform,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Sum over label tokens of -log p(target), float32, ().
 
@@ -157,9 +171,10 @@ def chunked_cross_entropy(
         hidden: (..., hidden size) the head's input.
         weight: of the head, (vocabulary, hidden size), as `nf4.weight_from` takes it; may be trained if not in NF4.
         places, targets: as `label_places` makes them.
+        counts: (label tokens,) float32, what each is multiplied by; None for one.
     """
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)
-    return _ChunkedCrossEntropy.apply(rows, bias, targets, transform, *weight)  # type: ignore[no-any-return]
+    return _ChunkedCrossEntropy.apply(rows, bias, targets, counts, transform, *weight)  # type: ignore[no-any-return]
 
 
 def _head_tensors(head: nn.Module) -> list[Tensor]:
@@ -194,6 +209,8 @@ class Rows(NamedTuple):
     bounds: Tensor
     """(samples + 1,) int32, as `varlen.bounds_of` makes them, as is `longest`."""
     longest: int
+    counts: Tensor | None = None
+    """(label tokens,) float32, how much each label token counts; None for one."""
 
     @classmethod
     def of(cls, input_ids: Tensor, position_ids: Tensor, labels: Tensor, device: torch.device) -> "Rows":
@@ -218,7 +235,9 @@ def _token_loss(self: Any, rows: Rows) -> Tensor:
 
     def loss(_: Forward, hidden: Tensor) -> Tensor:
         transform = LogitTransform.of(self.config)
-        return chunked_cross_entropy(hidden, _head_tensors(head), head.bias, rows.places, rows.targets, transform)
+        return chunked_cross_entropy(
+            hidden, _head_tensors(head), head.bias, rows.places, rows.targets, transform, rows.counts
+        )
 
     return head(hidden, reduce=loss)  # type: ignore[no-any-return]
 

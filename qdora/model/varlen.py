@@ -78,6 +78,8 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale
     """The same by torch's attention, sample after sample."""
     parts = []
     for first, last in pairwise(bounds.tolist()):
+        if first == last:
+            continue
         q, k, v = (tensor[None, first:last].transpose(1, 2) for tensor in (query, key, value))
         mask = None
         if window is not None and last - first > window:

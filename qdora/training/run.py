@@ -39,6 +39,7 @@ from qdora.rates import Rates, measure_rates
 from qdora.run_folder import RunFolder, config_from_values, config_values, inputs
 from qdora.sharding import weight_bytes
 from qdora.tracking import make_tracker
+from qdora.training.graph import check_graph
 from qdora.training.memory import StepBytes, choose_recomputation, remedies, step_bytes
 from qdora.training.results import conclude, num_trainable, versions, write_results
 from qdora.training.trainer import Trainer, num_steps
@@ -110,6 +111,8 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     with explaining_shortage(lambda: _does_not_load(config, world)):
         loaded = load_model(base, config.model, config.quant, config.adapter, config.parallel, world, seed=config.seed)
         check_token_loss(loaded.model, world.device, config.data.packing)
+    if config.train.cuda_graph:
+        check_graph(loaded.model, world)
     recomputation = _set_recomputation(config, world, loaded)
     if config.train.compile:
         if config.model.attention is Attention.varlen and world.device.type == "cpu":
@@ -246,7 +249,7 @@ def _set_recomputation(config: RunConfig, world: World, loaded: LoadedModel) -> 
         needs, free = zip(*parallel.gather(world, (need, free_memory(world))), strict=True)
         keep_gathered = not config.parallel.reshard_after_forward
         kind, told = choose_recomputation(list(needs), min(free), keep_gathered, world.device)
-    loaded.recompute(kind)
+    loaded.recompute(kind, keep_random_state=not config.train.cuda_graph)
     return Recomputation(kind, need, f"activations: {told}")
 
 

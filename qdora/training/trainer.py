@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from qdora.sharding import average_gradients, reshard, set_gradient_sync
 from qdora.tracking import Tracker
 from qdora.training.bad_step import MAX_SKIPPED, StepGuard
 from qdora.training.bound import work_of
+from qdora.training.graph import GraphedGradients
 from qdora.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,10 @@ class Trainer:
         """Of this step, if it was evaluated."""
         self.step_seconds: list[tuple[int, float]] = []
         self.work = work_of(loaded, world, config.parallel)
+        self.add_gradients: AddGradients = partial(add_gradients, self.model, world)
+        if config.train.cuda_graph:
+            shape = config.train.micro_batch_size, config.data.max_length
+            self.add_gradients = GraphedGradients(self.model, world, *shape)
 
     def run(self, manifest: Callable[["Trainer"], Manifest]) -> str:
         """Trains to `num_steps`, or until an interrupt; returns the run's status. *Collective*.
@@ -139,6 +145,7 @@ class Trainer:
             self.world,
             reduce_each=self.work.reduces_each,
             keep_gathered=self.work.gathers_once,
+            add=self.add_gradients,
         )
         norm = clip_gradients(self.model, self.config.optim.max_grad_norm, self.world.shard_group)
         asked = summed(self.world, interrupt.received, self.checkpoints.written)
@@ -150,7 +157,7 @@ class Trainer:
             self.optimizer.step()
         else:
             self._handle_bad_step(fault, batches, gradient_alone=math.isfinite(loss) and not math.isfinite(grad_norm))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.config.train.cuda_graph)
         self.num_tokens += num_tokens
         seconds = time.perf_counter() - started
         share = (num_tokens / self.world.size, num_label_tokens / self.world.size)
@@ -255,8 +262,25 @@ class Trainer:
         return sum(pair[0] for pair in steps) / seconds if seconds else 0.0
 
 
+AddGradients = Callable[[Batch, Tensor], Tensor]
+"""Adds a micro-batch's gradients to the parameters', given the step's label tokens over all ranks; returns its loss."""
+
+
+def add_gradients(model: Any, world: World, batch: Batch, num_label_tokens: Tensor) -> Tensor:
+    """Forward and backward of one micro-batch, see `accumulate_gradients`. *Collective* if sharded."""
+    loss = batch_loss(model, batch, world.device) / num_label_tokens
+    (loss * world.size).backward()
+    return loss.detach()
+
+
 def accumulate_gradients(
-    model: Any, batches: list[Batch], world: World, *, reduce_each: bool = False, keep_gathered: bool = False
+    model: Any,
+    batches: list[Batch],
+    world: World,
+    *,
+    reduce_each: bool = False,
+    keep_gathered: bool = False,
+    add: AddGradients | None = None,
 ) -> Tensor:
     """Leaves the step's gradients on the parameters; returns loss, label tokens and tokens of all ranks. *Collective*.
 
@@ -264,17 +288,16 @@ def accumulate_gradients(
     The loss is the sum over label tokens divided by their number over all ranks and micro-batches, so that a division
     of the same samples changes a gradient by rounding only. Reducing the gradients divides by the ranks, which the loss
     makes up for. With `reduce_each` every micro-batch reduces, else the last one alone; with `keep_gathered` the others
-    leave the weights gathered.
+    leave the weights gathered. `add` takes the place of `add_gradients`.
     """
+    add = add or partial(add_gradients, model, world)
     counts = summed(world, sum(batch.num_label_tokens for batch in batches), sum(batch.num_tokens for batch in batches))
     num_label_tokens = counts[0].float()
     total = torch.zeros((), device=world.device)
     for index, batch in enumerate(batches):
         set_gradient_sync(model, reduce_each or index == len(batches) - 1, keep_gathered=keep_gathered)
         arm_watchdog(world)
-        loss = batch_loss(model, batch, world.device) / num_label_tokens
-        (loss * world.size).backward()
-        total += loss.detach()
+        total += add(batch, num_label_tokens)
     average_gradients(model, world)
     return torch.cat([summed(world, total), counts])
 

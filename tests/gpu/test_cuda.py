@@ -5,27 +5,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from packaging.version import parse
 from torch import Tensor, nn
 
 from qdora import nf4, parallel
 from qdora.adapter.dora import AdaptedLinear, refresh
-from qdora.config import ActivationCheckpointing, AdapterConfig, Attention, ModelConfig, ParallelConfig, QuantConfig
+from qdora.config import (
+    ActivationCheckpointing,
+    AdapterConfig,
+    Attention,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    QuantConfig,
+)
 from qdora.data import Batch
 from qdora.model import load_model, varlen
 from qdora.model.activations import compile_blocks
 from qdora.model.loss import LogitTransform, Rows, check_token_loss, chunked_cross_entropy, label_places
-from qdora.optim import clip_gradients
+from qdora.optim import build_optimizer, clip_gradients
 from qdora.sharding import own_rows
+from qdora.training.graph import GraphedGradients, check_graph
 from qdora.training.trainer import accumulate_gradients
+from tests.support.batches import BATCHES, LENGTH, ROWS
 from tests.support.models import make_model
 from tests.support.processes import qdora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-needs_byte_shards = pytest.mark.skipif(
-    parse(torch.__version__) < parse("2.12"), reason="before torch 2.12 FSDP2 casts bytes to the compute dtype"
-)
 BFLOAT16_TOLERANCE = 2e-2
 """Relative to the largest value: two roundings of 2^-8 and another order of summation."""
 
@@ -242,7 +248,33 @@ def test_compiled_blocks_take_any_number_of_samples_in_few_graphs(tmp_path: Path
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
 
 
-@needs_byte_shards
+@pytest.mark.parametrize("kind", [ActivationCheckpointing.none, ActivationCheckpointing.full])
+def test_a_graph_a_micro_batch_trains_as_single_launches_do(kind: ActivationCheckpointing, tmp_path: Path) -> None:
+    """Steps of two micro-batches each, of which every other is of a graph that is there already."""
+    folder = make_model(tmp_path, "llama", num_hidden_layers=2)
+    world, losses = parallel.start(ParallelConfig()), []
+    for is_graph in (False, True):
+        model = ModelConfig(path=str(folder), attention=Attention.varlen)
+        loaded = load_model(folder, model, QuantConfig(), AdapterConfig(rank=4), ParallelConfig(), world)
+        check_graph(loaded.model, world)
+        loaded.recompute(kind, keep_random_state=not is_graph)
+        loaded.model.train()
+        add = GraphedGradients(loaded.model, world, ROWS, LENGTH) if is_graph else None
+        optimizer = build_optimizer(loaded.model, OptimConfig(learning_rate=1e-2))
+        optimizer.register_step_post_hook(lambda *_, loaded=loaded: loaded.refresh(world.device))
+        steps = [["full", "short rows"], ["many samples", "one row"]] * 4
+        found = []
+        for names in steps:
+            sums = accumulate_gradients(loaded.model, [BATCHES[name] for name in names], world, add=add)
+            clip_gradients(loaded.model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=not is_graph)
+            found.append(float(sums[0]))
+        losses.append(found)
+    assert losses[1] == pytest.approx(losses[0], rel=BFLOAT16_TOLERANCE)
+    assert losses[1][-1] < 0.9 * losses[1][1], "nothing was learned"
+
+
 def test_shards_in_host_memory_train_as_those_on_the_gpu(tmp_path: Path) -> None:
     """One GPU: FSDP2 with a shard axis of one. In a process of its own, which no group is to outlive."""
     model = make_model(tmp_path / "model", "llama", num_hidden_layers=4)

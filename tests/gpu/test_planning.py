@@ -12,7 +12,6 @@ from qdora.commands import compose, typed
 from qdora.config import Plan, RunConfig
 from qdora.planning.hardware import find_hardware
 from qdora.planning.plans import Choice, Planner
-from tests.gpu.test_cuda import needs_byte_shards
 from tests.support.models import make_model
 from tests.support.processes import ROOT, qdora
 
@@ -26,10 +25,7 @@ CASES = [
     ["parallel.activation_checkpointing=full", "train.micro_batch_size=4"],
     ["parallel.activation_checkpointing=full", "adapter=lora", "quant=none"],
     ["parallel.activation_checkpointing=full", "quant.embeddings=true", "adapter.rank=64"],
-    pytest.param(
-        ["parallel.activation_checkpointing=full", "parallel=fsdp", "parallel.cpu_offload=true"],
-        marks=needs_byte_shards,
-    ),
+    ["parallel.activation_checkpointing=full", "parallel=fsdp", "parallel.cpu_offload=true"],
 ]
 
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -58,11 +59,17 @@ CHOICES = [
 ]
 
 
+@cache
 def composed(name: str, *overrides: str) -> Any:
-    """The typed configuration of a command."""
+    """The typed configuration of a command, not to be changed."""
     values = compose(name, list(overrides))
     assert values is not None
     return typed(values, COMMANDS[name].config_class)
+
+
+def graphed(*overrides: str) -> Any:
+    """A run's configuration with CUDA graphs."""
+    return composed("train", *NEEDED["train"], "train.cuda_graph=true", *overrides)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -213,6 +220,12 @@ def test_every_option_is_documented_or_speaks_for_itself(root: Path) -> None:
         (lambda: ParallelConfig(plan=Plan.ddp, cpu_offload=True), r"parallel\.cpu_offload=true needs"),
         (lambda: RunConfig(data=DataConfig(train="d")), r"model\.path is not set"),
         (lambda: RunConfig(model=ModelConfig(path="m")), r"data\.train is not set"),
+        (lambda: graphed("data.packing=false"), "leave data.packing=true"),
+        (lambda: graphed("adapter.dropout=0.1"), r"adapter\.dropout=0\.1: set one of the two"),
+        (lambda: graphed("adapter=none", "quant=none"), "is for adapters"),
+        (lambda: graphed("parallel=hsdp"), "parallel=none or ddp"),
+        (lambda: graphed("parallel.cpu_offload=true"), "all that it needs on the GPU"),
+        (lambda: graphed("parallel.offload_activations=true"), "all that it needs on the GPU"),
         (lambda: MergeConfig(output="o"), "give one of run=DIR"),
         (lambda: MergeConfig(adapter="a", output="o"), r"adapter=DIR needs model\.path"),
         (lambda: MergeConfig(run="r"), "output is not set"),

@@ -1,0 +1,159 @@
+"""What is to be known of one GPU, in twelve minutes: the parts in turn, each within its limit, and one JSON of all.
+
+    python benchmarks/session.py OUTPUT [--only NAME ...] [--seconds 720] [--tiny]
+
+OUTPUT/session.json is written after each part, with how long it took, how it ended, the names of tests that failed and
+what it measured; OUTPUT/session.log has all that was printed. A part that fails keeps none from being tried. `--tiny`
+takes a toy model, on any device: it shows that the parts run, its figures mean nothing.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from xml.etree import ElementTree
+
+from provenance import provenance
+
+ROOT = Path(__file__).parents[1]
+EAGER = ("peft-qlora", "peft-qdora", "qlora", "qdora")
+FASTER = ("peft-qlora", "qlora", "qdora", "qdora-graph", "qdora-compiled")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A command, to which an option for the file of its results is added, and the seconds that it may take."""
+
+    command: tuple[str, ...]
+    limit_s: int
+
+    @property
+    def is_of_tests(self) -> bool:
+        """Whether its results are pytest's."""
+        return "pytest" in self.command
+
+
+def tests(*arguments: str) -> tuple[str, ...]:
+    """Pytest's command line."""
+    return ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--tier", "all", "-o", "junit_family=xunit2", *arguments)
+
+
+def steps(
+    shape: str, tokens: int, length: int, recomputation: str, number: int, arms: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Steps of a shape of random_model.py, the arms in turn, and one under the profiler."""
+    sizes = ("--tokens", str(tokens), "--length", str(length), "--recomputation", recomputation, "--steps", str(number))
+    return ("benchmarks/step.py", "--model", f"models/random-{shape}", *sizes, "--profile", "--arms", *arms)
+
+
+def parts(tiny: bool) -> dict[str, Part]:
+    """All parts, what is most wanted first."""
+    small = ("tiny", 64, 32) if tiny else ("llama-3.2-1b", 1024, 1024)
+    large = ("tiny", 128, 64) if tiny else ("llama-3-8b", 4096, 2048)
+    times = 1 if tiny else 10
+    capped = ("benchmarks/capped.py", "models/random-tiny" if tiny else "benchmarks/shapes/llama3_1_8b", "--gib", "24")
+    capped += (f"data.max_length={large[2]}", "train.num_accumulation_steps=2", "parallel=none")
+    return {
+        "tests": Part(tests("tests/gpu/test_cuda.py", "-n", "4"), 180),
+        "steps of 1B": Part(steps(*small, "none", times, EAGER), 100),
+        "steps of 8B": Part(steps(*large, "full", max(1, times // 2), EAGER), 170),
+        "compiled steps of 1B": Part(steps(*small, "none", times, FASTER), 100),
+        "ranks": Part(tests("tests/gpu/test_ranks.py", "-n", "3"), 120),
+        "memory against the plan": Part(tests("tests/gpu/test_planning.py", "-n", "3"), 150),
+        "8B under 24 GiB": Part(capped, 60),
+    }
+
+
+def run(part: Part, limit_s: float, log: IO[str]) -> dict[str, Any]:
+    """Runs a part within `limit_s`; what came of it."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results"
+        option = "--junitxml" if part.is_of_tests else "--output"
+        process = subprocess.Popen(
+            [sys.executable, *part.command, option, str(results)],
+            cwd=ROOT,
+            env=os.environ | {"WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=limit_s)
+            status = "passed" if process.returncode == 0 else f"status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            status = f"not ended after {limit_s:.0f} s"
+        log.write(f"== {' '.join(part.command)}\n{output}\n")
+        log.flush()
+        found: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - started, 1)}
+        if part.is_of_tests:
+            found |= outcomes(results, output)
+        elif results.exists():
+            found["results"] = json.loads(results.read_text(encoding="utf-8"))
+        if status != "passed":
+            found["last_lines"] = output.splitlines()[-30:]
+    return found
+
+
+def outcomes(report: Path, output: str) -> dict[str, Any]:
+    """Tests by outcome; without a report, as pytest was ended, by the lines that it had printed."""
+    if not report.exists():
+        words = [line.split() for line in output.splitlines() if " FAILED " in line or " PASSED " in line]
+        ended = {word: [line[-1] for line in words if word in line] for word in ("PASSED", "FAILED")}
+        return {"num_passed": len(ended["PASSED"]), "failed": dict.fromkeys(ended["FAILED"], "")}
+    found: dict[str, Any] = {"num_passed": 0, "failed": {}, "skipped": {}, "properties": {}}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = case.get("name", "")
+        properties = {one.get("name"): one.get("value") for one in case.iter("property")}
+        if properties:
+            found["properties"][name] = properties
+        for kind, outcome in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
+            for fault in case.iter(kind):
+                found[outcome][name] = fault.get("message", "")[:500]
+        found["num_passed"] += not any(name in found[outcome] for outcome in ("failed", "skipped"))
+    return found
+
+
+def main() -> None:
+    """Runs, prints a line a part, and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="parts, in the order in which they are given")
+    parser.add_argument("--seconds", type=float, default=720, help="for all parts")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    every = parts(options.tiny)
+    names = options.only or list(every)
+    if unknown := [name for name in names if name not in every]:
+        parser.error(f"no part is called {unknown[0]!r}; there are: {', '.join(map(repr, every))}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = provenance() | {"tiny": options.tiny, "parts": {}}
+    end = time.monotonic() + options.seconds
+    with (options.output / "session.log").open("w", encoding="utf-8") as log:
+        for name in names:
+            left = end - time.monotonic()
+            found = run(every[name], min(every[name].limit_s, left), log) if left > 10 else {"status": "no time left"}
+            record["parts"][name] = found
+            text = json.dumps(record, indent=2)
+            (options.output / "session.json").write_text(text + "\n", encoding="utf-8")
+            print(
+                f"{name}: {found['status']}, {found.get('seconds', 0):.0f} s",
+                *found.get("failed", ()),
+                sep="\n  ",
+                flush=True,
+            )
+    sys.exit(any(found["status"] != "passed" for found in record["parts"].values()))
+
+
+if __name__ == "__main__":
+    main()
