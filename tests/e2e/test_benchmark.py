@@ -18,6 +18,7 @@ def test_arms_take_the_same_steps(tmp_path: Path, root: Path, ranks: int) -> Non
     model, output = make_model(tmp_path / "model", "llama", num_hidden_layers=1), tmp_path / "steps.json"
     arms = ARMS | ({"peft-lora", "dora"} if ranks == 1 else set())
     options = ["--tokens=64", "--length=32", "--accumulation=2", "--steps=2", f"--model={model}", f"--output={output}"]
+    options += ["--profile"] if ranks == 1 else []
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     done = run([sys.executable, *launcher, str(root / "benchmarks" / "step.py"), *options, "--arms", *sorted(arms)])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -28,6 +29,9 @@ def test_arms_take_the_same_steps(tmp_path: Path, root: Path, ranks: int) -> Non
     for result in record["results"].values():
         assert len(result["seconds"]) == 2
         assert len(result["losses"]) == 4
+        if ranks == 1:
+            assert result["profile"]["operators"] > 100
+            assert result["profile"]["on_gpu"] == 0
         assert result["losses"][-1] == pytest.approx(record["results"]["peft-qlora"]["losses"][-1], rel=0.01)
 
 
@@ -67,6 +71,33 @@ def test_overhead_is_measured_against_peft(tmp_path: Path, root: Path) -> None:
     assert all(figures["ms"] > 0 for figures in arms.values())
     assert arms["peft-qlora"]["of_peft_qlora"] == 1
     assert (done.returncode == 0) == ("more of PEFT" not in done.stderr)
+
+
+@pytest.mark.nightly(paths=["benchmarks/session.py", "benchmarks/gpu.sh"])
+@pytest.mark.timeout(900)
+def test_session_of_a_gpu_runs_on_a_toy_model(tmp_path: Path, root: Path) -> None:
+    """Also with a part that fails, and without the time for one."""
+    session = ["bash", str(root / "benchmarks" / "gpu.sh"), str(tmp_path / "out"), "--tiny"]
+    done = run(session, timeout_s=800, PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    record = json.loads((tmp_path / "out" / "session.json").read_text())
+    assert record["gpu"] is None
+    parts = record["parts"]
+    assert len(parts) == 7
+    assert all(part["status"] == "passed" for part in parts.values())
+    assert parts["ranks"]["num_passed"] == 3
+    assert len(parts["tests"]["skipped"]) > 20
+    for name in ("steps of 1B", "steps of 8B", "compiled steps of 1B"):
+        results = parts[name]["results"]["results"]
+        assert all(result["seconds"] and result["profile"]["operators"] > 100 for result in results.values())
+    assert "qdora-graph" in parts["compiled steps of 1B"]["results"]["results"]
+    assert parts["8B under 24 GiB"]["results"][0]["step_s"] > 0
+
+    done = run([*session, "--seconds=11", "--only", "steps of 1B", "ranks"], PYTHON=sys.executable)
+    assert done.returncode == 1
+    parts = json.loads((tmp_path / "out" / "session.json").read_text())["parts"]
+    assert parts["steps of 1B"]["status"] == "not ended after 11 s"
+    assert parts["ranks"] == {"status": "no time left"}
 
 
 @pytest.mark.nightly
