@@ -30,7 +30,7 @@ from qdora.model import load_model
 from qdora.model.activations import compile_blocks
 from qdora.model.loss import IGNORED
 from qdora.optim import build_optimizer, clip_gradients
-from qdora.parallel import World, all_sum, to_device
+from qdora.parallel import World, summed, to_device
 from qdora.sharding import own_rows
 from qdora.training.bound import Work, work_of
 from qdora.training.graph import GraphedGradients
@@ -66,10 +66,10 @@ class Case:
 class Arm:
     """`gradients` of micro-batches leaves the clipped gradients.
 
-    It gives the mean loss a token over all ranks, and the gradients' norm before clipping.
+    It gives the mean loss a token over all ranks, and the gradients' norm before clipping, on the device.
     """
 
-    gradients: Callable[[list[Tensor]], tuple[float, float]]
+    gradients: Callable[[list[Tensor]], tuple[Tensor, Tensor]]
     optimizer: torch.optim.Optimizer
     work: Work | None = None
     held_bytes: int = 0
@@ -82,7 +82,8 @@ class Arm:
         loss, norm = self.gradients(batches)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
-        return loss, norm
+        read_loss, read_norm = torch.stack([loss, norm.to(loss)]).tolist()
+        return read_loss, read_norm
 
 
 def build(name: str, folder: Path, case: Case, world: World) -> Arm:
@@ -131,11 +132,9 @@ def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
     shape = case.tokens // case.length, case.length
     add = GraphedGradients(loaded.model, world, *shape) if is_graph else None
 
-    def gradients(batches: list[Tensor]) -> tuple[float, float]:
+    def gradients(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
         sums = accumulate_gradients(loaded.model, [_batch(tokens) for tokens in batches], world, add=add)
-        norm = clip_gradients(loaded.model, OptimConfig().max_grad_norm, world.shard_group)
-        loss, norm_before = torch.stack([sums[0], norm.to(sums)]).tolist()
-        return loss, norm_before
+        return sums[0], clip_gradients(loaded.model, OptimConfig().max_grad_norm, world.shard_group)
 
     return Arm(gradients, optimizer, work_of(loaded, world, parallel), keeps_gradients=is_graph)
 
@@ -191,18 +190,18 @@ def _theirs(name: str, folder: Path, case: Case, world: World) -> Arm:
         _shard_plainly(peft_model, world)
     parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
 
-    def gradients(batches: list[Tensor]) -> tuple[float, float]:
-        total = 0.0
+    def gradients(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+        total = torch.zeros((), device=world.device)
         for index, on_host in enumerate(batches):
             tokens = to_device(on_host, world.device)
             if world.size > 1:
                 peft_model.set_requires_gradient_sync(index == len(batches) - 1)
             loss = peft_model(input_ids=tokens, labels=tokens, use_cache=False).loss / len(batches)
             loss.backward()
-            total += float(loss.detach())
+            total += loss.detach()
         norm: Any = nn.utils.clip_grad_norm_(parameters, OptimConfig().max_grad_norm)
         whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        return all_sum(world, total)[0] / world.size, float(whole)
+        return summed(world, total)[0] / world.size, whole
 
     return Arm(gradients, torch.optim.AdamW(parameters, LEARNING_RATE, fused=True))
 

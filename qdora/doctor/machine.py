@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from qdora.config import TrackerConfig, TrackerKind, TrackerMode
 from qdora.doctor.finding import Finding, Verdict
-from qdora.nf4 import BLOCK_SIZE, dequantize, quantize
+from qdora.nf4 import BLOCK_SIZE, quantize, weight_from, working_kernel
 from qdora.tracking import answers, offline_reason
 
 DISK_BYTES = {Verdict.failed: 2**28, Verdict.warning: 5 * 2**30}
@@ -98,7 +98,7 @@ def kernels(device: torch.device, dtype: torch.dtype) -> Finding:
     weight = torch.randn(32, 4 * BLOCK_SIZE, generator=generator)
     try:
         packed, absmax = quantize(weight.to(device))
-        found = dequantize(packed, absmax, dtype).float().cpu()
+        found = weight_from([packed, absmax.view(torch.uint8)], dtype).float().cpu()
     except Exception as error:  # whatever a missing kernel raises
         remedy = "bitsandbytes and torch must be built for the same CUDA; python -m bitsandbytes says more"
         return Finding("NF4 kernel", Verdict.failed, f"{type(error).__name__}: {error}", remedy)
@@ -112,6 +112,8 @@ def kernels(device: torch.device, dtype: torch.dtype) -> Finding:
         return Finding(
             "NF4 kernel", Verdict.failed, f"{where} is wrong by {off:.2g}", "another version of bitsandbytes"
         )
+    if device.type == "cuda":
+        where += ", dequantised in one launch by Triton" if working_kernel(device) else ", dequantised in four launches"
     return Finding("NF4 kernel", Verdict.ok, where)
 
 

@@ -17,7 +17,7 @@ MAX_SKIPPED = 10
 
 
 class StepGuard:
-    """Looks at each step's loss and gradient norm, the same on all ranks, before anything is updated."""
+    """Looks at each step's loss and gradient norm, the same on all ranks."""
 
     def __init__(self, on_bad_step: OnBadStep, spike_deviations: float | None) -> None:
         self._action, self._deviations = on_bad_step, spike_deviations
@@ -25,6 +25,11 @@ class StepGuard:
         self.num_skipped = 0
         """In the whole run."""
         self._in_a_row = 0
+
+    @property
+    def looks_for_spikes(self) -> bool:
+        """Whether a step of finite numbers can be bad."""
+        return self._deviations is not None
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint; JSON."""

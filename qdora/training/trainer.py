@@ -136,7 +136,9 @@ class Trainer:
     def train_step(self, batches: list[Batch]) -> StepMetrics:
         """One optimiser update from this rank's micro-batches. *Collective*.
 
-        A GPU is waited for once before the update, for all that the host wants to know, and by DoRA's refresh in it.
+        All is launched before a GPU is waited for: the update, which leaves everything as it is where loss or norm is
+        not finite, and DoRA's refresh. Then the host reads what it wants to know, at once. It does so before the update
+        where spikes are looked for.
         """
         started = time.perf_counter()
         sums = accumulate_gradients(
@@ -149,13 +151,20 @@ class Trainer:
         )
         norm = clip_gradients(self.model, self.config.optim.max_grad_norm, self.world.shard_group)
         asked = summed(self.world, interrupt.received, self.checkpoints.written)
-        loss, *counts, grad_norm = torch.cat([sums, asked, norm.to(sums)[None]]).tolist()
-        num_label_tokens, num_tokens, interrupts, written = map(int, counts)
+        numbers = torch.cat([sums, asked, norm.to(sums)[None]])
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, self.step, self.num_steps))
-        fault = self.guard.check(loss, grad_norm)
-        if fault is None:
-            self.optimizer.step()
-        else:
+        is_bad = (numbers[0] + numbers[-1]).isfinite().logical_not()
+        fault = None
+        if self.guard.looks_for_spikes:
+            fault = self.guard.check(*numbers[[0, -1]].tolist())
+            is_bad.fill_(fault is not None)
+        self.optimizer.found_inf = is_bad.to(norm)  # type: ignore[attr-defined]  # of AdamW: nothing changes where 1
+        self.optimizer.step()
+        loss, *counts, grad_norm = numbers.tolist()
+        num_label_tokens, num_tokens, interrupts, written = map(int, counts)
+        if not self.guard.looks_for_spikes:
+            fault = self.guard.check(loss, grad_norm)
+        if fault is not None:
             self._handle_bad_step(fault, batches, gradient_alone=math.isfinite(loss) and not math.isfinite(grad_norm))
         self.optimizer.zero_grad(set_to_none=not self.config.train.cuda_graph)
         self.num_tokens += num_tokens

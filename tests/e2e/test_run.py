@@ -20,7 +20,16 @@ from qdora.run_folder import RunFolder, config_values, flatten
 from tests.support.marks import nightly
 from tests.support.models import make_model, make_tokenizer
 from tests.support.processes import ROOT, end, qdora, run, start, wait_for_steps
-from tests.support.runs import adapter_of, assert_same, copy_without_result, long_run, losses_of, metrics_of, summary_of
+from tests.support.runs import (
+    adapter_of,
+    assert_same,
+    copy_without_result,
+    long_run,
+    losses_of,
+    metrics_of,
+    num_updates,
+    summary_of,
+)
 
 DIVERGING = ["adapter=lora", "optim.learning_rate=1e25", "optim.max_grad_norm=0", "optim.warmup_ratio=0"]
 """DoRA's norm keeps its outputs finite at any learning rate; LoRA's overflow."""
@@ -248,6 +257,7 @@ def test_bad_step_is_left_out_if_wanted(broken_row: list[str], tmp_path: Path, n
     assert [("loss" in record, record.get("skipped", False)) for record in records].count((False, True)) == 2
     assert [("loss" in record, record.get("skipped", False)) for record in records].count((True, False)) == 6
     assert summary_of(tmp_path / "run")["num_skipped_steps"] == 2
+    assert num_updates(tmp_path / "run") == 6
     whole = adapter_of(tmp_path / "run")
     assert all(bool(tensor.isfinite().all()) for tensor in whole.values())
     resume = [f"output_dir={tmp_path}/part", f"resume={tmp_path}/run/checkpoints/step-00000006"]
@@ -288,6 +298,7 @@ def test_spike_stops_the_run_or_is_left_out(options: list[str], tmp_path: Path) 
     assert re.search(f"{spike}; going on without it", done.stderr), done.stderr
     assert summary_of(tmp_path / "run")["num_skipped_steps"] == 1
     assert [record["step"] for record in metrics_of(tmp_path / "run") if record.get("skipped")] == [67]
+    assert num_updates(tmp_path / "run") == 67, "of 68 steps"
 
 
 def test_config_of_a_run_has_every_option(uninterrupted: dict[int, Path], tiny: Path, data: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import load
 
+from qdora.checkpoint_reader import Reader
 from tests.support.processes import qdora
 
 QUICK = ["plan.on_exceed=off", "train.report=false"]
@@ -70,6 +72,15 @@ def assert_same(folder: Path, other: Path) -> None:
     one, two = map(adapter_of, (folder, other))
     assert one.keys() == two.keys()
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def num_updates(folder: Path) -> float:
+    """How often the optimiser has changed the weights, by the newest checkpoint."""
+    reader = Reader(max((folder / "checkpoints").glob("step-*")))
+    name = next(name for name in reader.read_metadata().state_dict_metadata if name.endswith(".step"))
+    state = {name: torch.zeros(())}
+    load(state, storage_reader=reader)
+    return float(state[name])
 
 
 def copy_without_result(run_folder: Path, copy: Path) -> Path:
