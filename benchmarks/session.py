@@ -15,16 +15,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from xml.etree import ElementTree
 
 from provenance import provenance
+from random_model import write_random_model
 
 ROOT = Path(__file__).parents[1]
+OUTCOMES = ("PASSED", "FAILED", "ERROR")
+"""As pytest's workers print them, each before the name of a test."""
 EAGER = ("peft-qlora", "peft-qdora", "qlora", "qdora")
-FASTER = ("peft-qlora", "qlora", "qdora", "qdora-graph", "qdora-compiled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +43,11 @@ class Part:
         return "pytest" in self.command
 
 
-def tests(*arguments: str) -> tuple[str, ...]:
-    """Pytest's command line."""
-    return ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--tier", "all", "-o", "junit_family=xunit2", *arguments)
+def tests(file: str, workers: int, limit_s: int) -> Part:
+    """A file of tests; pytest ends a while before the limit, so that it reports what it has seen."""
+    limits = ("--timeout", "100", "--session-timeout", str(limit_s - 15))
+    command = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--tier", "all", "-o", "junit_family=xunit2", *limits)
+    return Part((*command, "-n", str(workers), file), limit_s)
 
 
 def steps(
@@ -61,13 +66,13 @@ def parts(tiny: bool) -> dict[str, Part]:
     capped = ("benchmarks/capped.py", "models/random-tiny" if tiny else "benchmarks/shapes/llama3_1_8b", "--gib", "24")
     capped += (f"data.max_length={large[2]}", "train.num_accumulation_steps=2", "parallel=none")
     return {
-        "tests": Part(tests("tests/gpu/test_cuda.py", "-n", "4"), 180),
-        "steps of 1B": Part(steps(*small, "none", times, EAGER), 100),
-        "steps of 8B": Part(steps(*large, "full", max(1, times // 2), EAGER), 170),
-        "compiled steps of 1B": Part(steps(*small, "none", times, FASTER), 100),
-        "ranks": Part(tests("tests/gpu/test_ranks.py", "-n", "3"), 120),
-        "memory against the plan": Part(tests("tests/gpu/test_planning.py", "-n", "3"), 150),
-        "8B under 24 GiB": Part(capped, 60),
+        "tests": tests("tests/gpu/test_cuda.py", 8, 150),
+        "steps of 1B": Part(steps(*small, "none", times, (*EAGER, "qdora-graph")), 100),
+        "steps of 8B": Part(steps(*large, "full", max(1, times // 2), EAGER), 160),
+        "ranks": tests("tests/gpu/test_ranks.py", 3, 90),
+        "memory against the plan": tests("tests/gpu/test_planning.py", 3, 90),
+        "8B under 24 GiB": Part(capped, 50),
+        "compiled steps of 1B": Part(steps(*small, "none", times, ("peft-qlora", "qdora", "qdora-compiled")), 80),
     }
 
 
@@ -84,33 +89,45 @@ def run(part: Part, limit_s: float, log: IO[str]) -> dict[str, Any]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
             start_new_session=True,
         )
         try:
             output, _ = process.communicate(timeout=limit_s)
             status = "passed" if process.returncode == 0 else f"status {process.returncode}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
+            end(process)
+            output, _ = process.communicate(timeout=30)
             status = f"not ended after {limit_s:.0f} s"
+        finally:
+            end(process)  # also where this one is ended: nothing is to stay on the GPU
         log.write(f"== {' '.join(part.command)}\n{output}\n")
         log.flush()
         found: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - started, 1)}
-        if part.is_of_tests:
-            found |= outcomes(results, output)
-        elif results.exists():
-            found["results"] = json.loads(results.read_text(encoding="utf-8"))
+        try:
+            if part.is_of_tests:
+                found |= outcomes(results, output)
+            elif results.exists():
+                found["results"] = json.loads(results.read_text(encoding="utf-8"))
+        except (ValueError, ElementTree.ParseError) as error:
+            found["results"] = f"cannot be read: {error}"
         if status != "passed":
             found["last_lines"] = output.splitlines()[-30:]
     return found
 
 
+def end(process: "subprocess.Popen[str]") -> None:
+    """Kills a process and all that it has started, if there is any."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def outcomes(report: Path, output: str) -> dict[str, Any]:
     """Tests by outcome; without a report, as pytest was ended, by the lines that it had printed."""
     if not report.exists():
-        words = [line.split() for line in output.splitlines() if " FAILED " in line or " PASSED " in line]
-        ended = {word: [line[-1] for line in words if word in line] for word in ("PASSED", "FAILED")}
-        return {"num_passed": len(ended["PASSED"]), "failed": dict.fromkeys(ended["FAILED"], "")}
+        lines = output.splitlines()
+        ended = {word: [line.partition(f" {word} ")[2] for line in lines if f" {word} " in line] for word in OUTCOMES}
+        return {"num_passed": len(ended["PASSED"]), "failed": dict.fromkeys(ended["FAILED"] + ended["ERROR"], "")}
     found: dict[str, Any] = {"num_passed": 0, "failed": {}, "skipped": {}, "properties": {}}
     for case in ElementTree.parse(report).iter("testcase"):
         name = case.get("name", "")
@@ -137,6 +154,8 @@ def main() -> None:
     if unknown := [name for name in names if name not in every]:
         parser.error(f"no part is called {unknown[0]!r}; there are: {', '.join(map(repr, every))}")
     options.output.mkdir(parents=True, exist_ok=True)
+    if options.tiny:
+        write_random_model(ROOT / "models" / "random-tiny", "tiny")
     record: dict[str, Any] = provenance() | {"tiny": options.tiny, "parts": {}}
     end = time.monotonic() + options.seconds
     with (options.output / "session.log").open("w", encoding="utf-8") as log:

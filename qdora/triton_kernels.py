@@ -16,8 +16,9 @@ BYTES = 1024
 """Packed codes that a program dequantises, two values each."""
 ALLOW_FMA = False
 """Whether a product and a sum may be rounded once: bitsandbytes rounds each."""
-ROWS, COLUMNS = 64, 32
-"""Of dy and y, that a program takes at a time, and that it adds up."""
+ROWS, COLUMNS, WARPS = 256, 32, 8
+"""Of dy and y, that a program takes at a time, and that it adds up: few columns, so that a narrow layer has programs
+enough, and many rows, as each time it waits for memory. Not tuned on a GPU."""
 BLOCK_BYTES: Any = tl.constexpr(32)
 NESTED_BLOCK_SIZE: Any = tl.constexpr(256)
 """Packed codes that share a scale, and scales that share a float32: those of `qdora.nf4`."""
@@ -102,6 +103,6 @@ def magnitude_gradient(dy: Tensor, y: Tensor, inverse_m: Tensor) -> Tensor:
     out = torch.empty(dy.shape[1], dtype=torch.float32, device=dy.device)
     with torch.cuda.device_of(dy):
         _magnitude_gradient[(triton.cdiv(dy.shape[1], COLUMNS),)](
-            dy, y, inverse_m.contiguous(), out, dy.shape[0], dy.shape[1], ROWS=ROWS, COLUMNS=COLUMNS
+            dy, y, inverse_m.contiguous(), out, dy.shape[0], dy.shape[1], ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
         )
     return out

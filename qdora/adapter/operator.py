@@ -169,8 +169,11 @@ def working_magnitude_kernel(device: torch.device) -> MagnitudeKernel | None:
     def trial() -> MagnitudeKernel:
         from qdora import triton_kernels
 
-        found = triton_kernels.magnitude_gradient(dy, y, inverse_m)
-        torch.testing.assert_close(found, (dy * y).sum(0) * inverse_m, rtol=1e-4, atol=1e-3)
+        for dtype in (torch.float32, torch.bfloat16):
+            left, right = dy.to(dtype), y.to(dtype)
+            found = triton_kernels.magnitude_gradient(left, right, inverse_m)
+            expected = (left.float() * right.float()).sum(0) * inverse_m
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
         return triton_kernels.magnitude_gradient
 
     return tried(trial, device, "the gradients of magnitudes take three launches")

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qdora.errors import ConfigError
+from qdora.errors import ConfigError, TrainingError, first_line
 from qdora.model import varlen
 from qdora.model.loss import IGNORED, Rows, TokenBatch
 from qdora.nf4 import scratch
-from qdora.parallel import World, to_device
+from qdora.parallel import World
 
 FEWEST_SAMPLES = 16
 """A graph has room for so many, or a power of two times as many."""
@@ -34,16 +34,30 @@ class _Recorded(NamedTuple):
     replay: Callable[[], object]
 
 
-def check_graph(model: Any, world: World) -> None:
-    """Raises `ConfigError` where `train.cuda_graph` cannot be had."""
+def check_device(world: World) -> None:
+    """Raises `ConfigError` where `train.cuda_graph` cannot be had on these ranks; before anything is loaded."""
     if world.device.type != "cuda":
         raise ConfigError("train.cuda_graph=true needs a GPU, and there is none")
     if world.mesh is not None:
         raise ConfigError(
             f"train.cuda_graph=true wants the weights whole on each rank, and {world.size} share them: use parallel=ddp"
         )
+
+
+def check_model(model: Any) -> None:
+    """Raises `ConfigError` where the model's forward asks the GPU for something, which a graph cannot."""
+    name = type(model).__name__
     if model.config._attn_implementation != varlen.NAME:
-        raise ConfigError(f"train.cuda_graph=true needs model.attention={varlen.NAME}, which this model does not have")
+        raise ConfigError(
+            f"train.cuda_graph=true needs attention by samples, and {name} has {model.config._attn_implementation}: "
+            f"set model.attention={varlen.NAME} and model.dtype=bfloat16, or train.cuda_graph=false"
+        )
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)}
+    if moving := kinds & {"dynamic", "longrope"}:
+        raise ConfigError(
+            f"train.cuda_graph=true: the {moving.pop()} positions of {name} depend on what the GPU has: set it to false"
+        )
 
 
 def fill_up(batch: TokenBatch, num_rows: int, length: int) -> Rows:
@@ -85,8 +99,10 @@ class GraphedGradients:
         self.num_rows, self.length = num_rows, length
         self._graphs: dict[tuple[int, int], _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle() if world.device.type == "cuda" else None
+        # One for all: cuBLAS has memory of its own for each.
+        self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self._gradients: dict[torch.nn.Parameter, Tensor] = {}
-        self._held: list[Tensor] = []
+        self._held: dict[int, Tensor] = {}
 
     def __call__(self, batch: TokenBatch, num_label_tokens: Tensor) -> Tensor:
         """The micro-batch's loss over `num_label_tokens`, float32, (); valid until the next call."""
@@ -101,7 +117,7 @@ class GraphedGradients:
         recorded = self._graphs.get(key) or self._graphs.setdefault(key, self._record(given))
         for there, value in zip(recorded.rows, given, strict=True):
             if isinstance(there, Tensor) and isinstance(value, Tensor):
-                there.copy_(to_device(value, there.device))
+                there.copy_(value.pin_memory() if there.is_cuda else value, non_blocking=True)
         recorded.num_label_tokens.copy_(num_label_tokens)
         recorded.replay()
         return recorded.loss
@@ -118,18 +134,29 @@ class GraphedGradients:
             (loss * self.world.size).backward()
             result.copy_(loss.detach())
 
-        if device.type != "cuda":
+        if self._stream is None:
             return _Recorded(rows, number, result, compute)
         before = [gradient.clone() for gradient in self._gradients.values()]
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+        current = torch.cuda.current_stream(device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
                 compute()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        current.wait_stream(self._stream)
         torch._foreach_copy_([*self._gradients.values()], before)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            compute()
-        self._held += scratch.buffers()  # into which it dequantises, even if others take their place
+        try:
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                compute()
+        except RuntimeError as error:
+            first = error
+            while isinstance(first.__context__, RuntimeError):  # of what happened inside, the end of it tells nothing
+                first = first.__context__
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            raise TrainingError(
+                f"this model's micro-batch cannot be a CUDA graph ({first_line(first)}): set train.cuda_graph=false"
+            ) from None
+        # Into these it dequantises, even if others take their place.
+        self._held |= {buffer.data_ptr(): buffer for buffer in scratch.buffers()}
         return _Recorded(rows, number, result, graph.replay)

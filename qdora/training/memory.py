@@ -12,7 +12,7 @@ dequantisation buffer, which are there by then; what comes on top while a step r
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,11 @@ class StepBytes:
         else:
             at_work = max(block + self.gathered, self.gathered_end)
         return kept + at_work + self.optimizer + self.loss
+
+    def with_graph(self) -> "StepBytes":
+        """Where a micro-batch is a CUDA graph: what one graph holds is not there for the trial before another."""
+        kept = {kind: 2 * size for kind, size in self.kept.items()}
+        return replace(self, kept=kept, largest=2 * self.largest, hidden=2 * self.hidden, loss=2 * self.loss)
 
 
 def choose_recomputation(
@@ -127,6 +132,8 @@ def remedies(need: StepBytes, kind: ActivationCheckpointing, config: RunConfig, 
         fewer = config.train.micro_batch_size // 2
         share = fewer / config.train.micro_batch_size
         savings[f"train.micro_batch_size={fewer}"] = now - need.total(kind, keep_gathered, share)
+    if config.train.cuda_graph:
+        savings["train.cuda_graph=false"] = (need.kept[kind] + 2 * need.largest + need.hidden + need.loss) // 2
     savings[f"data.max_length={config.data.max_length // 2}"] = now - need.total(kind, keep_gathered, 0.5)
     if world.device.type == "cuda" and config.parallel.plan in (Plan.fsdp, Plan.hsdp):
         savings |= _savings_of_sharding(need, kind, config, own_bytes)

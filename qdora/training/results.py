@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -24,8 +24,14 @@ PACKAGES = ("qdora", "torch", "bitsandbytes", "transformers", "accelerate", "dat
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that results depend on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    """Versions of Python and of the libraries that results depend on; "absent" of what is not installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # qdora itself by its path, or a library that only some runs need
+            found[name] = "absent"
+    return found
 
 
 def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str, str | None]) -> None:

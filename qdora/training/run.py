@@ -39,7 +39,7 @@ from qdora.rates import Rates, measure_rates
 from qdora.run_folder import RunFolder, config_from_values, config_values, inputs
 from qdora.sharding import weight_bytes
 from qdora.tracking import make_tracker
-from qdora.training.graph import check_graph
+from qdora.training.graph import check_device, check_model
 from qdora.training.memory import StepBytes, choose_recomputation, remedies, step_bytes
 from qdora.training.results import conclude, num_trainable, versions, write_results
 from qdora.training.trainer import Trainer, num_steps
@@ -108,11 +108,13 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     config, given = (replace(some, parallel=settled.parallel) for some in (config, given))
     if settled.exceeds and world.is_main:
         print(f"warning: {settled.told}", flush=True)
+    if config.train.cuda_graph:
+        check_device(world)
     with explaining_shortage(lambda: _does_not_load(config, world)):
         loaded = load_model(base, config.model, config.quant, config.adapter, config.parallel, world, seed=config.seed)
         check_token_loss(loaded.model, world.device, config.data.packing)
     if config.train.cuda_graph:
-        check_graph(loaded.model, world)
+        check_model(loaded.model)
     recomputation = _set_recomputation(config, world, loaded)
     if config.train.compile:
         if config.model.attention is Attention.varlen and world.device.type == "cpu":
@@ -244,6 +246,7 @@ def _set_recomputation(config: RunConfig, world: World, loaded: LoadedModel) -> 
     )
     with explaining_shortage(lambda: too_large):
         need = step_bytes(loaded, world, rows, length)
+        need = need.with_graph() if config.train.cuda_graph else need
     told = f"recomputation {kind.name}, as configured"
     if kind is ActivationCheckpointing.auto:
         needs, free = zip(*parallel.gather(world, (need, free_memory(world))), strict=True)

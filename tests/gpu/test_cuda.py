@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qdora import nf4, parallel
+from qdora.adapter import operator
 from qdora.adapter.dora import AdaptedLinear, refresh
 from qdora.config import (
     ActivationCheckpointing,
@@ -21,10 +22,10 @@ from qdora.config import (
 from qdora.data import Batch
 from qdora.model import load_model, varlen
 from qdora.model.activations import compile_blocks
-from qdora.model.loss import LogitTransform, Rows, check_token_loss, chunked_cross_entropy, label_places
+from qdora.model.loss import LogitTransform, Rows, check_token_loss, chunked_cross_entropy, label_places, mean_loss
 from qdora.optim import build_optimizer, clip_gradients
 from qdora.sharding import own_rows
-from qdora.training.graph import GraphedGradients, check_graph
+from qdora.training.graph import GraphedGradients, check_model
 from qdora.training.trainer import accumulate_gradients
 from tests.support.batches import BATCHES, LENGTH, ROWS
 from tests.support.models import make_model
@@ -87,6 +88,16 @@ def test_one_launch_dequantises_to_the_bits_of_four(dtype: torch.dtype, double_q
         given = [packed[rows], stored[0][rows], *(one for one in stored[1:] if one is not None)]
         kernel(given, some, rows.start, found, nf4.nested_code(found.device), nf4.nf4_code(found.device))
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(4096, 14336), (1024, 512), (1000, 100), (1, 64)])
+def test_one_launch_makes_the_gradient_of_magnitudes(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    dy, y = (torch.randn(shape, device="cuda").bfloat16() for _ in range(2))
+    inverse_m = torch.rand(shape[1], device="cuda")
+    assert operator.working_magnitude_kernel(dy.device) is not None
+    expected = (dy.double() * y.double()).sum(0) * inverse_m
+    torch.testing.assert_close(operator.magnitude_gradient(dy, y, inverse_m).double(), expected, rtol=1e-4, atol=1e-2)
 
 
 def test_layer_on_cuda_agrees_with_the_cpu_in_outputs_and_gradients() -> None:
@@ -248,16 +259,21 @@ def test_compiled_blocks_take_any_number_of_samples_in_few_graphs(tmp_path: Path
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
 
 
-@pytest.mark.parametrize("kind", [ActivationCheckpointing.none, ActivationCheckpointing.full])
-def test_a_graph_a_micro_batch_trains_as_single_launches_do(kind: ActivationCheckpointing, tmp_path: Path) -> None:
-    """Steps of two micro-batches each, of which every other is of a graph that is there already."""
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in ActivationCheckpointing if kind is not ActivationCheckpointing.auto])
+def test_a_graph_a_micro_batch_trains_as_single_launches_do(
+    kind: ActivationCheckpointing, is_compiled: bool, tmp_path: Path
+) -> None:
+    """Steps of two micro-batches, most of graphs that are there already, and an evaluation between."""
     folder = make_model(tmp_path, "llama", num_hidden_layers=2)
     world, losses = parallel.start(ParallelConfig()), []
     for is_graph in (False, True):
         model = ModelConfig(path=str(folder), attention=Attention.varlen)
         loaded = load_model(folder, model, QuantConfig(), AdapterConfig(rank=4), ParallelConfig(), world)
-        check_graph(loaded.model, world)
+        check_model(loaded.model)
         loaded.recompute(kind, keep_random_state=not is_graph)
+        if is_compiled:
+            compile_blocks(loaded.blocks, world.device)
         loaded.model.train()
         add = GraphedGradients(loaded.model, world, ROWS, LENGTH) if is_graph else None
         optimizer = build_optimizer(loaded.model, OptimConfig(learning_rate=1e-2))
@@ -270,6 +286,7 @@ def test_a_graph_a_micro_batch_trains_as_single_launches_do(kind: ActivationChec
             optimizer.step()
             optimizer.zero_grad(set_to_none=not is_graph)
             found.append(float(sums[0]))
+            mean_loss(loaded.model, [[BATCHES["one row"]]], world)
         losses.append(found)
     assert losses[1] == pytest.approx(losses[0], rel=BFLOAT16_TOLERANCE)
     assert losses[1][-1] < 0.9 * losses[1][1], "nothing was learned"

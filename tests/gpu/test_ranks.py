@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.models import make_model
-from tests.support.processes import popen, qdora
+from tests.support.processes import end, popen, qdora
 from tests.support.runs import QUICK, losses_of, metrics_of, summary_of, write_sums
 from tests.support.slurm import free_ports
 
@@ -59,11 +59,16 @@ def test_two_ranks_that_share_a_gpu_train_as_one(given: list[str], tmp_path: Pat
         environment = {
             "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "NCCL_HOSTID": f"rank{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1",
+            "NCCL_HOSTID": f"rank{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo",
+            "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
         command = [sys.executable, "-m", "qdora", "train", *given, "parallel=fsdp", "train.num_accumulation_steps=1"]
         processes.append(popen([*command, f"output_dir={shared}"], stderr=PIPE, **environment))
-    ends = [process.communicate(timeout=150) for process in processes]
+    try:
+        ends = [process.communicate(timeout=80) for process in processes]
+    finally:
+        for process in processes:
+            end(process)
     assert [process.returncode for process in processes] == [0, 0], "\n".join(stderr for _, stderr in ends)
     assert summary_of(shared)["device"] == DEVICE
     assert losses_of(shared) == pytest.approx(losses_of(alone), rel=1e-3)

@@ -60,8 +60,9 @@ def popen(
     stderr: int = subprocess.STDOUT,
     **environment: str,
 ) -> "subprocess.Popen[str]":
-    """Starts a process that has this checkout on its path."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    """Starts a process that has this checkout on its path, before what is on it anyhow."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {**os.environ, "PYTHONPATH": path, **environment}
     kind = subprocess.Popen if cold else warm.Popen
     return kind(
         command,

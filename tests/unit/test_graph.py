@@ -3,7 +3,6 @@
 On a CPU nothing is recorded: what would be a graph computes again, from the same inputs at the same addresses.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from qdora.errors import ConfigError
 from qdora.model import LoadedModel, load_model
 from qdora.model.loss import IGNORED
 from qdora.optim import build_optimizer, clip_gradients
-from qdora.training.graph import GraphedGradients, check_graph, fill_up
+from qdora.training.graph import GraphedGradients, check_device, check_model, fill_up
 from qdora.training.trainer import accumulate_gradients
 from tests.support.batches import BATCHES, LENGTH, ROWS
 from tests.support.models import make_model
@@ -153,22 +152,18 @@ def test_gradients_that_were_dropped_are_noticed(loaded: LoadedModel) -> None:
         add(BATCHES["full"], number)
 
 
-def refusals() -> Iterator[tuple[Callable[[Any, parallel.World], Any], str]]:
-    """Yields what has no graph, and the words that say why."""
-    cuda = torch.device("cuda")
-    yield lambda _, world: world, "needs a GPU"
-    yield lambda _, world: replace(world, device=cuda, mesh=object(), size=2), "2 share them: use parallel=ddp"
-
-    def with_sdpa(model: Any, world: parallel.World) -> parallel.World:
-        model.set_attn_implementation("sdpa")
-        return replace(world, device=cuda)
-
-    yield with_sdpa, "needs model.attention=varlen"
-
-
 def test_what_has_no_graph_is_told(loaded: LoadedModel) -> None:
-    world = parallel.start_alone("tests")
-    check_graph(loaded.model, replace(world, device=torch.device("cuda")))
-    for change, words in refusals():
-        with pytest.raises(ConfigError, match=words):
-            check_graph(loaded.model, change(loaded.model, world))
+    world, cuda = parallel.start_alone("tests"), torch.device("cuda")
+    check_device(replace(world, device=cuda))
+    check_model(loaded.model)
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        check_device(world)
+    mesh: Any = object()
+    with pytest.raises(ConfigError, match="2 share them: use parallel=ddp"):
+        check_device(replace(world, device=cuda, mesh=mesh, size=2))
+    loaded.model.config.rope_parameters["rope_type"] = "dynamic"
+    with pytest.raises(ConfigError, match="the dynamic positions of LlamaForCausalLM depend on what the GPU has"):
+        check_model(loaded.model)
+    loaded.model.set_attn_implementation("sdpa")
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM has sdpa: set model\.attention=varlen"):
+        check_model(loaded.model)

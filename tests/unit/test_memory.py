@@ -112,6 +112,19 @@ def test_fastest_kind_that_fits_is_chosen(folders: dict[int, Path], kind: Activa
         assert ("may not fit" in told) == (share == 0.5)
 
 
+def test_a_graph_counts_what_a_trial_takes_beside_it(folders: dict[int, Path]) -> None:
+    loaded, world = load(folders[4])
+    need = memory.step_bytes(loaded, world, ROWS, LENGTH)
+    for kind in memory.FASTEST_FIRST:
+        with_graph, without = (some.total(kind, keep_gathered=False) for some in (need.with_graph(), need))
+        assert with_graph - without == without - need.optimizer - need.gathered
+    graph = RunConfig(
+        model=ModelConfig(path="m"), data=DataConfig(train="d"), train=TrainConfig(cuda_graph=True, micro_batch_size=2)
+    )
+    told = memory.remedies(need.with_graph(), NONE, graph, world, own_bytes=0)
+    assert re.search(r"train\.cuda_graph=false \(-\d", told), told
+
+
 def test_an_embedding_or_a_head_counts_where_it_is_more_than_a_block() -> None:
     """They are gathered when no block computes; kept gathered, all of them are there while one does."""
     need = memory.StepBytes(
