@@ -74,11 +74,11 @@ def test_overhead_is_measured_against_peft(tmp_path: Path, root: Path) -> None:
 
 
 @pytest.mark.nightly(paths=["benchmarks/session.py", "benchmarks/gpu.sh"])
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_session_of_a_gpu_runs_on_a_toy_model(tmp_path: Path, root: Path) -> None:
     """Also with a part that fails, and without the time for one."""
     session = ["bash", str(root / "benchmarks" / "gpu.sh"), str(tmp_path / "out"), "--tiny"]
-    done = run(session, timeout_s=800, PYTHON=sys.executable)
+    done = run(session, timeout_s=1500, PYTHON=sys.executable)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     record = json.loads((tmp_path / "out" / "session.json").read_text())
     assert record["gpu"] is None
