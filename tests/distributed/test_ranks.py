@@ -163,7 +163,8 @@ def _until(is_so: Callable[[], bool]) -> bool:
 
 
 PYTEST = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where the tests run in the background
 from tests.distributed import misbehaviour
 from tests.support.ranks import RankPool
 RankPool().run(misbehaviour.hang, sys.argv[1], nproc=2)
