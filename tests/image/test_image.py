@@ -22,7 +22,9 @@ from tests.support.processes import ROOT
 BASE, IMAGE = "localhost/debian-base", "localhost/qdora"
 TOOLS = ("buildah", "podman", "debootstrap", "runc", "git")
 PACKAGES = "buildah podman debootstrap runc fuse-overlayfs uidmap"
-IMAGE_TEST = pytest.mark.nightly(packages=PACKAGES.split())
+IMAGE_TEST = pytest.mark.nightly(
+    paths=["docker/Dockerfile", "docker/*.sh", "launch/setup.sh"], packages=PACKAGES.split()
+)
 USER = 1000
 LOSS_TOLERANCE = 0.02
 """Processors round bf16 products differently."""
