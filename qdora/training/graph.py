@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qdora.errors import ConfigError, TrainingError, first_line
+from qdora.errors import ConfigError, first_line
 from qdora.model import varlen
 from qdora.model.loss import IGNORED, Rows, TokenBatch
 from qdora.nf4 import scratch
@@ -89,8 +89,8 @@ def fill_up(batch: TokenBatch, num_rows: int, length: int) -> Rows:
 class GraphedGradients:
     """Adds a micro-batch's gradients to the parameters' by replaying a graph; takes the place of `add_gradients`.
 
-    Gradients have to be set to zero after a step, not to None. Without a GPU nothing is recorded: what would be a graph
-    computes again.
+    Gradients have to be set to zero after a step, not to None; a parameter that no loss reaches has zeros, too. Without
+    a GPU nothing is recorded: what would be a graph computes again.
     """
 
     def __init__(self, model: Any, world: World, num_rows: int, length: int) -> None:
@@ -154,7 +154,7 @@ class GraphedGradients:
                 first = first.__context__
             if isinstance(first, torch.OutOfMemoryError):
                 raise first from None
-            raise TrainingError(
+            raise ConfigError(  # no TrainingError, after which the newest checkpoint is set aside
                 f"this model's micro-batch cannot be a CUDA graph ({first_line(first)}): set train.cuda_graph=false"
             ) from None
         # Into these it dequantises, even if others take their place.
