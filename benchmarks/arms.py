@@ -88,9 +88,9 @@ class Arm:
 
 def build(name: str, folder: Path, case: Case, world: World) -> Arm:
     """The arm `name` of `ON_GPU`. *Collective*."""
-    before = torch.cuda.memory_allocated() if world.device.type == "cuda" else 0
+    before = torch.cuda.memory_allocated()  # 0 where there is no GPU
     arm = (_theirs if name.startswith("peft") else _ours)(name, folder, case, world)
-    arm.held_bytes = torch.cuda.memory_allocated() - before if world.device.type == "cuda" else 0
+    arm.held_bytes = torch.cuda.memory_allocated() - before
     return arm
 
 

@@ -3,8 +3,8 @@
     python benchmarks/capped.py benchmarks/shapes/llama3_3_70b parallel.cpu_offload=true --gib 24 --output FILE
 
 The steps are those of simulate.py: the trainer's own sharding, loss, backward and optimiser. The cap holds for what
-torch's allocator reserves; what CUDA's context takes (assumed, as by the planner) is taken off it. Without a GPU the
-steps run and nothing is measured.
+torch's allocator reserves; what CUDA's context takes (assumed, as by the planner) is taken off it. Without a GPU
+nothing is capped, and the bytes are those of the process at its highest.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from simulate import GIB, Asked, assemble, plan, two_steps
 from torch import Tensor
 
 from qdora import parallel
+from qdora.device_memory import memory_gib
 from qdora.model.load import base_modules
 from qdora.nf4 import NF4Weight
 from qdora.planning.plans import CONTEXT_BYTES
@@ -63,7 +64,7 @@ def main() -> None:
     def phase_peak() -> int:
         nonlocal reserved
         if not use_gpu:
-            return 1
+            return round(memory_gib(world) * GIB)
         torch.cuda.synchronize()
         reserved = max(reserved, torch.cuda.max_memory_reserved())
         peak: int = torch.cuda.max_memory_allocated()
@@ -73,7 +74,7 @@ def main() -> None:
     def at_start_of_step() -> int:
         nonlocal step_started
         step_started = time.perf_counter()
-        return torch.cuda.memory_allocated() if use_gpu else 1
+        return torch.cuda.memory_allocated() if use_gpu else phase_peak()
 
     counted = two_steps(loaded, asked.config, world, at_start_of_step, phase_peak)
     step_s = time.perf_counter() - step_started

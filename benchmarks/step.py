@@ -50,7 +50,7 @@ def measure(arms: dict[str, Arm], case: Case, world: World, vocabulary: int, war
             if results[name] is None:
                 continue
             parallel.wait(world)
-            before = torch.cuda.memory_allocated() if use_gpu else 0
+            before = torch.cuda.memory_allocated()
             if use_gpu:
                 torch.cuda.reset_peak_memory_stats()
             started = time.perf_counter()

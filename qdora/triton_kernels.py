@@ -17,8 +17,8 @@ BYTES = 1024
 ALLOW_FMA = False
 """Whether a product and a sum may be rounded once: bitsandbytes rounds each."""
 ROWS, COLUMNS, WARPS = 256, 32, 8
-"""Of dy and y, that a program takes at a time, and that it adds up: few columns, so that a narrow layer has programs
-enough, and many rows, as each time it waits for memory. Not tuned on a GPU."""
+"""Rows of dy and y that a program takes at a time, and columns that it adds up: few columns, so that a narrow layer has
+programs enough, and many rows, as each time it waits for memory. Not tuned on a GPU."""
 BLOCK_BYTES: Any = tl.constexpr(32)
 NESTED_BLOCK_SIZE: Any = tl.constexpr(256)
 """Packed codes that share a scale, and scales that share a float32: those of `qdora.nf4`."""

@@ -336,6 +336,18 @@ def batch_loss(model: Any, batch: TokenBatch, device: torch.device) -> Tensor:
     return model.token_loss(Rows.of(batch.input_ids, batch.position_ids, batch.labels, device))  # type: ignore[no-any-return]
 
 
+def backward(model: Any, rows: Rows, num_label_tokens: Tensor, world: World) -> Tensor:
+    """Adds the gradients of the loss of `rows` to the parameters'; returns that loss. *Collective* if sharded.
+
+    Args:
+        num_label_tokens: (), float32, of the whole step over all ranks, by which the loss is divided. The reduction of
+            gradients divides by the ranks too, which is made up for.
+    """
+    loss: Tensor = model.token_loss(rows) / num_label_tokens
+    (loss * world.size).backward()
+    return loss.detach()
+
+
 @torch.no_grad()
 def mean_loss(model: Any, steps: Iterable[Iterable[TokenBatch]], world: World) -> float:
     """Mean loss a label token over all micro-batches of all ranks, without dropout. *Collective*."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qdora.errors import ConfigError, first_line
 from qdora.model import varlen
-from qdora.model.loss import IGNORED, Rows, TokenBatch
+from qdora.model.loss import IGNORED, Rows, TokenBatch, backward
 from qdora.nf4 import scratch
 from qdora.parallel import World
 
@@ -130,9 +130,7 @@ class GraphedGradients:
         number, result = torch.ones((), device=device), torch.zeros((), device=device)
 
         def compute() -> None:
-            loss = self.model.token_loss(rows) / number
-            (loss * self.world.size).backward()
-            result.copy_(loss.detach())
+            result.copy_(backward(self.model, rows, number, self.world))
 
         if self._stream is None:
             return _Recorded(rows, number, result, compute)

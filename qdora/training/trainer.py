@@ -19,7 +19,7 @@ from qdora.device_memory import memory_gib
 from qdora.errors import TrainingError
 from qdora.interrupt import interrupt
 from qdora.model import LoadedModel
-from qdora.model.loss import batch_loss, mean_loss
+from qdora.model.loss import Rows, backward, batch_loss, mean_loss
 from qdora.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate, state_tensors
 from qdora.parallel import World, all_sum, arm_watchdog, disarm_watchdog, gather, summed
 from qdora.rates import Rates
@@ -277,9 +277,8 @@ AddGradients = Callable[[Batch, Tensor], Tensor]
 
 def add_gradients(model: Any, world: World, batch: Batch, num_label_tokens: Tensor) -> Tensor:
     """Forward and backward of one micro-batch, see `accumulate_gradients`. *Collective* if sharded."""
-    loss = batch_loss(model, batch, world.device) / num_label_tokens
-    (loss * world.size).backward()
-    return loss.detach()
+    rows = Rows.of(batch.input_ids, batch.position_ids, batch.labels, world.device)
+    return backward(model, rows, num_label_tokens, world)
 
 
 def accumulate_gradients(

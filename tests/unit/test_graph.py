@@ -113,7 +113,7 @@ class Given(TorchDispatchMode):
         return result
 
 
-def test_all_that_a_graph_reads_stays_where_it_is(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_that_a_graph_reads_stays_where_it_is(loaded: LoadedModel) -> None:
     """Steps of the optimiser with DoRA's refresh between, other graphs and an evaluation."""
     world, seen = parallel.start_alone("tests"), []
     add = GraphedGradients(loaded.model, world, ROWS, LENGTH)
