@@ -37,6 +37,8 @@ HELP = ("-h", "--help")
 MULTIRUN = {"-m", "--multirun"}
 TEXTS = ("prompt", "system")
 """Options that are taken as they are written, quotes and all: they hold what people say."""
+_FOR_HYDRA = re.compile(r"-|[+~]*hydra\b")
+"""What an argument begins with that only Hydra's own command line takes."""
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 
@@ -139,7 +141,11 @@ def compose(name: str, arguments: list[str]) -> DictConfig | None:
     """
     arguments, named = _taken_out(arguments, COMMANDS[name].config_class)
     composed: list[DictConfig] = []
-    run_hydra(name, arguments, composed.append)
+    if any(_FOR_HYDRA.match(argument) for argument in arguments):
+        run_hydra(name, arguments, composed.append)
+    else:  # Hydra's command line would compose twice, to learn first whether it is a sweep
+        with _schema(name, arguments), hydra.initialize_config_dir(str(conf_folder()), "qdora", version_base="1.3"):
+            composed.append(hydra.compose(name, arguments))
     for values in composed:
         values.update(named)
     return composed[0] if composed else None
@@ -151,21 +157,28 @@ def run_hydra(name: str, arguments: list[str], function: Callable[[DictConfig], 
     Raises:
         ConfigError: an override names nothing, or has a value of the wrong type.
     """
-    config_class = COMMANDS[name].config_class
-    ConfigStore.instance().store(name=f"{name}_schema", node=config_class)
     said = io.StringIO()
-    with _environment(sys.argv, [f"qdora {name}", *arguments]):
+    with _schema(name, arguments), _environment(sys.argv, [f"qdora {name}", *arguments]):
         try:
             with redirect_stderr(said):
                 hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(function)()
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(explain(error, config_class, conf_folder(), arguments)) from None
         except SystemExit as left:  # argparse, on what begins with a dash
             if left.code:
                 what = said.getvalue().strip().rpartition("error: ")[2]
                 raise ConfigError(f"{what}. Options are written name=value; --help lists them") from None
             raise
     sys.stderr.write(said.getvalue())
+
+
+@contextmanager
+def _schema(name: str, arguments: list[str]) -> Iterator[None]:
+    """Makes the options of a command known to Hydra, and explains what Hydra and OmegaConf say of the overrides."""
+    config_class = COMMANDS[name].config_class
+    ConfigStore.instance().store(name=f"{name}_schema", node=config_class)
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(explain(error, config_class, conf_folder(), arguments)) from None
 
 
 def _taken_out(arguments: list[str], config_class: type) -> tuple[list[str], dict[str, str | None]]:

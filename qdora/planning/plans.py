@@ -23,7 +23,7 @@ from qdora.config import (
 )
 from qdora.config.commands import changed
 from qdora.errors import ModelError, QdoraError, first_line
-from qdora.model.build import build_model
+from qdora.model.build import EmptyModel, build_model
 from qdora.planning.activations import FASTEST_FIRST, Activations, Simulation
 from qdora.planning.hardware import GIB, Hardware
 from qdora.planning.memory import Sharing, peak_bytes
@@ -133,6 +133,7 @@ class Planner:
         self.task, self.folder, self.hardware = task, folder, hardware
         self._forms: dict[bool, Tensors] = {}
         self._simulations: dict[bool, Simulation] = {}
+        self._unused: list[EmptyModel] = []
         self._activations: dict[tuple[bool, ActivationCheckpointing], list[Activations]] = {}
 
     def plans(self) -> list[Planned]:
@@ -262,16 +263,19 @@ class Planner:
     def _simulation(self, wrapped: bool) -> Simulation:
         if wrapped not in self._simulations:
             data, attention = self.task.data, self.task.model.attention
-            form = self._form(embeddings=False)
+            form = self._unused.pop() if self._unused else self._form(embeddings=False)
             self._simulations[wrapped] = Simulation(form, data.max_length, wrapped, attention, data.packing)
         return self._simulations[wrapped]
 
     def _tensors(self, embeddings: bool) -> Tensors:
         if embeddings not in self._forms:
-            self._forms[embeddings] = tensors_of(self._form(embeddings))
+            form = self._form(embeddings)
+            self._forms[embeddings] = tensors_of(form)
+            if not embeddings:  # counted, and as good as new for a simulation
+                self._unused.append(form)
         return self._forms[embeddings]
 
-    def _form(self, embeddings: bool) -> Any:
+    def _form(self, embeddings: bool) -> EmptyModel:
         attention = self.task.model.attention
         model = replace(self.task.model, attention=attention if attention is Attention.eager else Attention.sdpa)
         quant = replace(self.task.quant, embeddings=embeddings)
