@@ -45,10 +45,12 @@ from qdora.config.words import (
     Plan,
     Protocol,
     QuantMethod,
+    Reasoning,
     Report,
     Schedule,
     TrackerKind,
     TrackerMode,
+    UnknownKeys,
 )
 
 __all__ = [
@@ -85,6 +87,7 @@ __all__ = [
     "Protocol",
     "QuantConfig",
     "QuantMethod",
+    "Reasoning",
     "Report",
     "ReportConfig",
     "RunConfig",
@@ -94,4 +97,5 @@ __all__ = [
     "TrackerKind",
     "TrackerMode",
     "TrainConfig",
+    "UnknownKeys",
 ]

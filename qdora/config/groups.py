@@ -1,7 +1,7 @@
 """The option groups, one dataclass each; every value is checked here."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qdora.config.words import (
@@ -17,9 +17,11 @@ from qdora.config.words import (
     Overlong,
     Plan,
     QuantMethod,
+    Reasoning,
     Schedule,
     TrackerKind,
     TrackerMode,
+    UnknownKeys,
 )
 from qdora.errors import ConfigError
 
@@ -140,6 +142,13 @@ class DataConfig:
     """Tokens a sample at most; with packing, tokens a row."""
     overlong: Overlong = Overlong.truncate
     """What happens to a sample above `max_length`; counts are reported."""
+    reasoning: Reasoning = Reasoning.keep
+    """What becomes of the thoughts of assistant turns (`reasoning_content`): in earlier turns `keep` leaves it to the
+    chat template whether they are shown."""
+    unknown_keys: UnknownKeys = UnknownKeys.error
+    """Of a row or a turn, where they may change what is learned; others are told once."""
+    ignore_keys: list[str] = field(default_factory=list)
+    """Keys of rows and turns to leave out without a word."""
     packing: bool = True
     """Put several samples into a row, without attention across them."""
     limit: int | None = None

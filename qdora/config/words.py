@@ -57,6 +57,16 @@ class Overlong(Enum):
     drop = "drop"
 
 
+class Reasoning(Enum):
+    keep = "keep"
+    drop = "drop"
+
+
+class UnknownKeys(Enum):
+    error = "error"
+    warn = "warn"
+
+
 class Schedule(Enum):
     cosine = "cosine"
     linear = "linear"

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from qdora.config import DataConfig, DataFormat, Overlong
-from qdora.data.encode import DEFAULT_TEMPLATE, detect, encode
+from qdora.data.conversation import Told
+from qdora.data.encode import NothingToLearn, detect, encode
 from qdora.data.sources import fingerprint, load_rows
+from qdora.data.spans import DEFAULT_TEMPLATE
 from qdora.errors import DataError
 
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 """Counts up when the same data would be tokenised or stored differently."""
 IGNORED = -100
 """Label of a position without a target."""
@@ -39,9 +41,11 @@ class DataReport:
     num_dropped_without_labels: int = 0
     fingerprint: str = ""
     """Of the samples as they are trained on, wherever they came from."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should hear of: keys that nothing reads, rows that were left out, what the template does not show."""
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for people, and one for each note."""
         text = (
             f"{self.source}: {self.num_samples:,} samples ({self.format}), {self.num_tokens:,} tokens, "
             f"{self.num_label_tokens:,} learned"
@@ -52,7 +56,7 @@ class DataReport:
             (self.num_dropped_without_labels, "dropped without a token to learn"),
         ):
             text += f"; {count:,} {what}" if count else ""
-        return text
+        return "\n  ".join([text, *self.notes])
 
 
 class TokenDataset:
@@ -134,6 +138,9 @@ def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
         config.format.name,
         config.max_length,
         config.overlong.name,
+        config.reasoning.name,
+        config.unknown_keys.name,
+        sorted(config.ignore_keys),
         config.limit,
         vocabulary,
         tokenizer.chat_template or DEFAULT_TEMPLATE,
@@ -144,28 +151,37 @@ def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
 
 
 def _samples(config: DataConfig, source: str, tokenizer: Any, report: DataReport) -> Iterator[tuple[Any, Any, str]]:
-    """Ids, mask and place of each sample that stays; counts in `report`."""
-    form = config.format
+    """Ids, mask and place of each sample that stays; counts and notes in `report`."""
+    form, told = config.format, Told()
     for row in load_rows(source, config.limit):
         if form is DataFormat.auto:
             form = detect(row)
             report.format = form.name
         report.num_rows += 1
-        ids, learned = encode(row, form, tokenizer)
+        try:
+            ids, learned = encode(row, form, tokenizer, config, told)
+        except NothingToLearn as nothing:
+            report.num_dropped_without_labels += 1
+            told.add(f"left out: {str(nothing).removeprefix(row.where).lstrip(': ')}", row.where)
+            continue
         if len(ids) > config.max_length:
             if config.overlong is Overlong.drop:
                 report.num_dropped_overlong += 1
+                told.add(f"left out: longer than data.max_length={config.max_length}", row.where)
                 continue
             report.num_truncated += 1
+            told.add(f"cut to data.max_length={config.max_length}", row.where)
             ids, learned = ids[: config.max_length], learned[: config.max_length]
         num_labels = sum(learned[1:])
         if not num_labels:
             report.num_dropped_without_labels += 1
+            told.add("left out: no token to learn is left of it", row.where)
             continue
         report.num_samples += 1
         report.num_tokens += len(ids)
         report.num_label_tokens += num_labels
         yield ids, learned, row.where
+    report.notes = told.lines()
 
 
 def _tokenise(config: DataConfig, source: str, tokenizer: Any, folder: Path) -> None:
@@ -186,7 +202,7 @@ def _tokenise(config: DataConfig, source: str, tokenizer: Any, folder: Path) -> 
         raise DataError(
             f"{source}: none of its {report.num_rows} rows has a token left to learn within data.max_length="
             f"{config.max_length} ({report.num_truncated} were truncated, {report.num_dropped_overlong} dropped as too "
-            "long): raise data.max_length"
+            f"long): raise data.max_length, or see what became of them: {'; '.join(report.notes)}"
         )
     digest = hashlib.sha256(np.asarray(starts, dtype=np.int64).tobytes())
     for name, kind in (("tokens", np.int32), ("learned", np.bool_)):

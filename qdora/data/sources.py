@@ -170,7 +170,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
                 # Through `datasets`, which undoes what it did to columns when it wrote the file (JSON, for one).
                 for values in datasets.Dataset(pa.Table.from_batches([batch], parquet.schema_arrow)):
                     number += 1
-                    yield Row(values, f"{file} row {number}")
+                    yield Row(_unpadded(values), f"{file} row {number}")
         except (pa.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{file} cannot be read as parquet: {error}") from None
 
@@ -222,4 +222,11 @@ def _from_hub(source: str) -> Any:
 
 def _hub_rows(source: str) -> Iterator[Row]:
     for index, values in enumerate(_from_hub(source)):
-        yield Row(values, f"{source} row {index + 1}")
+        yield Row(_unpadded(values), f"{source} row {index + 1}")
+
+
+def _unpadded(value: Any) -> Any:
+    """Without the nulls of what is nested: a column of structs has each key in each of its rows."""
+    if isinstance(value, dict):
+        return {key: _unpadded(own) for key, own in value.items() if own is not None}
+    return [_unpadded(own) for own in value] if isinstance(value, list) else value

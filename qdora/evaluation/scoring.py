@@ -95,7 +95,8 @@ def loss_job(data: DataConfig, source: str, tokenizer: Any, batch_size: int) -> 
 
     report = dataset.report
     changed = report.num_truncated + report.num_dropped_overlong + report.num_dropped_without_labels
-    note = f"{report.describe()} (data.max_length={data.max_length})" if changed else ""
+    first, *notes = report.describe().splitlines()
+    note = "\n".join([f"{first} (data.max_length={data.max_length})", *notes]) if changed or notes else ""
     return Job(dataset.lengths.tolist(), dataset.fingerprint, score, note)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qdora.adapter.dora import switched_off
 from qdora.config import DataFormat, MergeBase, MergeFormat, ParallelConfig, Plan, QuantConfig, QuantMethod
-from qdora.data.encode import detect, encode
+from qdora.data.encode import NothingToLearn, detect, encode
 from qdora.data.sources import Row, load_rows
 from qdora.errors import DataError, ModelError
 from qdora.merging.parts import Parts
@@ -113,7 +113,10 @@ def _samples(rows: Iterable[Row], form: DataFormat, source: str, parts: Parts, t
     left = MAX_TOKENS
     for row in islice(rows, MAX_ROWS):
         form = detect(row) if form is DataFormat.auto else form
-        ids, learned = encode(row, form, tokenizer)
+        try:
+            ids, learned = encode(row, form, tokenizer, parts.data)
+        except NothingToLearn:
+            continue
         length = min(left, parts.data.max_length)
         if any(learned[1:length]):
             samples.append(Sample(ids[:length], learned[:length]))

@@ -10,7 +10,8 @@ from qdora import parallel
 from qdora.adapter import peft_format
 from qdora.adapter.dora import switched_off
 from qdora.config import AdapterConfig, AdapterMethod, ChatConfig, DataFormat, QuantConfig, QuantMethod, RunConfig
-from qdora.data.encode import conversation, detect, encode_prompt, reference
+from qdora.data.conversation import conversation
+from qdora.data.encode import detect, encode_prompt, reference
 from qdora.data.sources import Row, load_rows
 from qdora.errors import QdoraError
 from qdora.files import read_json, write_durably
@@ -95,7 +96,7 @@ def _prompts(
     rows = load_rows(str(config.data.eval))
     for row in rows:
         form = detect(row) if form is DataFormat.auto else form
-        prompt = encode_prompt(row, form, tokenizer)
+        prompt = encode_prompt(row, form, tokenizer, config.data)
         if context is None or len(prompt) + MAX_NEW_TOKENS <= context:
             found.append((row, prompt))
         if len(found) == count:
@@ -107,9 +108,9 @@ def _shown(row: Row, form: DataFormat) -> str:
     """The prompt as people read it, without the chat template."""
     if form in (DataFormat.completion, DataFormat.text):
         return str(row.values["prompt" if form is DataFormat.completion else "text"])
-    turns = conversation(row, form)
+    turns = conversation(row, form).messages
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     if len(turns) == 1:
-        return turns[0]["content"]
+        return str(turns[0]["content"])
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

@@ -9,8 +9,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from qdora.config import DataFormat
-from qdora.data.encode import DEFAULT_TEMPLATE, detect, encode, encode_prompt, reference, with_answer
+from qdora.data.encode import detect, encode, encode_prompt, reference, with_answer
 from qdora.data.sources import Row
+from qdora.data.spans import DEFAULT_TEMPLATE
 from qdora.errors import DataError
 from tests.support.models import make_tokenizer
 
