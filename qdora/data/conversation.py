@@ -142,7 +142,10 @@ class Told:
 
     def lines(self) -> list[str]:
         """One a kind, for people."""
-        return [f"{what} ({count:,} times, first in {first})" for what, (count, first) in self.seen.items()]
+        return [
+            f"{what} ({count:,} time{'s' if count > 1 else ''}, first in {first})"
+            for what, (count, first) in self.seen.items()
+        ]
 
 
 @dataclass(frozen=True, slots=True)

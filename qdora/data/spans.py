@@ -97,7 +97,7 @@ def shows_calls(message: dict[str, Any], tokenizer: Any) -> bool:
 
 
 def _marked(messages: list[dict[str, Any]], tools: Any, tokenizer: Any) -> list[Span]:
-    """By the template's own marks, each with the end of its turn."""
+    """By the template's own marks, each with the end of its turn and without the prompt for it."""
     (text,), (marks,) = render_jinja_template(
         [messages],
         tools=tools,
@@ -106,8 +106,10 @@ def _marked(messages: list[dict[str, Any]], tools: Any, tokenizer: Any) -> list[
         **tokenizer.special_tokens_map,
     )
     ends = _ends(tokenizer)
+    header = _edges(tokenizer, tokenizer.chat_template, _Shape(True, False, ())).header
     spans = []
     for start, end in marks:
+        start += len(header) if text.startswith(header, start) else 0
         said = text[start:end].rstrip()
         if said and not any(said.endswith(token) for token in ends):
             end += len(_leading(text[end:], ends))
@@ -135,22 +137,28 @@ class _Shape:
 
     content: bool
     thought: bool
-    calls: int
+    calls: tuple[str, ...]
+    """The ids of its calls, which their results name; templates write them."""
 
-    def blank(self, word: str, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """An assistant turn of this shape that says a word; with the ids of its calls, which their results name."""
+    def blank(self, word: str) -> dict[str, Any]:
+        """What of an assistant turn of this shape says something, with a word in its place."""
         turn: dict[str, Any] = {"role": "assistant", "content": f"{word}c" if self.content else ""}
         if self.thought:
             turn["reasoning_content"] = turn["thinking"] = f"{word}r"
         if self.calls:
-            call = {"type": "function", "function": {"name": f"{word}n", "arguments": {}}, "id": "000000000"}
-            ids = [{"id": own["id"]} if "id" in own else {} for own in calls] or [{}] * self.calls
-            turn["tool_calls"] = [call | own for own in ids]
+            call = {"type": "function", "function": {"name": f"{word}n", "arguments": {}}}
+            turn["tool_calls"] = [call | ({"id": own} if own else {}) for own in self.calls]
         return turn
+
+    def following(self) -> list[dict[str, Any]]:
+        """Turns that may follow one of this shape: the results of its calls, or a question; and an answer."""
+        results = [{"role": "tool", "tool_call_id": own, "name": "qdoraname", "content": "0"} for own in self.calls]
+        question = {"role": "user", "content": "qdorauser2"}
+        return [*(results or [question]), {"role": "assistant", "content": "qdoralater"}]
 
 
 def _shape(message: dict[str, Any]) -> _Shape:
-    calls = len(message.get("tool_calls") or [])
+    calls = tuple(str(call.get("id", "")) for call in message.get("tool_calls") or [])
     return _Shape(bool(message["content"]) or not calls, bool(message.get("reasoning_content")), calls)
 
 
@@ -158,12 +166,17 @@ def _shape(message: dict[str, Any]) -> _Shape:
 class _Edges:
     """How a template encloses turns of a shape."""
 
-    starts: tuple[tuple[str, int], ...]
+    header: str = ""
+    """What it adds to ask for an answer."""
+    starts: tuple[tuple[str, int], ...] = ()
     """Text that ends where the first sentinel begins, and how much of it the model says: an empty thought, say."""
-    tail: str
-    """What follows the last sentinel up to the end of the turn where nothing follows."""
-    shows: frozenset[str] | None
+    tail: str = ""
+    """What follows the last sentinel up to the end of the turn."""
+    shows: frozenset[str] | None = None
     """Letters of the sentinels that are there at all: (c)ontent, (r)easoning, (n)ame of a call; None: not known."""
+
+
+_SAID = re.compile(r"qdorasaid([crn])")
 
 
 @lru_cache(maxsize=256)
@@ -173,30 +186,55 @@ def _edges(tokenizer: Any, template: str | None, shape: _Shape) -> _Edges:
     def text(*turns: dict[str, Any], prompt: bool = False) -> str:
         return render([*turns], None, tokenizer, "a short conversation", prompt)
 
-    first, second = ({"role": "user", "content": f"qdorauser{index}"} for index in (1, 2))
-    said, later = shape.blank("qdorasaid1z"), shape.blank("qdorasaid2z")
+    question, said = {"role": "user", "content": "qdorauser1"}, shape.blank("qdorasaid")
     try:
-        asked, prompt, answered = text(first), text(first, prompt=True), text(first, said)
-        both = text(first, said, second, later) if not shape.calls else answered
+        asked, prompt = text(question), text(question, prompt=True)
+        last = text(question, said)
     except DataError:  # a template that wants more than that
-        return _Edges((), "", None)
-    places = [*re.finditer(r"qdorasaid1z([crn])", answered)]
-    if not places:
-        return _Edges((), "", frozenset())
+        return _Edges()
+    try:
+        inner = text(question, said, *shape.following())
+    except DataError:
+        inner = last
     header = prompt[len(asked) :] if prompt.startswith(asked) else ""
+    places = [*_SAID.finditer(last)]
+    if not places:
+        return _Edges(header, shows=frozenset())
     after_user = prompt.rfind("qdorauser1") + len("qdorauser1")
-    starts = []
-    for rendered in (answered, both):
-        place = re.search(r"qdorasaid1z[crn]", rendered)
-        if place is None:
-            continue
-        before = rendered[: place.start()]
-        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(before, prompt, strict=False))))
-        lead = before[len(asked) : shared] if header and before.startswith(asked) else before[after_user:shared]
-        if shared > after_user and lead:
-            starts.append((lead + before[shared:], len(before) - shared))
-    tail = answered[places[-1].end() :].rstrip()
-    return _Edges(tuple(sorted({*starts}, key=lambda start: -len(start[0]))), tail, frozenset(p[1] for p in places))
+    starts = set()
+    for rendered in (last, inner):
+        place = _SAID.search(rendered)
+        before = rendered[: place.start()] if place else ""
+        shared = _shared(before, prompt, _ends(tokenizer))
+        begun = len(asked) if header and before.startswith(asked) else after_user
+        if shared > begun:
+            starts.add((before[begun:], len(before) - shared))
+    *_, inner_place = [None, *_SAID.finditer(inner)]
+    ending, following = last[places[-1].end() :], inner[inner_place.end() :] if inner_place else ""
+    tail = ""
+    for piece in _pieces(ending, _ends(tokenizer)):
+        if inner is not last and not following.startswith(tail + piece):
+            break
+        tail += piece
+    ordered = tuple(sorted(starts, key=lambda start: -len(start[0])))
+    return _Edges(header, ordered, tail.rstrip(), frozenset(found[1] for found in places))
+
+
+def _shared(text: str, other: str, tokens: Sequence[str]) -> int:
+    """How much two texts have in common at their beginning, without half of a token of the first."""
+    position = 0
+    for piece in _pieces(text, tokens):
+        if not other.startswith(piece, position):
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(piece, other[position:], strict=False))
+            return position + (0 if piece in tokens else sum(1 for _ in same))
+        position += len(piece)
+    return position
+
+
+def _pieces(text: str, tokens: Sequence[str]) -> list[str]:
+    """The text cut before and after each of the tokens."""
+    pattern = "|".join(map(re.escape, filter(None, tokens)))
+    return [piece for piece in re.split(f"({pattern})", text) if piece] if pattern else [text]
 
 
 def _found(
@@ -208,7 +246,7 @@ def _found(
         word += "x"
     shapes = [_shape(messages[index]) for index in turns]
     blanks = [
-        messages[index] | shape.blank(f"{word}{number}z", messages[index].get("tool_calls") or [])
+        messages[index] | shape.blank(f"{word}{number}z")
         for number, (index, shape) in enumerate(zip(turns, shapes, strict=True))
     ]
     edges = [_edges(tokenizer, tokenizer.chat_template, shape) for shape in shapes]
