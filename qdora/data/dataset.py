@@ -16,7 +16,7 @@ from torch import Tensor
 from qdora.config import DataConfig, DataFormat, Overlong
 from qdora.data.conversation import Told
 from qdora.data.encode import NothingToLearn, detect, encode
-from qdora.data.sources import fingerprint, load_rows
+from qdora.data.sources import data_files, fingerprint, load_rows
 from qdora.data.spans import DEFAULT_TEMPLATE
 from qdora.errors import DataError
 
@@ -126,6 +126,15 @@ def _cache_folder(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qdora" / "data"
 
 
+def _held_out(config: DataConfig, source: str) -> list[Path]:
+    """The files of `data.eval` that lie in the folder which is trained on, resolved; they are not trained on."""
+    if source != config.train or config.eval in (None, source) or not Path(source).expanduser().is_dir():
+        return []
+    folder = Path(source).expanduser().resolve()
+    files = [file.resolve() for file in data_files(str(config.eval))]
+    return [file for file in files if file.is_relative_to(folder)]
+
+
 def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
     if tokenizer.is_fast:
         vocabulary = tokenizer.backend_tokenizer.to_str()
@@ -134,7 +143,7 @@ def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
     parts = (
         CACHE_VERSION,
         source,
-        fingerprint(source),
+        fingerprint(source, _held_out(config, source)),
         config.format.name,
         config.max_length,
         config.overlong.name,
@@ -152,8 +161,10 @@ def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
 
 def _samples(config: DataConfig, source: str, tokenizer: Any, report: DataReport) -> Iterator[tuple[Any, Any, str]]:
     """Ids, mask and place of each sample that stays; counts and notes in `report`."""
-    form, told = config.format, Told()
-    for row in load_rows(source, config.limit):
+    form, told, held_out = config.format, Told(), _held_out(config, source)
+    for file in held_out:
+        told.add("not trained on, as data.eval holds it out", str(file))
+    for row in load_rows(source, config.limit, held_out):
         if form is DataFormat.auto:
             form = detect(row)
             report.format = form.name

@@ -1,5 +1,8 @@
 """Rows of a data set: jsonl, json, parquet or csv (each also .gz), a folder of them, or a hub id.
 
+A folder that `datasets` has saved is read, too. What begins with a dot, and files about data sets, are passed over. A
+.json file may hold a row a line, and a .jsonl file a list.
+
 The cells of a csv are texts, whatever they look like; an empty or missing one is an empty text.
 A row keeps where it came from, so that an error can say which line of which file to look at. Parquet and the hub import
 what they need when it is needed, as it takes every rank most of a second.
@@ -12,7 +15,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -21,6 +24,9 @@ from typing import Any
 from qdora.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_SAVED = ".arrow"
+"""A file of a folder that `datasets` has saved."""
+_ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _PARQUET_BATCH = 1000
 """Rows in memory at a time."""
 _UNREADABLE = (OSError, EOFError, zlib.error)
@@ -37,8 +43,11 @@ class Row:
     """File (or hub id) and what is counted in it, then the number: `data/x.jsonl line 7`."""
 
 
-def data_files(source: str) -> list[Path]:
+def data_files(source: str, without: Collection[Path] = ()) -> list[Path]:
     """The files that `source` names, sorted; empty where it is a hub id.
+
+    Args:
+        without: files, resolved, that are not taken from a folder.
 
     Raises:
         DataError: there is no such file or folder, or nothing in it that can be read.
@@ -49,24 +58,40 @@ def data_files(source: str) -> list[Path]:
             raise DataError(f"{source}: qdora reads {', '.join(SUFFIXES)}, each also with .gz")
         return [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
-        if not files:
-            raise DataError(f"the folder {source} holds no {', '.join(SUFFIXES)} (or .gz of one)")
-        return files
+        if (path / "dataset_dict.json").is_file():
+            splits = ", ".join(str(split) for split in sorted(path.iterdir()) if split.is_dir())
+            raise DataError(f"{source} is a data set with several splits: name one of them ({splits})")
+        return _files_of(path, {*without})
     name = source.partition("#")[0].partition(":")[0]
     if source.startswith(("/", ".", "~")) or name.count("/") > 1 or _kind(Path(source)):
         raise DataError(f"no such data file or folder: {source}")
     return []
 
 
-def fingerprint(source: str) -> str:
+def _files_of(folder: Path, without: set[Path]) -> list[Path]:
+    is_saved = (folder / "state.json").is_file()
+    files = []
+    for file in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        is_data = file.suffix == _SAVED if is_saved else bool(_kind(file)) and file.name not in _ABOUT
+        if is_data and not is_hidden and file.is_file():
+            files.append(file)
+    if not files:
+        raise DataError(f"the folder {folder} holds no {', '.join(SUFFIXES)} (or .gz of one)")
+    left = [file for file in files if not without or file.resolve() not in without]
+    if not left:
+        raise DataError(f"the folder {folder} holds nothing but what data.eval holds out")
+    return left
+
+
+def fingerprint(source: str, without: Collection[Path] = ()) -> str:
     """A hash of the files of `source` and their names; of a hub data set, of what `datasets` has stored of it.
 
     Raises:
         DataError: nothing there, or a file that cannot be read.
     """
     digest = hashlib.sha256()
-    files = data_files(source)
+    files = data_files(source, without)
     for file in files:
         digest.update(f"{file}\0".encode())  # the places of rows have the name, and its suffix tells how to read it
         digest.update(_digest(file))
@@ -100,13 +125,13 @@ def _digest_of(file: Path, *_: int) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
-def load_rows(source: str, limit: int | None = None) -> Iterator[Row]:
-    """The rows of `source`, at most `limit`.
+def load_rows(source: str, limit: int | None = None, without: Collection[Path] = ()) -> Iterator[Row]:
+    """The rows of `source`, at most `limit`; of a folder without some of its files.
 
     Raises:
         DataError: nothing there, or a file or line that cannot be read.
     """
-    files = data_files(source)
+    files = data_files(source, without)
     rows = (row for file in files for row in _file_rows(file)) if files else _hub_rows(source)
     for index, row in enumerate(rows):
         if limit is not None and index >= limit:
@@ -116,19 +141,37 @@ def load_rows(source: str, limit: int | None = None) -> Iterator[Row]:
 
 def _kind(path: Path) -> str:
     suffix = Path(path.name.removesuffix(".gz")).suffix
-    return suffix if suffix in SUFFIXES else ""
+    return suffix if suffix in (*SUFFIXES, _SAVED) else ""
 
 
 def _file_rows(file: Path) -> Iterator[Row]:
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
+    kind = _kind(file)
+    readers = {".parquet": _parquet_rows, ".csv": _csv_rows, _SAVED: _saved_rows}
     try:
-        yield from readers[_kind(file)](file)
+        yield from readers.get(kind, _list_rows if _is_a_list(file, kind) else _jsonl_rows)(file)
     except _UNREADABLE as error:
         raise DataError(f"{file} cannot be read: {error}") from None
 
 
 def _open(file: Path) -> Any:
     return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
+
+
+def _is_a_list(file: Path, kind: str) -> bool:
+    """Whether JSON is one value, not a row a line, by its beginning."""
+    if kind not in (".json", ".jsonl"):
+        return False
+    with _open(file) as stream:
+        first = next((line for line in stream if line.strip()), b"")
+    if first.lstrip().startswith(b"[") or kind == ".jsonl":
+        return bool(first.lstrip().startswith(b"["))
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return True  # an object over several lines, or a file that is broken
+    with _open(file) as stream:  # a row, unless it is all there is, and a list of rows by a name
+        is_alone = sum(1 for line in stream if line.strip()) == 1
+    return is_alone and isinstance(row, dict) and not {"messages", "conversations"} & row.keys()
 
 
 def _jsonl_rows(file: Path) -> Iterator[Row]:
@@ -175,7 +218,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
             raise DataError(f"{file} cannot be read as parquet: {error}") from None
 
 
-def _json_rows(file: Path) -> Iterator[Row]:
+def _list_rows(file: Path) -> Iterator[Row]:
     with _open(file) as stream:
         content = stream.read()
     try:
@@ -203,6 +246,13 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DataError(f"{where}: a row is a JSON object with named fields, this is {values!r:.60}")
     return values
+
+
+def _saved_rows(file: Path) -> Iterator[Row]:
+    import datasets
+
+    for index, values in enumerate(datasets.Dataset.from_file(str(file)), 1):
+        yield Row(_unpadded(values), f"{file} row {index}")
 
 
 def _from_hub(source: str) -> Any:

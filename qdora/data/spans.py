@@ -173,7 +173,7 @@ class _Edges:
     tail: str = ""
     """What follows the last sentinel up to the end of the turn."""
     shows: frozenset[str] | None = None
-    """Letters of the sentinels that are there at all: (c)ontent, (r)easoning, (n)ame of a call; None: not known."""
+    """Letters of the sentinels that are there at all: c for the words, r for a thought, n for a call; None: unknown."""
 
 
 _SAID = re.compile(r"qdorasaid([crn])")

@@ -8,11 +8,13 @@ import os
 import pytest
 
 from qdora.config import DataConfig, DataFormat
+from qdora.data import spans
 from qdora.data.conversation import Told
 from qdora.data.encode import encode, encode_prompt
 from qdora.data.sources import Row
+from qdora.data.spans import render
 from qdora.errors import DataError
-from tests.support.chats import CONVERSATIONS, GOLDEN, TEMPLATES, tokenizer_of
+from tests.support.chats import CONVERSATIONS, GOLDEN, TEMPLATES, answer, tokenizer_of, user
 
 
 def shown(family: str, values: dict[str, object]) -> str:
@@ -49,3 +51,18 @@ def test_the_prompt_for_an_answer_is_where_the_learned_part_begins(family: str) 
     start = mask.index(True)
     assert ids[:start] == prompt[:start]
     assert len(prompt) == start or family == "deepseek_r1"
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_renderings_do_not_grow_with_the_turns(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversation is rendered four times, and what a template puts around a turn is looked up once a template."""
+    counts = []
+    for number in (2, 40):
+        turns = [turn for index in range(number) for turn in (user(f"Question {index}?"), answer(f"It is {index}."))]
+        texts = []
+        monkeypatch.setattr(spans, "render", lambda *args, texts=texts: texts.append(render(*args)) or texts[-1])
+        spans._edges.cache_clear()
+        _, mask = encode(Row({"messages": turns}, "the row"), DataFormat.messages, tokenizer_of(family))
+        assert sum(mask) > number
+        counts.append(len(texts))
+    assert counts[0] == counts[1] <= 9

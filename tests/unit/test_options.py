@@ -50,6 +50,8 @@ def test_every_option_can_be_overridden(option: str) -> None:
         value = next(word for word in hint.__members__ if word != now.name)
     elif isinstance(now, bool):
         value = str(not now).lower()
+    elif isinstance(now, list):
+        value = "[other]"
     else:
         value = "3" if "int" in str(hint) else "0.5" if "float" in str(hint) else "other"
     extra = {
