@@ -119,8 +119,8 @@ def test_prompt_and_completion_of_turns_learn_the_completion_alone() -> None:
 def test_developer_is_a_system_turn_and_parts_are_one_text() -> None:
     values = {"messages": [{"role": "developer", "content": "Be brief."}, *TURNS]}
     assert conversation(Row(values, WHERE), DataFormat.messages).messages[0]["role"] == "system"
-    parts = [{"type": "text", "text": "The Elbe."}, {"type": "text", "text": "The Oder."}]
-    assert learned({"messages": [user("Rivers?"), answer(parts)]}) == "The Elbe.\nThe Oder.<|im_end|>"
+    parts = [{"type": "text", "text": "The Elbe."}, {"type": "text", "text": "The Rhine."}]
+    assert learned({"messages": [user("Rivers?"), answer(parts)]}) == "The Elbe.\nThe Rhine.<|im_end|>"
 
 
 @pytest.mark.parametrize(
