@@ -210,8 +210,10 @@ def offline_reason(config: TrackerConfig) -> str | None:
 
 
 def _requested_mode(config: TrackerConfig) -> str:
-    """`tracker.mode`, or what WANDB_MODE says where that is `auto`."""
+    """`tracker.mode`, or what WANDB_MODE says where that is `auto`, or WANDB_DISABLED, which others read."""
     mode = os.environ.get("WANDB_MODE", "").lower()
+    if not mode and os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        mode = "disabled"
     return mode if config.mode is TrackerMode.auto and mode in ("online", "offline", "disabled") else config.mode.value
 
 

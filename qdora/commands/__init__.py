@@ -25,8 +25,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qdora import config
-from qdora.commands.explain import check_known, explain
+from qdora.commands.explain import check_known, explain, option_kinds
 from qdora.commands.help import describe
+from qdora.config.commands import naming
 from qdora.errors import EXIT_KEYBOARD, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, QdoraError, nearest
 from qdora.files import output_may_close
 from qdora.interrupt import Terminated, interrupt, terminated
@@ -39,6 +40,9 @@ TEXTS = ("prompt", "system")
 """Options that are taken as they are written, quotes and all: they hold what people say."""
 _FOR_HYDRA = re.compile(r"-|[+~]*hydra\b")
 """What an argument begins with that only Hydra's own command line takes."""
+_TEXT_KINDS = (str, list)
+_OF_GRAMMAR = re.compile(r"""$|null$|\?\?\?$|.*\$\{|\[?\s*['"]|\{|\[\[|\[.*['"{]""")
+"""A value of Hydra's own grammar: nothing, quotes, interpolations, a dictionary."""
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 
@@ -103,7 +107,8 @@ def run(arguments: list[str]) -> int:
             if is_main:
                 _show(describe(name, COMMANDS[name].config_class, values, conf_folder()))
             return 0
-        return _call(COMMANDS[name], values)
+        with naming(override.lstrip("+").partition("=")[0] for override in overrides):
+            return _call(COMMANDS[name], values)
     except QdoraError as error:
         if not leave_error(error):
             _print_once(error, is_main)
@@ -139,15 +144,18 @@ def compose(name: str, arguments: list[str]) -> DictConfig | None:
     Raises:
         ConfigError: an override names nothing, or has a value of the wrong type.
     """
-    arguments, named = _taken_out(arguments, COMMANDS[name].config_class)
+    config_class = COMMANDS[name].config_class
+    for_hydra = any(_FOR_HYDRA.match(argument) for argument in arguments)
+    arguments, literal = _taken_out(arguments, config_class, as_written=not for_hydra)
     composed: list[DictConfig] = []
-    if any(_FOR_HYDRA.match(argument) for argument in arguments):
+    if for_hydra:
         run_hydra(name, arguments, composed.append)
     else:  # Hydra's command line would compose twice, to learn first whether it is a sweep
         with _schema(name, arguments), hydra.initialize_config_dir(str(conf_folder()), "qdora", version_base="1.3"):
             composed.append(hydra.compose(name, arguments))
     for values in composed:
-        values.update(named)
+        for option, value in literal.items():
+            OmegaConf.update(values, option, value)
     return composed[0] if composed else None
 
 
@@ -181,25 +189,44 @@ def _schema(name: str, arguments: list[str]) -> Iterator[None]:
         raise ConfigError(explain(error, config_class, conf_folder(), arguments)) from None
 
 
-def _taken_out(arguments: list[str], config_class: type) -> tuple[list[str], dict[str, str | None]]:
-    """Takes out what Hydra would misread: a plain option with a group's name, as `adapter=DIR`, and free text."""
+def _taken_out(
+    arguments: list[str], config_class: type, as_written: bool
+) -> tuple[list[str], dict[str, str | list[str] | None]]:
+    """Takes out what Hydra would misread, or refuse: names with blanks, brackets, commas, letters beyond ASCII.
+
+    That is a plain option with a group's name (`adapter=DIR`) and free text, in quotes or not; with `as_written` also
+    each option that is a text or a list of texts, unless its value is in quotes, `null`, or an interpolation.
+    """
     hints = get_type_hints(config_class)
     groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
     plain = {option for option, hint in hints.items() if option in groups and not is_dataclass(hint)}
+    kinds = {option: kind for option, kind in option_kinds(config_class) if kind in _TEXT_KINDS} if as_written else {}
     kept: list[str] = []
-    named: dict[str, str | None] = {}
+    literal: dict[str, str | list[str] | None] = {}
     for argument in arguments:
         option, equals, value = argument.lstrip("+").partition("=")
+        literal.pop(option, None)  # the last one counts
         if equals and option in TEXTS and option in hints:
             # OmegaConf would look `${name}` up, and takes `???` for a value that is missing.
-            named[option] = _INTERPOLATION.sub(r"\1\1\\${", value) if value != "???" else "??? "
+            literal[option] = _escaped(value) if value != "???" else "??? "
         elif equals and option in plain:
             if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
                 value = value[1:-1]
-            named[option] = None if value == "null" else value
+            literal[option] = None if value == "null" else value
+        elif equals and option == argument.partition("=")[0] and option in kinds and not _OF_GRAMMAR.match(value):
+            if kinds[option] is not list:
+                literal[option] = value
+            elif value.startswith("[") and value.endswith("]"):
+                literal[option] = [part.strip() for part in value[1:-1].split(",") if part.strip()]
+            else:
+                kept.append(argument)
         else:
             kept.append(argument)
-    return kept, named
+    return kept, literal
+
+
+def _escaped(text: str) -> str:
+    return _INTERPOLATION.sub(r"\1\1\\${", text)
 
 
 def typed(values: DictConfig, config_class: type) -> Any:

@@ -4,13 +4,50 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_origin, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from qdora.errors import ConfigError, nearest
+
+_OTHER_WORDS = {
+    "lr": "optim.learning_rate",
+    "learning_rate": "optim.learning_rate",
+    "wd": "optim.weight_decay",
+    "warmup": "optim.warmup_ratio",
+    "epochs": "train.num_epochs",
+    "num_epochs": "train.num_epochs",
+    "num_train_epochs": "train.num_epochs",
+    "max_steps": "train.num_steps",
+    "steps": "train.num_steps",
+    "batch_size": "train.micro_batch_size",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.num_accumulation_steps",
+    "gradient_checkpointing": "parallel.activation_checkpointing",
+    "save_steps": "train.checkpoint_every",
+    "logging_steps": "train.log_every",
+    "r": "adapter.rank",
+    "rank": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "target_modules": "adapter.target_modules",
+    "max_length": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "seq_len": "data.max_length",
+    "dataset": "data.train",
+    "model_name_or_path": "model.path",
+    "base_model": "model.path",
+    "output": "output_dir",
+    "load_in_4bit": "quant.method",
+    "bf16": "model.dtype",
+    "report_to": "tracker.kind",
+}
+"""What other programs call an option."""
 
 
 def option_names(config_class: type, prefix: str = "") -> Iterator[str]:
@@ -22,6 +59,18 @@ def option_names(config_class: type, prefix: str = "") -> Iterator[str]:
             yield from option_names(kind, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}"
+
+
+def option_kinds(config_class: type, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every option with its type: of an optional text `str`, of a list of texts `list`."""
+    for name, kind in get_type_hints(config_class).items():
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from option_kinds(kind, f"{prefix}{name}.")
+        elif kind in (str, str | None):
+            yield f"{prefix}{name}", str
+        else:
+            is_list = get_origin(kind) is list and get_args(kind) == (str,)
+            yield f"{prefix}{name}", list if is_list else kind
 
 
 def check_known(values: DictConfig, config_class: type, prefix: str = "") -> None:
@@ -49,6 +98,9 @@ def explain(error: Exception, config_class: type, conf: Path, arguments: list[st
         if isinstance(link, ValidationError):
             return _wrong_value(link)
     text = str(error)
+    several = re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text)
+    if several:
+        return f"{several[1]}={several[2]}: several values are written as a list, {several[1]}=[{several[2]}]"
     empty = next((name for name in arguments if re.fullmatch(r"\w+=(null|\[.*\])?", name)), None)
     if text.startswith("Config group override") and empty is not None:
         return f"{empty}: a group takes the name of one of its choices"
@@ -86,7 +138,8 @@ def _unknown(name: str, config_class: type, conf: Path, chain: list[Exception], 
     typed = next((argument for argument in arguments if re.match(rf"\+*{re.escape(name)}", argument)), None)
     options = list(option_names(config_class))
     groups = sorted(path.name for path in conf.iterdir() if path.is_dir())
-    hint = nearest(name, [*options, *groups])
+    own_word = _OTHER_WORDS.get(name.rpartition(".")[2].lower())
+    hint = f", did you mean {own_word!r}?" if own_word in options else nearest(name, [*options, *groups])
     if typed and name in groups and name == "experiment":
         return f"{typed}: a recipe is added with a plus sign: +{typed.lstrip('+')}"
     if name in groups or name in {option.partition(".")[0] for option in options}:

@@ -1,6 +1,8 @@
 """All options of a command; what contradicts each other across groups is found here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, TypeVar
@@ -51,9 +53,29 @@ def written(value: Any) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" if isinstance(value, str) else repr(value)
 
 
+_GROUPS = {ModelConfig: "model", QuantConfig: "quant", DataConfig: "data"}
+_given: ContextVar[frozenset[str]] = ContextVar("options that the command line names", default=frozenset())
+
+
+@contextmanager
+def naming(options: Iterable[str]) -> Iterator[None]:
+    """Inside the block these options count as given, where they equal the default, too."""
+    token = _given.set(frozenset(options))
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def given_options(group: ModelConfig | QuantConfig | DataConfig, usual: Any) -> dict[str, Any]:
+    """The options of a group that the command line names, or that differ from those of `usual`."""
+    named = {item.name for item in fields(group) if f"{_GROUPS[type(group)]}.{item.name}" in _given.get()}
+    return {name: getattr(group, name) for name in named | changed(group, usual).keys()}
+
+
 def overlaid(stored: T, given: T) -> T:
-    """A run's own group of options with what `given` sets; an option at its default leaves the run's."""
-    return replace(stored, **changed(given, type(given)()))
+    """A run's own group of options with what `given` sets."""
+    return replace(stored, **given_options(given, type(given)()))
 
 
 def refuse(options: Iterable[str], why: str) -> None:
@@ -63,8 +85,8 @@ def refuse(options: Iterable[str], why: str) -> None:
 
 def refuse_settled(model: ModelConfig, quant: QuantConfig, usual: QuantConfig, free: set[str]) -> None:
     """Raises `ConfigError` for what a run decides by itself, all of its model and quantisation but `free`."""
-    options = {f"model.{name}" for name in changed(model, ModelConfig())}
-    options |= {f"quant.{name}" for name in changed(quant, usual)}
+    options = {f"model.{name}" for name in given_options(model, ModelConfig())}
+    options |= {f"quant.{name}" for name in given_options(quant, usual)}
     refuse(options - free, "run=DIR decides that; leave it out, or give adapter=DIR/adapter model.path=... instead")
 
 
@@ -226,7 +248,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_subject(self.run, self.adapter, self.model, self.quant)
-        data = {f"data.{name}" for name in changed(self.data, DataConfig())}
+        data = {f"data.{name}" for name in given_options(self.data, DataConfig())}
         refuse(data & {"data.limit"}, "write limit=N, the option of qdora evaluate")
         refuse(data & {"data.train", "data.packing"}, "qdora evaluate scores data.eval, a sample a row; leave it out")
         require(self.tasks_path != "", "tasks_path is empty: give the folder of the tasks' files")

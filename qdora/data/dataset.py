@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qdora.chat_template import DEFAULT_TEMPLATE
 from qdora.config import DataConfig, DataFormat, Overlong
 from qdora.data.conversation import Told
 from qdora.data.encode import NothingToLearn, detect, encode
 from qdora.data.sources import data_files, fingerprint, load_rows
-from qdora.data.spans import DEFAULT_TEMPLATE
 from qdora.errors import DataError
 
 CACHE_VERSION = 6

@@ -9,12 +9,13 @@
     text          text                                         everything and the end of sequence
 
 `qdora.data.conversation` reads the turns: tool calls, thoughts, weights, system and history too. They go through the
-tokenizer's chat template; a base model without one gets `DEFAULT_TEMPLATE`. `qdora.data.spans` finds which characters
-an assistant said, and the tokenizer's offsets which tokens those are.
+tokenizer's chat template; a base model without one gets `DEFAULT_TEMPLATE`. `qdora.chat_template` finds which
+characters an assistant said, and the tokenizer's offsets which tokens those are.
 """
 
 from typing import Any
 
+from qdora.chat_template import Span, assistant_spans, render, shows_calls, with_thoughts_shown
 from qdora.config import DataConfig, DataFormat
 from qdora.data.conversation import (
     KEYS,
@@ -27,7 +28,6 @@ from qdora.data.conversation import (
     text_of,
 )
 from qdora.data.sources import Row
-from qdora.data.spans import Span, assistant_spans, render, shows_calls, with_thoughts_shown
 from qdora.errors import DataError
 
 Encoded = tuple[list[int], list[bool]]

@@ -25,7 +25,7 @@ from qdora.evaluation.ranks import score_all
 from qdora.evaluation.scoring import Job, generate_job, likelihood_job, loss_job
 from qdora.evaluation.tasks import find_tasks, overall, summary
 from qdora.files import NO_ROOM, lock, read_json, write_durably
-from qdora.model import load_tokenizer, model_folder
+from qdora.model import check_vocabulary, load_tokenizer, model_folder
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.folder import context_length
 from qdora.model.generate import end_tokens
@@ -52,6 +52,7 @@ def evaluate(config: EvaluateConfig) -> int:
     sources = _sources(config, data)
     base = parallel.main_first(world, lambda: model_folder(subject.model))
     tokenizer = load_tokenizer(base, subject.model)
+    check_vocabulary(base, tokenizer)
     # Before the model is loaded: mistakes in the data show within seconds. Rank 0 first, as data is kept tokenised.
     jobs = parallel.main_first(
         world, lambda: {name: _job(config, data, source, tokenizer, base) for name, source in sources.items()}
@@ -87,6 +88,7 @@ def _evaluate_by_harness(config: EvaluateConfig, subject: Subject, output: Path,
     _keep_others(parallel.broadcast(world, read_json(output / RESULTS), world.patient_group), output, config, None)
     base = parallel.main_first(world, lambda: model_folder(subject.model))
     tokenizer = load_tokenizer(base, subject.model)
+    check_vocabulary(base, tokenizer)
     said = [
         (file.name, file.read_bytes())
         for file in sorted(base.glob("*"))

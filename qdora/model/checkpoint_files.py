@@ -7,6 +7,7 @@ them back, and a rank must never be seen to hold the model.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SHARD = re.compile(r"-\d+-of-\d+(?=\.safetensors$)")
 _CHUNK_BYTES = 2**25
 _FINGERPRINT_BYTES = 1024
 """Of each tensor."""
@@ -62,11 +64,14 @@ class CheckpointFiles:
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
+        # The order of transformers: the one file before an index that may be older, and no other beside them.
+        whole, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        if whole.exists():
+            files = [whole]
+        elif index.exists():
             files = _indexed(index)
         else:
-            files = sorted(self.folder.glob("*.safetensors"))
+            files = _unnamed(self.folder)
         if not files:
             pickles = [path.name for pattern in _PICKLES for path in self.folder.glob(pattern)]
             if pickles:
@@ -125,6 +130,23 @@ class CheckpointFiles:
             digest.update(repr((name, str(entry.dtype), entry.shape)).encode())
             digest.update(self.first_bytes(name, _FINGERPRINT_BYTES))
         return digest.hexdigest()[:16]
+
+
+def _unnamed(folder: Path) -> list[Path]:
+    """The weight files of a folder that has none of the usual names: all shards of one set, or the only file.
+
+    Raises:
+        ModelError: several files that are no set.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    sets = {_SHARD.sub("", file.name) for file in files if _SHARD.search(file.name)}
+    if len(files) > 1 and not (len(sets) == 1 and all(_SHARD.search(file.name) for file in files)):
+        names = ", ".join(file.name for file in files)
+        raise ModelError(
+            f"{folder} holds {names}, and neither model.safetensors nor an index says which are the model's weights: "
+            "rename the one that is, to model.safetensors"
+        )
+    return files
 
 
 def _read_exactly(descriptor: int, view: memoryview, offset: int) -> None:

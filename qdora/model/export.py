@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from qdora.files import write_durably
+from qdora.chat_template import turn_ends
+from qdora.files import read_json, write_durably
 from qdora.model.load import LoadedModel
 from qdora.model.writer import Job, Rows, finish, safetensors_layout, write_tensors
 from qdora.parallel import World
@@ -72,6 +74,25 @@ def _copy_rest(base: Path, output: Path, dtype: torch.dtype, quantization: dict[
     if quantization is not None:
         values["quantization_config"] = quantization
     config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    _name_ends(output, values.get("eos_token_id"))
+
+
+def _name_ends(folder: Path, of_config: int | list[int] | None) -> None:
+    """Writes into generation_config.json what ends an answer: a turn that was trained ends as the template says.
+
+    Nothing is written where the folder has no tokenizer, or names all of it already.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of an unknown kind: its files are as they were
+        return
+    file = folder / "generation_config.json"
+    values = read_json(file)
+    named = values.get("eos_token_id", of_config)
+    own = named if isinstance(named, list) else [] if named is None else [named]
+    more = sorted(turn_ends(tokenizer) - {*own})
+    if more:
+        file.write_text(json.dumps(values | {"eos_token_id": [*own, *more]}, indent=2) + "\n", encoding="utf-8")
 
 
 def export_model(loaded: LoadedModel, output: Path, base: Path, world: World) -> None:

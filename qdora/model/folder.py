@@ -181,12 +181,21 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
 
 
 def check_vocabulary(base: Path, tokenizer: Any) -> None:
-    """Raises `ModelError` if the tokenizer makes ids that the checkpoint's embedding has no row for."""
+    """Holds the tokenizer to the rows of the checkpoint's embedding; pads with another token where that one has none.
+
+    Raises:
+        ModelError: other tokens than the one that only pads have no row.
+    """
     shapes = {name: entry.shape for name, entry in CheckpointFiles(base).entries.items() if "embed" in name}
     rows = max((shape[0] for shape in shapes.values() if len(shape) == 2), default=None)
-    highest = max(tokenizer.get_vocab().values())
-    if rows is not None and highest >= rows:
+    if rows is None:
+        return
+    beyond = {token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if beyond and beyond == {tokenizer.pad_token} and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # what pads is never looked at
+    elif beyond:
+        highest, some = max(tokenizer.get_vocab().values()), ", ".join(map(repr, sorted(beyond)[:3]))
         raise ModelError(
-            f"the tokenizer in {base} makes token ids up to {highest}, but the model's embedding has {rows} rows: "
-            "they do not belong together"
+            f"the tokenizer in {base} makes token ids up to {highest}, but the model's embedding has {rows} rows: they "
+            f"do not belong together, or tokens were added to the tokenizer alone ({some}); take the model's own"
         )

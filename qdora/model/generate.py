@@ -9,12 +9,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from qdora.chat_template import turn_ends
 from qdora.errors import ModelError, first_line
 
 
 def end_tokens(tokenizer: Any, base: Path) -> list[int]:
-    """The ids that end an answer: the tokenizer's end of sequence, and those that the folder of the model names."""
-    ends = {tokenizer.eos_token_id}
+    """The ids that end an answer: of the sequence, of a turn by the chat template, and those that the folder names."""
+    ends = {tokenizer.eos_token_id, *turn_ends(tokenizer)}
     if (base / "generation_config.json").exists():
         try:
             named = GenerationConfig.from_pretrained(base).eos_token_id

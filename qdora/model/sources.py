@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -14,6 +15,7 @@ from qdora.errors import ModelError
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
+COMPARED_ROWS = 256
 _STATE = ".quant_state.bitsandbytes__nf4"
 _COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE, ".quant_state.bitsandbytes__fp4")
 
@@ -95,6 +97,7 @@ def _check(model: Any, wanted: dict[str, Tensor], sources: Sources, files: Check
         raise ModelError(
             f"{files.folder} lacks {len(missing)} tensors that {type(model).__name__} needs, first {missing[0]}"
         )
+    _check_tied(parameters, sources, files)
     for name, key in sources.keys.items():
         stored, shape = files.entries[key].shape, tuple(wanted[name].shape)
         fits = prod(stored) * 2 == prod(shape) if name in sources.quantised else stored == shape
@@ -102,6 +105,34 @@ def _check(model: Any, wanted: dict[str, Tensor], sources: Sources, files: Check
             vocabulary = model.config.get_text_config().vocab_size
             hint = f" (its config says a vocabulary of {vocabulary})" if vocabulary in shape else ""
             raise ModelError(f"{key} in {files.folder} has shape {stored}, the model wants {shape}{hint}")
+
+
+def _check_tied(parameters: dict[str, Tensor], sources: Sources, files: CheckpointFiles) -> None:
+    """Raises `ModelError` where the config ties what the file has twice, and not the same."""
+    first: dict[int, str] = {}
+    for name, key in sources.keys.items():
+        other = first.setdefault(id(parameters.get(name)), key)
+        if name in parameters and other != key and _differ(other, key, files):
+            raise ModelError(
+                f"{files.folder} holds {key} and {other}, which differ, though config.json says that they are one "
+                "(tie_word_embeddings=true), and programs take either: set it to false if both were trained, which "
+                f"keeps both; else take {key} out of the file"
+            )
+
+
+def _differ(one: str, other: str, files: CheckpointFiles) -> bool:
+    """Whether rows at equal distances, from the first to the last, are others."""
+    entry = files.entries[one]
+    if entry.shape != files.entries[other].shape or entry.dtype != files.entries[other].dtype:
+        return False  # told as of another shape, or quantised
+    rows = entry.shape[0] if entry.shape else 1
+    for row in [*range(0, rows, max(1, rows // COMPARED_ROWS)), rows - 1]:
+        values = [torch.empty((1, *entry.shape[1:]), dtype=entry.dtype) for _ in (one, other)]
+        for key, value in zip((one, other), values, strict=True):
+            files.read_rows(key, row, value)
+        if not torch.equal(*values):
+            return True
+    return False
 
 
 def convert(model: Any, name: str, sources: Sources, files: CheckpointFiles) -> Tensor:

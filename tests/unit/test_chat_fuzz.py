@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from qdora.chat_template import Span, assistant_spans, with_thoughts_shown
 from qdora.config import DataConfig, DataFormat
 from qdora.data.conversation import Conversation, conversation
 from qdora.data.encode import NothingToLearn, encode
 from qdora.data.sources import Row
-from qdora.data.spans import Span, assistant_spans, with_thoughts_shown
 from qdora.errors import DataError
 from tests.support.chats import TEMPLATES, outside, random_conversation, tokenizer_of
 from tests.support.marks import nightly

@@ -1,16 +1,18 @@
 """The command line: what Hydra says becomes one line that helps."""
 
 import logging
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from omegaconf import OmegaConf
 
 from qdora import commands
-from qdora.commands import compose, run
-from qdora.commands.explain import option_names
+from qdora.commands import compose, run, typed
+from qdora.commands.explain import _OTHER_WORDS, option_names
 from qdora.commands.help import field_docs
 from qdora.config import OptimConfig, RunConfig
 from tests.support.processes import run as run_process
@@ -57,6 +59,67 @@ def test_mistake_is_one_line_and_status_2(
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("qdora: ")
         assert message in line
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("lr=1e-3", "optim.learning_rate"),
+        ("optim.lr=1e-3", "optim.learning_rate"),
+        ("batch_size=4", "train.micro_batch_size"),
+        ("num_train_epochs=3", "train.num_epochs"),
+        ("lora_r=8", "adapter.rank"),
+        ("max_seq_length=512", "data.max_length"),
+    ],
+)
+def test_other_programs_words_lead_to_the_option(given: str, wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "model.path=m", "data.train=d", given]) == 2
+    assert f"there is no option {given.partition('=')[0]}, did you mean {wanted!r}?" in capsys.readouterr().err
+    values = compose("train", ["model.path=m", "data.train=d", f"{wanted}={given.partition('=')[2]}"])
+    assert float(OmegaConf.select(values, wanted)) == float(given.partition("=")[2])
+
+
+def test_words_of_other_programs_stand_for_options_that_there_are() -> None:
+    assert {*_OTHER_WORDS.values()} <= {*option_names(RunConfig)}
+
+
+def test_several_values_are_told_as_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["model.path=m", "data.train=d"]
+    assert run(["train", *given, "adapter.target_modules=q_proj,v_proj"]) == 2
+    told = capsys.readouterr().err
+    assert told.rstrip().endswith("written as a list, adapter.target_modules=[q_proj,v_proj]")
+    values = compose("train", [*given, "adapter.target_modules=[q_proj,v_proj]"])
+    assert values is not None
+    assert values.adapter.target_modules == ["q_proj", "v_proj"]
+
+
+NAMES = [
+    "train(1).jsonl", "Modèles/x.jsonl", "数据.jsonl", "lr=0.1.jsonl", "a,b.jsonl", "my data.jsonl", "org/name#test",
+    "name:subset#split", "[old] x.jsonl", "100%.jsonl", "a{1}.jsonl", "~/x.jsonl", "C:\\x.jsonl", "007", "1e5", "true",
+    "a'b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_taken_as_they_are_written(name: str) -> None:
+    values = compose("train", [f"model.path={name}", "data.train=before", f"data.train={name}", f"output_dir={name}"])
+    assert values is not None
+    config = typed(values, RunConfig)
+    assert (config.model.path, config.data.train, config.output_dir) == (name, name, name)
+    listed = re.sub(r"[,'\[\]{}]", "", name)  # which lists are written with
+    values = compose("train", ["model.path=m", "data.train=d", f"data.ignore_keys=[{listed}, other]"])
+    assert values is not None
+    assert values.data.ignore_keys == [listed, "other"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("'my data'", "my data"), ('"a,b"', "a,b"), ("null", None), ("${output_dir}/x", "here/x")],
+)
+def test_what_hydra_means_something_by_stays_hydras(given: str, expected: str | None) -> None:
+    values = compose("train", ["model.path=m", "data.train=d", "output_dir=here", f"data.eval={given}"])
+    assert values is not None
+    assert values.data.eval == expected
 
 
 @pytest.mark.parametrize("command", ["merge", "evaluate"])

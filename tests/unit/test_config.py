@@ -24,7 +24,7 @@ from qdora.config import (
     RunConfig,
     TrainConfig,
 )
-from qdora.config.commands import overlaid
+from qdora.config.commands import naming, overlaid
 from qdora.errors import ConfigError
 from qdora.run_folder import config_from_values, config_values
 
@@ -195,6 +195,15 @@ def test_options_of_a_run_stay_where_none_is_given() -> None:
     stored = DataConfig(train="t", eval="e", max_length=9, packing=False)
     assert overlaid(stored, DataConfig(eval="other")) == replace(stored, eval="other")
     assert overlaid(stored, DataConfig()) == stored
+
+
+def test_what_is_given_counts_also_where_it_is_the_default() -> None:
+    stored = DataConfig(train="t", max_length=9)
+    with naming(["data.max_length", "model.dtype"]):
+        assert overlaid(stored, DataConfig(eval="other")) == replace(stored, eval="other", max_length=1024)
+        with pytest.raises(ConfigError, match=r"model\.dtype: run=DIR decides that"):
+            EvaluateConfig(run="r", data=DataConfig(eval="e"))
+    assert overlaid(stored, DataConfig(eval="other")) == replace(stored, eval="other")
 
 
 def test_4_bit_weights_cannot_be_trained() -> None:

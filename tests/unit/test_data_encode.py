@@ -8,10 +8,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from qdora.chat_template import DEFAULT_TEMPLATE
 from qdora.config import DataFormat
 from qdora.data.encode import detect, encode, encode_prompt, reference, with_answer
 from qdora.data.sources import Row
-from qdora.data.spans import DEFAULT_TEMPLATE
 from qdora.errors import DataError
 from tests.support.models import make_tokenizer
 

@@ -3,18 +3,26 @@
 `GOLDEN=write pytest tests/unit/test_golden_chats.py` writes them anew, to be read before they are committed.
 """
 
+import json
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from qdora import chat_template
+from qdora.chat_template import render, turn_ends
 from qdora.config import DataConfig, DataFormat
-from qdora.data import spans
 from qdora.data.conversation import Told
 from qdora.data.encode import encode, encode_prompt
 from qdora.data.sources import Row
-from qdora.data.spans import render
 from qdora.errors import DataError
+from qdora.model.export import write_checkpoint
+from qdora.model.generate import end_tokens
+from qdora.model.writer import Job
 from tests.support.chats import CONVERSATIONS, GOLDEN, TEMPLATES, answer, tokenizer_of, user
+from tests.support.models import make_model
 
 
 def shown(family: str, values: dict[str, object]) -> str:
@@ -59,10 +67,56 @@ def test_renderings_do_not_grow_with_the_turns(family: str, monkeypatch: pytest.
     counts = []
     for number in (2, 40):
         turns = [turn for index in range(number) for turn in (user(f"Question {index}?"), answer(f"It is {index}."))]
-        texts = []
-        monkeypatch.setattr(spans, "render", lambda *args, texts=texts: texts.append(render(*args)) or texts[-1])
-        spans._edges.cache_clear()
+        texts: list[str] = []
+
+        def counted(*args: Any, texts: list[str] = texts) -> str:
+            texts.append(render(*args))
+            return texts[-1]
+
+        monkeypatch.setattr(chat_template, "render", counted)
+        chat_template._edges.cache_clear()
         _, mask = encode(Row({"messages": turns}, "the row"), DataFormat.messages, tokenizer_of(family))
         assert sum(mask) > number
         counts.append(len(texts))
     assert counts[0] == counts[1] <= 9
+
+
+ENDS = {
+    "chatml": {"<|im_end|>"},
+    "command_r": {"<|END_OF_TURN_TOKEN|>"},
+    "deepseek_r1": {"</s>"},
+    "gemma2": {"<end_of_turn>"},
+    "gemma3": {"<end_of_turn>"},
+    "gpt_oss": {"<|return|>", "<|end|>"},
+    "llama2": {"</s>"},
+    "llama3_1": {"<|eot_id|>"},
+    "mistral_nemo": {"</s>"},
+    "mistral_v0_1": {"</s>"},
+    "mistral_v0_3": {"</s>"},
+    "phi3": {"<|end|>"},
+    "phi4": {"<|im_end|>"},
+    "qwen2_5": {"<|im_end|>"},
+    "qwen3": {"<|im_end|>"},
+    "smollm3": {"<|im_end|>"},
+}
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_answers_end_with_what_ends_a_turn(family: str, tmp_path: Path) -> None:
+    """Also where the end of sequence of tokenizer and model is another token."""
+    tokenizer = tokenizer_of(family)
+    ends = {tokenizer.convert_tokens_to_ids(token) for token in ENDS[family]}
+    assert turn_ends(tokenizer) == ends
+    assert {*end_tokens(tokenizer, tmp_path)} == ends | {tokenizer.eos_token_id}
+
+
+def test_export_names_what_ends_a_turn(tmp_path: Path) -> None:
+    """A base whose end of sequence is another token, trained on turns."""
+    base, output = make_model(tmp_path / "base", "llama", vocab_size=300), tmp_path / "output"
+    tokenizer_of("chatml").save_pretrained(base)
+    end = tokenizer_of("chatml").convert_tokens_to_ids("<|im_end|>")
+    output.mkdir()
+    jobs = [Job("weight", (1,), torch.float32, lambda: lambda first, last: torch.zeros(1)[first:last])]
+    write_checkpoint(output, jobs, base, "test", dtype=torch.float32, max_shard_bytes=2**30, workers=1)
+    assert json.loads((base / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == [2, end]

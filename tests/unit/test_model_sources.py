@@ -303,6 +303,50 @@ def test_missing_shard_is_told(tmp_path: Path) -> None:
         load(sharded)
 
 
+def test_other_weight_files_beside_the_models_are_not_read(folder: Path, tmp_path: Path) -> None:
+    """As transformers does: model.safetensors alone, before an index that may be older, and no variant."""
+    expected = logits_of(load(folder).model)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(zeros, folder / "model_ema.safetensors")
+    save_file(zeros, folder / "model.fp16.safetensors")
+    older = make_model(tmp_path / "older", "llama", seed=1, max_shard_size="100KB")
+    for file in older.glob("*.safetensors*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    assert torch.equal(logits_of(load(folder).model), expected)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.testing.assert_close(logits_of(theirs), expected)
+
+
+def test_weight_files_of_which_none_is_the_models_are_named(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    load(folder)  # the only one there is
+    (folder / "weights_ema.safetensors").write_bytes((folder / "weights.safetensors").read_bytes())
+    with pytest.raises(ModelError, match=r"holds weights\.safetensors, weights_ema\.safetensors, and neither"):
+        load(folder)
+    sharded = make_model(folder.parent / "sharded", "llama", max_shard_size="100KB")
+    (sharded / "model.safetensors.index.json").unlink()
+    assert len([*sharded.glob("*.safetensors")]) > 1
+    load(sharded)
+
+
+def test_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path: Path) -> None:
+    """Programs take either; the same twice is one."""
+    folder = make_model(tmp_path / "model", "llama-tied")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    load(folder)
+    tensors["lm_head.weight"][-1] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lm_head\.weight.* which differ, though config\.json .*tie_word_embeddings"):
+        load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    model = load(folder).model
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
 def test_missing_tensor_is_named(folder: Path) -> None:
     change_tensors(folder, lambda tensors: {name: t for name, t in tensors.items() if "1.mlp.up_proj" not in name})
     with pytest.raises(ModelError, match=r"lacks 1 tensors .*model.layers.1.mlp.up_proj.weight"):
@@ -321,6 +365,19 @@ def test_tokenizer_of_another_model_is_refused(tmp_path: Path, rows: int) -> Non
     small = make_model(tmp_path / "small", "llama", vocab_size=rows)
     with pytest.raises(ModelError, match=f"token ids up to 100, but the model's embedding has {rows} rows"):
         check_vocabulary(small, load_tokenizer(small, ModelConfig()))
+
+
+def test_token_that_only_pads_needs_no_row(tmp_path: Path) -> None:
+    """One added for padding alone, one id beyond the embedding, is replaced by one that the model has."""
+    small = make_model(tmp_path / "small", "llama", vocab_size=101)
+    tokenizer = load_tokenizer(small, ModelConfig())
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 101
+    check_vocabulary(small, tokenizer)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    tokenizer.add_tokens(["another"])
+    with pytest.raises(ModelError, match=r"added to the tokenizer alone \('\[PAD\]', 'another'\)"):
+        check_vocabulary(small, tokenizer)
 
 
 def test_embedding_with_a_row_for_the_highest_id_is_large_enough(tmp_path: Path) -> None:

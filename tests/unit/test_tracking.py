@@ -126,10 +126,20 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "qdora.tracking"]
 
 
-@pytest.mark.parametrize("options", [{"is_main": False}, {"kind": TrackerKind.none}, {}])
-def test_null_tracker_records_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
-    if not options:
-        monkeypatch.setenv("WANDB_MODE", "disabled")
+@pytest.mark.parametrize(
+    ("options", "environment"),
+    [
+        ({"is_main": False}, {}),
+        ({"kind": TrackerKind.none}, {}),
+        ({}, {"WANDB_MODE": "disabled"}),
+        ({}, {"WANDB_DISABLED": "true"}),
+    ],
+)
+def test_null_tracker_records_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     tracker = start(tmp_path / "run", resume_id="abc", **options)
     tracker.log({"loss": 1.0}, step=1)
     tracker.log_adapter(tmp_path)

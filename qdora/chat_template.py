@@ -1,4 +1,4 @@
-"""Which characters of a rendered conversation its assistant said, exactly, whatever the chat template.
+"""Chat templates: conversations as texts, and which characters of one its assistant said, exactly.
 
 What is learned of a turn is all that a model has to say after the prompt that generation gives it: the words, a thought
 or a tool call as the template writes them, and the end of the turn. Where the template marks that itself
@@ -96,6 +96,14 @@ def shows_calls(message: dict[str, Any], tokenizer: Any) -> bool:
     return shows is None or "n" in shows
 
 
+def turn_ends(tokenizer: Any) -> set[int]:
+    """The ids of the tokens with which the chat template ends an assistant turn, the last one or another."""
+    plain = _Shape(True, False, ())
+    edges, ends = _edges(tokenizer, tokenizer.chat_template, plain), _ends(tokenizer)
+    found = [re.search(f"({'|'.join(map(re.escape, ends))})\\s*$", text) for text in edges.endings] if any(ends) else []
+    return {int(tokenizer.convert_tokens_to_ids(token[1])) for token in found if token}
+
+
 def _marked(messages: list[dict[str, Any]], tools: Any, tokenizer: Any) -> list[Span]:
     """By the template's own marks, each with the end of its turn and without the prompt for it."""
     (text,), (marks,) = render_jinja_template(
@@ -171,7 +179,9 @@ class _Edges:
     starts: tuple[tuple[str, int], ...] = ()
     """Text that ends where the first sentinel begins, and how much of it the model says: an empty thought, say."""
     tail: str = ""
-    """What follows the last sentinel up to the end of the turn."""
+    """What follows the last sentinel up to the end of the turn, where that is the same everywhere."""
+    endings: tuple[str, ...] = ()
+    """The same at the end of a conversation, and within."""
     shows: frozenset[str] | None = None
     """Letters of the sentinels that are there at all: c for the words, r for a thought, n for a call; None: unknown."""
 
@@ -217,7 +227,8 @@ def _edges(tokenizer: Any, template: str | None, shape: _Shape) -> _Edges:
             break
         tail += piece
     ordered = tuple(sorted(starts, key=lambda start: -len(start[0])))
-    return _Edges(header, ordered, tail.rstrip(), frozenset(found[1] for found in places))
+    endings = (tail,) if tail.strip() else tuple(_leading(text, _ends(tokenizer)) for text in (ending, following))
+    return _Edges(header, ordered, tail.rstrip(), endings, frozenset(found[1] for found in places))
 
 
 def _shared(text: str, other: str, tokens: Sequence[str]) -> int:
