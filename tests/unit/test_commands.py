@@ -122,6 +122,13 @@ def test_what_hydra_means_something_by_stays_hydras(given: str, expected: str | 
     assert values.data.eval == expected
 
 
+def test_the_last_of_several_values_counts() -> None:
+    for first, last in (("a,b", "'c,d'"), ("'c,d'", "a,b")):
+        values = compose("train", ["model.path=m", f"data.train={first}", f"data.train={last}"])
+        assert values is not None
+        assert values.data.train == last.strip("'")
+
+
 @pytest.mark.parametrize("command", ["merge", "evaluate"])
 @pytest.mark.parametrize("given", ["a/b", "'a/b'", '"a/b"'])
 def test_folder_of_an_adapter_is_no_choice_of_a_group(command: str, given: str) -> None:
