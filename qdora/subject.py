@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TextIO
 
 from qdora.adapter import peft_format
+from qdora.adapter.trained_over import find_quant
 from qdora.config import (
     AdapterConfig,
     AdapterMethod,
@@ -13,7 +14,6 @@ from qdora.config import (
     ModelConfig,
     ParallelConfig,
     QuantConfig,
-    QuantMethod,
 )
 from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
@@ -81,7 +81,8 @@ def find_subject(config: EvaluateConfig | ChatConfig, used: str, hints: TextIO |
     if config.adapter is None:
         return Subject(config.model, config.quant, AdapterConfig(method=AdapterMethod.none))
     adapter = peft_format.read_config(Path(config.adapter))
-    if config.quant.method is QuantMethod.none:
+    quant, is_known = find_quant(Path(config.adapter), config.quant)
+    if not is_known:
         hint = f"adapter={config.adapter} is {used} over unquantised weights; trained over NF4? add quant=nf4"
         print(hint, file=hints)
-    return Subject(config.model, config.quant, adapter)
+    return Subject(config.model, quant, adapter)

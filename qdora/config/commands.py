@@ -73,6 +73,11 @@ def given_options(group: ModelConfig | QuantConfig | DataConfig, usual: Any) -> 
     return {name: getattr(group, name) for name in named | changed(group, usual).keys()}
 
 
+def group_given(group: ModelConfig | QuantConfig | DataConfig, usual: Any) -> bool:
+    """Whether the command line names the group or one of its options, or one differs from `usual`."""
+    return _GROUPS[type(group)] in _given.get() or bool(given_options(group, usual))
+
+
 def overlaid(stored: T, given: T) -> T:
     """A run's own group of options with what `given` sets."""
     return replace(stored, **given_options(given, type(given)()))
@@ -171,7 +176,8 @@ class MergeConfig:
     adapter: str | None = None
     """Folder of an adapter in PEFT format."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    quant: QuantConfig = field(default_factory=QuantConfig)
+    quant: QuantConfig = field(default_factory=lambda: QuantConfig(method=QuantMethod.none))
+    """What the base of `adapter` was quantised to while it was trained, where its folder does not say so."""
     output: str | None = None
     """Folder to write; it must not exist, or hold the same merge, finished or begun."""
     base: MergeBase = MergeBase.nf4
@@ -201,7 +207,7 @@ class MergeConfig:
             self.adapter is None or self.model.path is not None, "adapter=DIR needs model.path=... (its base model)"
         )
         if self.run is not None:
-            refuse_settled(self.model, self.quant, QuantConfig(), free={"model.path"})
+            refuse_settled(self.model, self.quant, QuantConfig(method=QuantMethod.none), free={"model.path"})
         require(bool(self.output), "output is not set: give the folder to write")
         require(0 < self.max_shard_gib < 2**20, f"max_shard_gib is {self.max_shard_gib}; it must be above 0 and finite")
         require(self.held_out != "", "held_out is empty: give a data file, or leave it out")

@@ -79,6 +79,8 @@ def _facts(parts: Parts, record: dict[str, Any]) -> list[list[str]]:
         trained_over += ", block scales in 8 bits"
     if parts.quant.embeddings:
         trained_over += ", embedding and head too"
+    if not parts.is_known:
+        trained_over = "not known"
     rows = [
         ["Base", f"`{parts.model.path}`" + (f" at {parts.model.revision}" if parts.model.revision else "")],
         ["Method", adapter.method.name],

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdora.adapter import peft_format
+from qdora.adapter.trained_over import find_quant
 from qdora.config import AdapterConfig, DataConfig, MergeConfig, ModelConfig, QuantConfig
 from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
@@ -27,6 +28,8 @@ class Parts:
     """The run that trained the adapter, where that is known."""
     data: DataConfig
     """The run's data options, or the usual ones."""
+    is_known: bool = True
+    """Whether `quant` is known to be what the adapter was trained over."""
 
     @property
     def is_stored_in_4_bits(self) -> bool:
@@ -42,13 +45,20 @@ class Parts:
         """
         if config.run is None:
             run, data = None, DataConfig()
-            model, quant, folder = config.model, config.quant, Path(str(config.adapter))
+            model, folder = config.model, Path(str(config.adapter))
         else:
             run = RunFolder(Path(config.run))
             stored = run.read_config()
             model, quant, data = overlaid(stored.model, config.model), stored.quant, stored.data
             folder = run.finished_adapter()
-        base = model_folder(model)
+        base, is_known = model_folder(model), True
+        if run is None:
+            quant, is_known = find_quant(folder, config.quant, base)
+        if not is_known:
+            print(
+                f"nothing says what the adapter in {folder} was trained over: it is merged into the base as it is "
+                "stored. If it was trained over NF4 (QLoRA), quant=nf4 merges it into what it was trained over"
+            )
         if run is not None:
             try:
                 run.check_base(base)
@@ -56,4 +66,4 @@ class Parts:
                 if config.model.path is None:
                     raise
                 print(f"{error} (right where that one was stored in 4 bits and this one is what it was made from)")
-        return cls(base, model, quant, folder, peft_format.read_config(folder), run, data)
+        return cls(base, model, quant, folder, peft_format.read_config(folder), run, data, is_known)

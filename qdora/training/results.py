@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from qdora import checkpoint, parallel
 from qdora.adapter import peft_format
+from qdora.adapter.trained_over import write_note
 from qdora.config import AdapterMethod, RunConfig
 from qdora.device_memory import memory_gib
 from qdora.errors import CheckpointError
@@ -49,6 +50,8 @@ def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str,
             export_model(loaded, folder.model, base, world)
         elif ended:
             peft_format.save(loaded.model, folder.adapter, loaded.adapter, str(config.model.path), loaded.dtype, world)
+            if world.is_main:
+                write_note(folder.adapter, config.quant)
     peaks = parallel.gather(world, memory_gib(world))
     own_bytes, total_bytes = weight_bytes(loaded.model)
     all_bytes = parallel.gather(world, own_bytes)

@@ -4,10 +4,12 @@ import io
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qdora import commands, generation
 from qdora.adapter import peft_format
 from qdora.adapter.dora import adapted_layers, switched_off
+from qdora.adapter.trained_over import NOTE, write_note
 from qdora.config import (
     AdapterConfig,
     AdapterMethod,
@@ -83,6 +86,7 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = RunFolder(tmp_path_factory.mktemp("runs") / "run")
     loaded = adapted(tiny, QuantMethod.nf4)
     peft_format.save(loaded.model, folder.adapter, loaded.adapter, str(tiny), torch.float32, WORLD)
+    write_note(folder.adapter, QuantConfig())
     config = RunConfig(model=ModelConfig(path=str(tiny), dtype=Dtype.float32), data=DataConfig(train="t"))
     folder.start(config, 0)
     return folder.path
@@ -182,10 +186,17 @@ def test_run_and_adapter_over_its_base_give_the_tuned_answer(
 
 
 def test_adapter_over_unquantised_weights_is_hinted_at_beside_the_answer(
-    tiny: Path, run: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    expected = said(capsys, run=str(run), prompt="Hello", max_new_tokens=2)
     config = GenerateConfig(model=model_of(tiny), adapter=str(run / "adapter"), prompt="Hello", max_new_tokens=2)
-    generate(config)
+    generate(config)  # its folder says what it was trained over
+    out, err = capsys.readouterr()
+    assert out == expected
+    assert "unquantised" not in err
+    unknown = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    (unknown / NOTE).unlink()
+    generate(replace(config, adapter=str(unknown)))
     out, err = capsys.readouterr()
     assert "is used over unquantised weights; trained over NF4? add quant=nf4" in err
     assert "unquantised" not in out

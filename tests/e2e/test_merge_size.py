@@ -133,9 +133,9 @@ def copy_s(source: Path, target: Path) -> float:
 def merge_s(base: Path, adapter: Path, output: Path, *options: str) -> tuple[float, int]:
     """Seconds of `qdora merge` from its start to its end, and the most memory it had resident."""
     forget(base)
-    command = [*launcher(1), "-m", "qdora", "merge", f"adapter={adapter}", f"model.path={base}", f"output={output}"]
+    command = [*launcher(1), "-m", "qdora", "merge", f"adapter={adapter}", f"model.path={base}", "quant=nf4"]
     started = time.perf_counter()
-    process = psutil.Popen([*command, "verify=false", *options])
+    process = psutil.Popen([*command, f"output={output}", "verify=false", *options])
     peak = 0
     while process.poll() is None:
         with process.oneshot():

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qdora.adapter import peft_format
+from qdora.adapter.trained_over import NOTE, write_note
 from qdora.commands import run as command
 from qdora.config import AdapterConfig, AdapterMethod, DataConfig, ModelConfig, QuantConfig, QuantMethod, RunConfig
 from qdora.model import writer
@@ -58,6 +59,7 @@ def make_run(folder: Path, output: Path, adapter: AdapterConfig, quant: QuantMet
     data = output / "data.jsonl"
     texts = ["the quick brown fox", "jumps over the lazy dog", "0123456789", "qdora merges"]
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_note(run.adapter, QuantConfig(method=quant))
     config = RunConfig(
         model=ModelConfig(path=str(folder)),
         quant=QuantConfig(method=quant),
@@ -361,6 +363,36 @@ def test_same_output_for_another_scaling_or_quantisation_is_refused(
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 3}))
     assert merge(*arguments) == 2
     assert "holds another merge: adapter" in capsys.readouterr().err
+
+
+def test_adapter_is_merged_into_what_it_was_trained_over_where_that_is_known(
+    base: Path, tmp_path: Path, capsys: Told
+) -> None:
+    """By its note, by what is said, or by a base in 4 bits; else into the base as it is stored, and that is told."""
+    weights = {}
+    for quant in (QuantMethod.nf4, QuantMethod.none):
+        run = make_run(base, tmp_path / f"run-{quant.name}", AdapterConfig(method=AdapterMethod.lora, rank=4), quant)
+        over = [f"adapter={run}/adapter", f"model.path={base}", "verify=false"]
+        assert merge(*over, f"output={tmp_path}/noted-{quant.name}") == 0
+        assert "nothing says" not in capsys.readouterr().out
+        (run / "adapter" / NOTE).unlink()
+        assert merge(*over, f"output={tmp_path}/said-{quant.name}", f"quant={quant.name}") == 0
+        assert "nothing says" not in capsys.readouterr().out
+        assert merge(*over, f"output={tmp_path}/unknown-{quant.name}") == 0
+        told = capsys.readouterr().out
+        assert "nothing says what the adapter in" in told
+        assert "quant=nf4 merges it into what it was trained over" in told
+        for name in ("noted", "said", "unknown"):
+            output = tmp_path / f"{name}-{quant.name}"
+            weights[name, quant] = load_file(output / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+            card = (output / "README.md").read_text()
+            known = {"noted": quant.name, "said": quant.name, "unknown": "unknown"}[name]
+            over_what = {"nf4": "NF4, block scales in 8 bits", "none": "as stored", "unknown": "not known"}[known]
+            assert f"| Base weights while training | {over_what} |" in card
+        assert torch.equal(weights["noted", quant], weights["said", quant])
+    # The two runs have the same adapter.
+    assert torch.equal(weights["unknown", QuantMethod.nf4], weights["noted", QuantMethod.none])
+    assert not torch.equal(weights["noted", QuantMethod.nf4], weights["noted", QuantMethod.none])
 
 
 def test_base_that_failed_its_own_verification_marks_nothing_else(run: Path, base: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from qdora.config import (
     ParallelConfig,
     Plan,
     QuantConfig,
+    QuantMethod,
     RunConfig,
     TrainConfig,
 )
@@ -152,7 +153,10 @@ def test_experiment_composes_and_overlays(name: str) -> None:
         ),
         (
             lambda: MergeConfig(
-                run="r", output="o", model=ModelConfig(revision="v"), quant=QuantConfig(strict=True, double_quant=False)
+                run="r",
+                output="o",
+                model=ModelConfig(revision="v"),
+                quant=QuantConfig(method=QuantMethod.none, strict=True, double_quant=False),
             ),
             r"^model\.revision, quant\.double_quant, quant\.strict: run=DIR decides that; leave it out",
         ),

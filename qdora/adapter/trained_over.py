@@ -1,0 +1,46 @@
+"""What an adapter was trained over: a note beside PEFT's two files, which say the base's name and nothing of NF4."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from qdora.config import QuantConfig, QuantMethod
+from qdora.config.commands import changed, group_given
+from qdora.files import read_json, write_durably
+
+NOTE = "trained_over.json"
+
+
+def write_note(folder: Path, quant: QuantConfig) -> None:
+    """Says beside an adapter what its base was quantised to."""
+    values = {**asdict(quant), "method": quant.method.name}
+    write_durably(folder / NOTE, json.dumps({"quant": values}, indent=2) + "\n")
+
+
+def read_note(folder: Path) -> QuantConfig | None:
+    """What the note says; None where there is none, or none that can be read."""
+    values = read_json(folder / NOTE).get("quant")
+    try:
+        return None if values is None else QuantConfig(**{**values, "method": QuantMethod[values["method"]]})
+    except (TypeError, KeyError):
+        return None
+
+
+def find_quant(adapter: Path, given: QuantConfig, base: Path | None = None) -> tuple[QuantConfig, bool]:
+    """What the base of an adapter is quantised to, and whether that is known to be what it was trained over.
+
+    Args:
+        given: what the user says, which counts if it was said, or is not what is usual (`none`); options of NF4 alone
+            say NF4.
+        base: folder of the base model, which may be stored in 4 bits; None where it is not looked at.
+    """
+    usual = QuantConfig(method=QuantMethod.none)
+    if changed(given, usual).keys() - {"method"}:
+        return replace(given, method=QuantMethod.nf4), True
+    if group_given(given, usual):
+        return given, True
+    noted = read_note(adapter)
+    if noted is not None:
+        return noted, True
+    in_4_bits = base is not None and "quantization_config" in read_json(base / "config.json")
+    return QuantConfig(method=QuantMethod.nf4) if in_4_bits else given, in_4_bits
