@@ -140,8 +140,9 @@ class DataConfig:
     """`messages`, `instruction` (instruction, input, output), `completion` (prompt, completion) or `text`."""
     max_length: int = 1024
     """Tokens a sample at most; with packing, tokens a row."""
-    overlong: Overlong = Overlong.truncate
-    """What happens to a sample above `max_length`; counts are reported."""
+    overlong: Overlong = Overlong.auto
+    """What happens to a sample above `max_length`; counts are reported. `split` cuts a text into samples, each token of
+    which is learned once; `auto` is that for the format `text`, and `truncate` for the others."""
     reasoning: Reasoning = Reasoning.keep
     """What becomes of the thoughts of assistant turns (`reasoning_content`): in earlier turns `keep` leaves it to the
     chat template whether they are shown."""

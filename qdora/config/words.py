@@ -53,6 +53,8 @@ class DataFormat(Enum):
 
 
 class Overlong(Enum):
+    auto = "auto"
+    split = "split"
     truncate = "truncate"
     drop = "drop"
 

@@ -37,6 +37,7 @@ class DataReport:
     num_tokens: int = 0
     num_label_tokens: int = 0
     num_truncated: int = 0
+    num_split: int = 0
     num_dropped_overlong: int = 0
     num_dropped_without_labels: int = 0
     fingerprint: str = ""
@@ -52,6 +53,7 @@ class DataReport:
         )
         for count, what in (
             (self.num_truncated, "truncated"),
+            (self.num_split, "cut into several"),
             (self.num_dropped_overlong, "dropped as too long"),
             (self.num_dropped_without_labels, "dropped without a token to learn"),
         ):
@@ -175,24 +177,41 @@ def _samples(config: DataConfig, source: str, tokenizer: Any, report: DataReport
             report.num_dropped_without_labels += 1
             told.add(f"left out: {str(nothing).removeprefix(row.where).lstrip(': ')}", row.where)
             continue
-        if len(ids) > config.max_length:
+        length, step = config.max_length, config.max_length
+        if len(ids) > length:
             if config.overlong is Overlong.drop:
                 report.num_dropped_overlong += 1
-                told.add(f"left out: longer than data.max_length={config.max_length}", row.where)
+                told.add(f"left out: longer than data.max_length={length}", row.where)
                 continue
-            report.num_truncated += 1
-            told.add(f"cut to data.max_length={config.max_length}", row.where)
-            ids, learned = ids[: config.max_length], learned[: config.max_length]
-        num_labels = sum(learned[1:])
-        if not num_labels:
-            report.num_dropped_without_labels += 1
-            told.add("left out: no token to learn is left of it", row.where)
-            continue
-        report.num_samples += 1
-        report.num_tokens += len(ids)
-        report.num_label_tokens += num_labels
-        yield ids, learned, row.where
+            if _is_split(config.overlong, form):
+                step = length - 1  # the last token of a sample is the first of the next, which learns what follows it
+                report.num_split += 1
+                told.add(f"cut into samples of data.max_length={length} tokens", row.where)
+            else:
+                report.num_truncated += 1
+                told.add(f"cut to data.max_length={length}", row.where)
+                ids, learned = ids[:length], learned[:length]
+        for start in range(0, max(1, len(ids) - 1), step):
+            some, of_these = ids[start : start + length], learned[start : start + length]
+            num_labels = sum(of_these[1:])
+            if not num_labels:
+                report.num_dropped_without_labels += 1
+                told.add("left out: no token to learn is left of it", row.where)
+                continue
+            report.num_samples += 1
+            report.num_tokens += len(some)
+            report.num_label_tokens += num_labels
+            yield some, of_these, row.where
     report.notes = told.lines()
+
+
+def _is_split(overlong: Overlong, form: DataFormat) -> bool:
+    if overlong is Overlong.split and form is not DataFormat.text:
+        raise DataError(
+            f"data.overlong=split cuts texts, and a sample of the format {form.name} is a question and its answer: use "
+            "truncate or drop, or raise data.max_length"
+        )
+    return overlong is Overlong.split or (overlong is Overlong.auto and form is DataFormat.text)
 
 
 def _tokenise(config: DataConfig, source: str, tokenizer: Any, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """A run from start to end: data, model, resume, training, and what it leaves in its folder."""
 
 import hashlib
+import math
 import os
 import secrets
 import time
@@ -52,6 +53,10 @@ class Recomputation:
     kind: ActivationCheckpointing
     need: StepBytes
     told: str
+
+
+FEW_STEPS = 20
+"""Updates with which a run begins to learn."""
 
 
 def train(config: RunConfig) -> int:
@@ -343,6 +348,35 @@ def _resume(trainer: Trainer, path: Path, manifest: Manifest, fingerprints: dict
     trainer.guard.load_state_dict(manifest.guard)
 
 
+def few_steps(config: RunConfig, num_rows: int, num_ranks: int) -> str | None:
+    """Says so where a run has too few updates to learn much, with what gives it more; None where it has enough.
+
+    Nothing is said of a run whose length the user has set.
+
+    Args:
+        num_rows: of an epoch, on all ranks.
+    """
+    train = config.train
+    epochs = train.num_epochs or 1.0
+
+    def steps(num_batches: int, epochs: float) -> int:
+        return max(1, math.ceil(epochs * math.ceil(num_rows / (num_ranks * train.micro_batch_size * num_batches))))
+
+    now = steps(train.num_accumulation_steps, epochs)
+    if now >= FEW_STEPS or train.num_steps is not None:
+        return None
+    smaller = [number for number in range(1, train.num_accumulation_steps + 1) if steps(number, epochs) >= FEW_STEPS]
+    num_batches, more_epochs = max(smaller, default=1), epochs
+    while steps(num_batches, more_epochs) < FEW_STEPS:
+        more_epochs += epochs
+    options = [f"train.num_accumulation_steps={num_batches}"] if num_batches != train.num_accumulation_steps else []
+    options += [f"train.num_epochs={more_epochs:g}"] if more_epochs != epochs else []
+    return (
+        f"{now} step{'s' if now > 1 else ''} for {epochs:g} pass{'es' if epochs > 1 else ''} over the data: few to "
+        f"learn from; {' '.join(options)} gives {steps(num_batches, more_epochs)}"
+    )
+
+
 def _announce(config: RunConfig, world: World, loaded: LoadedModel, data: list[TokenDataset], trainer: Trainer) -> None:
     trainable = num_trainable(loaded)
     plan = config.parallel.plan.name if world.size > 1 else Plan.none.name
@@ -354,6 +388,9 @@ def _announce(config: RunConfig, world: World, loaded: LoadedModel, data: list[T
     for name, dataset, more in zip(("train:", "eval: "), data, (packed, ""), strict=False):
         first, *notes = dataset.report.describe().splitlines()
         print("\n".join([f"{name} {first}{more}", *notes]))
+    few = few_steps(config, trainer.train_loader.num_rows, world.size)
+    if few:
+        print(few)
     if trainer.tracker.notice:
         print(trainer.tracker.notice)
     if trainer.step:

@@ -303,6 +303,33 @@ def test_long_samples_are_dropped_and_counted(source: Path, config: DataConfig) 
     assert data.lengths.max() <= 20
 
 
+@pytest.mark.parametrize("size", [5, 64, 65, 127, 128, 500])
+def test_long_text_is_cut_into_samples_each_token_of_which_is_learned_once(
+    tmp_path: Path, config: DataConfig, size: int
+) -> None:
+    text = "".join(chr(97 + index % 26) for index in range(size))
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"text": text}) + "\n")
+    tokenizer = make_tokenizer()
+    whole = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+    for overlong in (Overlong.auto, Overlong.split):
+        data = prepare(replace(config, overlong=overlong), str(file), tokenizer)
+        learned = [int(label) for index in range(len(data)) for label in data[index][1] if label >= 0]
+        assert learned == whole[1:]
+        assert data.lengths.max() <= config.max_length
+        assert (data.report.num_split, data.report.num_truncated) == (int(len(whole) > config.max_length), 0)
+        assert all(data.where(index) == f"{file} line 1" for index in range(len(data)))
+    cut = prepare(replace(config, overlong=Overlong.truncate), str(file), tokenizer)
+    assert cut.lengths.tolist() == [min(len(whole), config.max_length)]
+
+
+def test_question_is_not_split(tmp_path: Path, config: DataConfig) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "completion": "b" * 90}) + "\n")
+    with pytest.raises(DataError, match=r"data\.overlong=split cuts texts"):
+        prepare(replace(config, overlong=Overlong.split), str(file), make_tokenizer())
+
+
 def test_sample_whose_answer_was_cut_off_is_dropped_and_counted(tmp_path: Path, config: DataConfig) -> None:
     file = tmp_path / "data.jsonl"
     rows = [{"prompt": "a" * 90, "completion": "b"}, {"prompt": "a", "completion": "b"}]
@@ -333,7 +360,7 @@ def test_sample_tells_its_place_whatever_was_dropped_before_it(tmp_path: Path, c
     first.write_text("\n".join([rows[0], "", *rows[1:]]) + "\n")
     second.write_text(f"[{rows[2]}, {rows[1]}, {rows[3]}]")
     places = [f"{first} line 1", f"{first} line 4", f"{first} line 5", f"{second} row 1", f"{second} row 3"]
-    for overlong in Overlong:
+    for overlong in (Overlong.auto, Overlong.truncate, Overlong.drop):
         for _ in ("made", "read again"):
             data = prepare(replace(config, overlong=overlong), str(tmp_path / "data"), make_tokenizer())
             assert [data.where(index) for index in range(len(data))] == places
