@@ -10,15 +10,15 @@ and all of it put together again must be the conversation as it is. That takes t
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, takewhile
 from typing import Any
 
-import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qdora.errors import DataError
+from qdora.errors import DataError, first_line
 
 DEFAULT_TEMPLATE = (
     "{{ bos_token or '' }}{% if tools %}{{ '### Tools:\n' + (tools | tojson) + '\n\n' }}{% endif %}"
@@ -37,22 +37,30 @@ class Unclear(Exception):
     """A template renders other turns differently with a sentinel in one."""
 
 
+def template_of(tokenizer: Any, tools: Any = None) -> str:
+    """The chat template of a tokenizer, which may have several, or `DEFAULT_TEMPLATE`."""
+    given = tokenizer.chat_template
+    if isinstance(given, dict):
+        given = given.get("tool_use" if tools and "tool_use" in given else "default")
+    return given or DEFAULT_TEMPLATE
+
+
 def render(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, where: str, prompt: bool = False) -> str:
     """The text that the chat template, or `DEFAULT_TEMPLATE`, makes of the turns; `prompt`: up to the next answer.
 
     Raises:
         DataError: the template refuses them.
     """
+    return _render(messages, tools, tokenizer, template_of(tokenizer, tools), where, prompt)
+
+
+def _render(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, template: str, where: str, prompt: bool) -> str:
     try:
         return tokenizer.apply_chat_template(  # type: ignore[no-any-return]
-            messages,
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            chat_template=None if tokenizer.chat_template else DEFAULT_TEMPLATE,
+            messages, tools=tools, tokenize=False, add_generation_prompt=prompt, chat_template=template
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"{where} does not fit the model's chat template: {error}") from None
+    except Exception as error:  # whatever a template's own code raises
+        raise DataError(f"{where} does not fit the model's chat template: {first_line(error)}") from None
 
 
 def assistant_spans(
@@ -64,65 +72,83 @@ def assistant_spans(
         DataError: the template refuses the conversation, does not show what is to be learned, or shows it in a way that
             cannot be told from the rest.
     """
-    whole = render(messages, tools, tokenizer, where)
-    template = tokenizer.chat_template
-    marked = _marked(messages, tools, tokenizer) if isinstance(template, str) and _MARKS.search(template) else []
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if marked and all(learned[index] for index in turns):
-        return whole, marked
+    whole, template = render(messages, tools, tokenizer, where), template_of(tokenizer, tools)
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and _says(message)]
     spans = _found(whole, messages, turns, tools, tokenizer, where)
     wanted = [span for span, index in zip(spans, turns, strict=True) if learned[index]]
-    if marked:
-        wanted = [mark for mark in marked if any(start < mark[1] and mark[0] < end for start, end in wanted)]
+    if _MARKS.search(template):
+        wanted = _marked(wanted, _marks(messages, tools, tokenizer, template))
     return whole, wanted
 
 
-def with_thoughts_shown(messages: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
-    """The turns, their thoughts within the words, as `<think>`, where the template has no place of its own for them."""
-    shown = []
-    for message in messages:
-        thought = message.get("reasoning_content")
-        shows = _edges(tokenizer, tokenizer.chat_template, _shape(message)).shows if thought else None
-        if shows is not None and "r" not in shows:
-            own = {key: value for key, value in message.items() if key not in ("reasoning_content", "thinking")}
-            message = own | {"content": f"<think>\n{thought}\n</think>\n\n{message['content']}"}
-        shown.append(message)
-    return shown
-
-
-def shows_calls(message: dict[str, Any], tokenizer: Any) -> bool:
-    """Whether the template shows what a turn calls."""
-    shows = _edges(tokenizer, tokenizer.chat_template, _shape(message)).shows
-    return shows is None or "n" in shows
+def _says(message: dict[str, Any]) -> bool:
+    return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
 
 
 def turn_ends(tokenizer: Any) -> set[int]:
     """The ids of the tokens with which the chat template ends an assistant turn, the last one or another."""
-    plain = _Shape(True, False, ())
-    edges, ends = _edges(tokenizer, tokenizer.chat_template, plain), _ends(tokenizer)
+    edges, ends = _edges(tokenizer, template_of(tokenizer), _Shape(True, False, ())), _ends(tokenizer)
     found = [re.search(f"({'|'.join(map(re.escape, ends))})\\s*$", text) for text in edges.endings] if any(ends) else []
     return {int(tokenizer.convert_tokens_to_ids(token[1])) for token in found if token}
 
 
-def _marked(messages: list[dict[str, Any]], tools: Any, tokenizer: Any) -> list[Span]:
-    """By the template's own marks, each with the end of its turn and without the prompt for it."""
-    (text,), (marks,) = render_jinja_template(
+def ends_with_a_token(text: str, tokenizer: Any) -> bool:
+    """Whether a text ends with a token that is no text of somebody's."""
+    return any(token and text.endswith(token) for token in _ends(tokenizer))
+
+
+def with_thoughts_shown(messages: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """The turns, their thoughts within the words, as `<think>`, where the template has no place of its own for them.
+
+    A template that cuts thoughts out of words gets none.
+    """
+    template, shown = template_of(tokenizer), []
+    for message in messages:
+        thought = message.get("reasoning_content")
+        shows = _edges(tokenizer, template, _shape(message)).shows if thought else None
+        if shows is not None and "r" not in shows:
+            message = {key: value for key, value in message.items() if key not in ("reasoning_content", "thinking")}
+            if not _cuts_thoughts(tokenizer, template):
+                message |= {"content": f"<think>\n{thought}\n</think>\n\n{message['content']}"}
+        shown.append(message)
+    return shown
+
+
+@lru_cache(maxsize=16)
+def _cuts_thoughts(tokenizer: Any, template: str) -> bool:
+    words = "<think>\nqdorathought\n</think>\n\nqdoraword"
+    turns = [{"role": "user", "content": "qdorauser"}, {"role": "assistant", "content": words}]
+    try:
+        return "qdorathought" not in _render(turns, None, tokenizer, template, "a short conversation", False)
+    except DataError:
+        return False
+
+
+def shows_calls(message: dict[str, Any], tokenizer: Any, tools: Any) -> bool:
+    """Whether the template shows what a turn calls."""
+    shows = _edges(tokenizer, template_of(tokenizer, tools), _shape(message)).shows
+    return shows is None or "n" in shows
+
+
+def _marks(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, template: str) -> list[Span]:
+    """What the template itself marks as said."""
+    _, (marks,) = render_jinja_template(
         [messages],
         tools=tools,
-        chat_template=tokenizer.chat_template,
+        chat_template=template,
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    ends = _ends(tokenizer)
-    header = _edges(tokenizer, tokenizer.chat_template, _Shape(True, False, ())).header
-    spans = []
-    for start, end in marks:
-        start += len(header) if text.startswith(header, start) else 0
-        said = text[start:end].rstrip()
-        if said and not any(said.endswith(token) for token in ends):
-            end += len(_leading(text[end:], ends))
-        spans.append((start, start + len(text[start:end].rstrip())))
-    return [(start, end) for start, end in spans if end > start]
+    return [(start, end) for start, end in marks]
+
+
+def _marked(turns: list[Span], marks: list[Span]) -> list[Span]:
+    """Of each turn what is marked of it, to its end; all of a turn without a mark."""
+    spans: list[Span] = []
+    for start, end in turns:
+        own = [(max(start, first), min(end, last)) for first, last in marks if first < end and start < last]
+        spans += [*own[:-1], (own[-1][0], end)] if own else [(start, end)]
+    return spans
 
 
 @lru_cache(maxsize=16)
@@ -174,8 +200,6 @@ def _shape(message: dict[str, Any]) -> _Shape:
 class _Edges:
     """How a template encloses turns of a shape."""
 
-    header: str = ""
-    """What it adds to ask for an answer."""
     starts: tuple[tuple[str, int], ...] = ()
     """Text that ends where the first sentinel begins, and how much of it the model says: an empty thought, say."""
     tail: str = ""
@@ -186,22 +210,25 @@ class _Edges:
     """Letters of the sentinels that are there at all: c for the words, r for a thought, n for a call; None: unknown."""
 
 
-_SAID = re.compile(r"qdorasaid([crn])")
+_SAID = re.compile(r"qdorasaid([crn])", re.IGNORECASE)
 
 
 @lru_cache(maxsize=256)
-def _edges(tokenizer: Any, template: str | None, shape: _Shape) -> _Edges:
-    """By short conversations; `template` is the tokenizer's, which somebody may change."""
+def _edges(tokenizer: Any, template: str, shape: _Shape) -> _Edges:
+    """By short conversations, with a system turn where the template wants one."""
+    for opening in ([], [{"role": "system", "content": "qdorasystem"}]):
+        with suppress(DataError):
+            return _edges_after(opening, tokenizer, template, shape)
+    return _Edges()
 
+
+def _edges_after(opening: list[dict[str, Any]], tokenizer: Any, template: str, shape: _Shape) -> _Edges:
     def text(*turns: dict[str, Any], prompt: bool = False) -> str:
-        return render([*turns], None, tokenizer, "a short conversation", prompt)
+        return _render([*opening, *turns], None, tokenizer, template, "a short conversation", prompt)
 
     question, said = {"role": "user", "content": "qdorauser1"}, shape.blank("qdorasaid")
-    try:
-        asked, prompt = text(question), text(question, prompt=True)
-        last = text(question, said)
-    except DataError:  # a template that wants more than that
-        return _Edges()
+    asked, prompt = text(question), text(question, prompt=True)
+    last = text(question, said)
     try:
         inner = text(question, said, *shape.following())
     except DataError:
@@ -209,7 +236,7 @@ def _edges(tokenizer: Any, template: str | None, shape: _Shape) -> _Edges:
     header = prompt[len(asked) :] if prompt.startswith(asked) else ""
     places = [*_SAID.finditer(last)]
     if not places:
-        return _Edges(header, shows=frozenset())
+        return _Edges(shows=frozenset())
     after_user = prompt.rfind("qdorauser1") + len("qdorauser1")
     starts = set()
     for rendered in (last, inner):
@@ -228,7 +255,7 @@ def _edges(tokenizer: Any, template: str | None, shape: _Shape) -> _Edges:
         tail += piece
     ordered = tuple(sorted(starts, key=lambda start: -len(start[0])))
     endings = (tail,) if tail.strip() else tuple(_leading(text, _ends(tokenizer)) for text in (ending, following))
-    return _Edges(header, ordered, tail.rstrip(), endings, frozenset(found[1] for found in places))
+    return _Edges(ordered, tail.rstrip(), endings, frozenset(found[1].lower() for found in places))
 
 
 def _shared(text: str, other: str, tokens: Sequence[str]) -> int:
@@ -252,16 +279,19 @@ def _found(
     whole: str, messages: list[dict[str, Any]], turns: list[int], tools: Any, tokenizer: Any, where: str
 ) -> list[Span]:
     """Of each assistant turn, by sentinels."""
+    if not turns:
+        return []
     word = "qdoraturn"
-    while word in whole:
+    while word in whole.lower():
         word += "x"
     shapes = [_shape(messages[index]) for index in turns]
     blanks = [
         messages[index] | shape.blank(f"{word}{number}z")
         for number, (index, shape) in enumerate(zip(turns, shapes, strict=True))
     ]
-    edges = [_edges(tokenizer, tokenizer.chat_template, shape) for shape in shapes]
-    sentinel = re.compile(rf"{word}(\d+)z[crn]")
+    template = template_of(tokenizer, tools)
+    edges = [_edges(tokenizer, template, shape) for shape in shapes]
+    sentinel = re.compile(rf"{word}(\d+)z[crn]", re.IGNORECASE)
 
     def rendered(is_blank: Callable[[int], bool]) -> "_Rendered":
         some = list(messages)

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from qdora.config import QuantConfig, QuantMethod
-from qdora.config.commands import changed, group_given
+from qdora.config.commands import changed, given_options
 from qdora.files import read_json, write_durably
 
 NOTE = "trained_over.json"
@@ -37,7 +37,7 @@ def find_quant(adapter: Path, given: QuantConfig, base: Path | None = None) -> t
     usual = QuantConfig(method=QuantMethod.none)
     if changed(given, usual).keys() - {"method"}:
         return replace(given, method=QuantMethod.nf4), True
-    if group_given(given, usual):
+    if given_options(given, usual):
         return given, True
     noted = read_note(adapter)
     if noted is not None:

@@ -41,8 +41,8 @@ TEXTS = ("prompt", "system")
 _FOR_HYDRA = re.compile(r"-|[+~]*hydra\b")
 """What an argument begins with that only Hydra's own command line takes."""
 _TEXT_KINDS = (str, list)
-_OF_GRAMMAR = re.compile(r"""$|null$|\?\?\?$|.*\$\{|\[?\s*['"]|\{|\[\[|\[.*['"{]""")
-"""A value of Hydra's own grammar: nothing, quotes, interpolations, a dictionary."""
+_OF_GRAMMAR = re.compile(r"""$|(?i:null)$|\?\?\?$|.*\$\{|.*\\[\\()\[\]{}:=,\s]|\[?\s*['"]|\{|\[\[|\[.*['"{]""")
+"""A value of Hydra's own grammar: nothing, quotes, escapes, interpolations, a dictionary."""
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 

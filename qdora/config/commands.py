@@ -69,13 +69,10 @@ def naming(options: Iterable[str]) -> Iterator[None]:
 
 def given_options(group: ModelConfig | QuantConfig | DataConfig, usual: Any) -> dict[str, Any]:
     """The options of a group that the command line names, or that differ from those of `usual`."""
-    named = {item.name for item in fields(group) if f"{_GROUPS[type(group)]}.{item.name}" in _given.get()}
-    return {name: getattr(group, name) for name in named | changed(group, usual).keys()}
-
-
-def group_given(group: ModelConfig | QuantConfig | DataConfig, usual: Any) -> bool:
-    """Whether the command line names the group or one of its options, or one differs from `usual`."""
-    return _GROUPS[type(group)] in _given.get() or bool(given_options(group, usual))
+    name, given = _GROUPS[type(group)], _given.get()
+    named = {item.name for item in fields(group) if f"{name}.{item.name}" in given}
+    named |= {item.name for item in fields(group) if item.name == "method" and name in given}  # quant=nf4
+    return {option: getattr(group, option) for option in named | changed(group, usual).keys()}
 
 
 def overlaid(stored: T, given: T) -> T:

@@ -126,6 +126,7 @@ CHANGES_LEARNING = frozenset(
 )
 """Keys whose loss changes what is learned."""
 
+PREFERENCES = {"chosen", "rejected"}
 LENIENT = DataConfig(unknown_keys=UnknownKeys.warn)
 
 
@@ -177,6 +178,13 @@ def text_of(row: Row, key: str, form: DataFormat) -> str:
     return value
 
 
+def without_ignored(row: Row, config: DataConfig) -> Row:
+    """The row without the keys of `data.ignore_keys`."""
+    if config.ignore_keys and row.values.keys() & {*config.ignore_keys}:
+        return Row({key: value for key, value in row.values.items() if key not in config.ignore_keys}, row.where)
+    return row
+
+
 def is_conversational(row: Row) -> bool:
     """Whether prompt and completion are lists of turns, as TRL writes them."""
     return isinstance(row.values.get("prompt"), list) and isinstance(row.values.get("completion"), list)
@@ -188,10 +196,10 @@ def check_keys(row: Row, form: DataFormat, config: DataConfig, told: Told) -> No
     Raises:
         DataError: one of them changes what is learned, and `data.unknown_keys` is `error`.
     """
-    if {"chosen", "rejected"} <= row.values.keys():
+    if row.values.keys() >= PREFERENCES and config.unknown_keys is UnknownKeys.error:
         raise DataError(
             f"{row.where} has a chosen and a rejected answer: these are preferences, and qdora learns from answers. "
-            "Keep the chosen one as messages, or as the output of an instruction"
+            "data.ignore_keys=[chosen,rejected] trains on what else the row has"
         )
     _check(row.values, _ROW_KEYS[form], "", row.where, config, told)
 
@@ -256,7 +264,8 @@ def _is_pair(pair: Any) -> bool:
 def _turn(turn: Any, where: str, config: DataConfig, told: Told) -> tuple[dict[str, Any], bool]:
     """A turn as templates take it, and whether it is learned."""
     said = {key: value for key, value in turn.items() if key not in config.ignore_keys} if _is_object(turn) else {}
-    role, content = said.get("role", said.get("from")), said.get("content", said.get("value"))
+    role = said.get("role") or said.get("from")
+    content = said["value"] if said.get("content") is None and "value" in said else said.get("content")
     named = _ROLES.get(role) if isinstance(role, str) else None
     if named is None:
         raise DataError(
@@ -267,12 +276,16 @@ def _turn(turn: Any, where: str, config: DataConfig, told: Told) -> tuple[dict[s
     message: dict[str, Any] = {"role": named}
     calls = said.get("tool_calls") or ([said["function_call"]] if said.get("function_call") else [])
     if role == "function_call" and is_text(content):
-        calls, content = _written_call(content), "" if _written_call(content) else content
+        calls = _written_call(content)
+        if calls:
+            content = ""
+        else:
+            told.add("a function_call turn that is not the JSON of calls is learned as a text", where)
     thought = next((said[key] for key in _REASONING if said.get(key)), None)
     if isinstance(content, list):
         content, own_thought = _joined(content, where)
         thought = thought or own_thought
-    if content is None and (calls or named == "tool"):
+    if content is None and named in ("assistant", "tool") and {"content", "value", "tool_calls"} & said.keys():
         content = ""
     if named == "tool" and isinstance(content, dict):
         content = json.dumps(content, ensure_ascii=False)
@@ -326,10 +339,10 @@ def _written_call(text: str) -> list[Any]:
     """The calls in the JSON text of a ShareGPT turn; none where it is something else."""
     try:
         parsed = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return []
     calls = parsed if isinstance(parsed, list) else [parsed]
-    return calls if all(_is_object(call) and "name" in call for call in calls) else []
+    return calls if all(_is_object(call) and {"name", "function"} & call.keys() for call in calls) else []
 
 
 def _calls(calls: Any, turn: Any, where: str) -> list[dict[str, Any]]:
@@ -348,7 +361,7 @@ def _call(call: dict[str, Any], where: str, config: DataConfig, told: Told) -> d
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments) if arguments.strip() else {}
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             parsed = None
         arguments = parsed if _is_object(parsed) else arguments
     made = {
@@ -384,8 +397,10 @@ def _tools(row: Row) -> list[Any] | None:
         return None
     try:
         parsed = json.loads(tools) if isinstance(tools, str) else tools
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{row.where}: tools is not JSON: {error}") from None
+    if parsed is None:
+        return None
     if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
         raise DataError(f"{row.where}: tools must be a list of objects, this is {parsed!r:.60}")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed]

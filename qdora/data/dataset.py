@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qdora.chat_template import DEFAULT_TEMPLATE
 from qdora.config import DataConfig, DataFormat, Overlong
-from qdora.data.conversation import Told
+from qdora.data.conversation import Told, without_ignored
 from qdora.data.encode import NothingToLearn, detect, encode
 from qdora.data.sources import data_files, fingerprint, load_rows
 from qdora.errors import DataError
@@ -129,12 +129,9 @@ def _cache_folder(config: DataConfig) -> Path:
 
 
 def _held_out(config: DataConfig, source: str) -> list[Path]:
-    """The files of `data.eval` that lie in the folder which is trained on, resolved; they are not trained on."""
-    if source != config.train or config.eval in (None, source) or not Path(source).expanduser().is_dir():
-        return []
-    folder = Path(source).expanduser().resolve()
-    files = [file.resolve() for file in data_files(str(config.eval))]
-    return [file for file in files if file.is_relative_to(folder)]
+    """The files of `data.eval`, where `source` is the folder that is trained on; they are not trained on."""
+    is_folder = source == config.train and config.eval not in (None, source) and Path(source).expanduser().is_dir()
+    return data_files(str(config.eval)) if is_folder else []
 
 
 def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
@@ -164,9 +161,11 @@ def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
 def _samples(config: DataConfig, source: str, tokenizer: Any, report: DataReport) -> Iterator[tuple[Any, Any, str]]:
     """Ids, mask and place of each sample that stays; counts and notes in `report`."""
     form, told, held_out = config.format, Told(), _held_out(config, source)
-    for file in held_out:
-        told.add("not trained on, as data.eval holds it out", str(file))
-    for row in load_rows(source, config.limit, held_out):
+    for file in data_files(source) if held_out else []:
+        if any(file.samefile(other) for other in held_out):
+            told.add("not trained on, as data.eval holds it out", str(file))
+    for given in load_rows(source, config.limit, held_out):
+        row = without_ignored(given, config)
         if form is DataFormat.auto:
             form = detect(row)
             report.format = form.name

@@ -13,19 +13,29 @@ tokenizer's chat template; a base model without one gets `DEFAULT_TEMPLATE`. `qd
 characters an assistant said, and the tokenizer's offsets which tokens those are.
 """
 
+import json
 from typing import Any
 
-from qdora.chat_template import Span, assistant_spans, render, shows_calls, with_thoughts_shown
+from qdora.chat_template import (
+    Span,
+    assistant_spans,
+    ends_with_a_token,
+    render,
+    shows_calls,
+    with_thoughts_shown,
+)
 from qdora.config import DataConfig, DataFormat
 from qdora.data.conversation import (
     KEYS,
     LENIENT,
+    PREFERENCES,
     Conversation,
     Told,
     check_keys,
     conversation,
     is_conversational,
     text_of,
+    without_ignored,
 )
 from qdora.data.sources import Row
 from qdora.errors import DataError
@@ -54,6 +64,11 @@ def detect(row: Row) -> DataFormat:
     ):
         if needed <= keys:
             return found
+    if keys >= PREFERENCES:
+        raise DataError(
+            f"{row.where} has a chosen and a rejected answer and nothing else: qdora learns from answers, not from "
+            "preferences"
+        )
     accepted = "; ".join(f"{form.name}: {names}" for form, names in KEYS.items())
     raise DataError(f"{row.where} has the keys {sorted(keys)}; accepted are {accepted}")
 
@@ -73,6 +88,7 @@ def encode(
             that nothing reads, or does not fit the chat template.
     """
     config, told = config or LENIENT, told or Told()
+    row = without_ignored(row, config)
     check_keys(row, form, config, told)
     if form in (DataFormat.text, DataFormat.completion):
         *prompts, learned = ("text",) if form is DataFormat.text else ("prompt", "completion")
@@ -97,7 +113,7 @@ def encode_prompt(row: Row, form: DataFormat, tokenizer: Any, config: DataConfig
         end = [tokenizer.eos_token_id]
         # Some tokenizers end every text, and after an end nothing would come.
         return ids[:-1] if ids[-1:] == end != plain[-1:] else ids
-    given = conversation(row, form, config)
+    given = conversation(row if config is None else without_ignored(row, config), form, config)
     messages = with_thoughts_shown(given.messages, tokenizer)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
@@ -111,8 +127,8 @@ def reference(row: Row, form: DataFormat) -> str:
         return ""
     if form is DataFormat.completion:
         return text_of(row, "completion", form)
-    answers = [turn["content"] for turn in conversation(row, form).messages if turn["role"] == "assistant"]
-    return str(answers[-1]) if answers else ""
+    last = conversation(row, form).messages[-1]
+    return str(last["content"]) if last["role"] == "assistant" else ""
 
 
 def with_answer(row: Row, form: DataFormat, answer: str) -> Row:
@@ -123,7 +139,11 @@ def with_answer(row: Row, form: DataFormat, answer: str) -> Row:
     elif form is DataFormat.completion:
         values["completion"] = answer
     else:
-        messages = conversation(row, form).messages
+        given = conversation(row, form)
+        messages = [
+            turn if learned or turn["role"] != "assistant" else turn | {"weight": 0}
+            for turn, learned in zip(given.messages, given.learned, strict=True)
+        ]
         if messages[-1]["role"] == "assistant":
             messages.pop()
         messages.append({"role": "assistant", "content": answer})
@@ -134,31 +154,46 @@ def with_answer(row: Row, form: DataFormat, answer: str) -> Row:
 def _encode_chat(given: Conversation, tokenizer: Any, where: str, told: Told) -> Encoded:
     messages = with_thoughts_shown(given.messages, tokenizer)
     for index, message in enumerate(messages):
-        if message.get("tool_calls") and not shows_calls(message, tokenizer):
+        if message.get("tool_calls") and not shows_calls(message, tokenizer, given.tools):
             raise DataError(
                 f"{where}: turn {index + 1} calls a tool, and the model's chat template does not show tool calls: give "
                 "the model a template that does (chat_template.jinja in its folder), or leave such rows out"
             )
     whole, spans = assistant_spans(messages, given.learned, given.tools, tokenizer, where)
-    _tell_what_is_not_shown(messages, given.tools, whole, where, told)
+    _tell_what_is_not_shown(given, whole, where, told)
+    if not all(ends_with_a_token(whole[:end], tokenizer) for _, end in spans):
+        told.add("no token ends a turn in the model's chat template, so an answer is not taught to end", where)
     return _tokenize(whole, spans, tokenizer, special_tokens=False)
 
 
-def _tell_what_is_not_shown(
-    messages: list[dict[str, Any]], tools: list[Any] | None, whole: str, where: str, told: Told
-) -> None:
-    for message in messages:
-        role = message["role"]
-        if message["content"].strip() not in whole:
-            what = "all that an assistant turn says (a thought, say)" if role == "assistant" else f"a {role} turn"
-            told.add(f"the model's chat template does not show {what}", where)
-        thought = message.get("reasoning_content")
-        if thought and thought.strip() not in whole:
-            told.add("the model's chat template does not show the thought of an assistant turn", where)
-    if any(
-        str(tool["function"].get("name", "")) not in whole for tool in tools or [] if isinstance(tool["function"], dict)
-    ):
-        told.add("the model's chat template does not show the tools", where)
+def _tell_what_is_not_shown(given: Conversation, whole: str, where: str, told: Told) -> None:
+    missing: dict[str, None] = {}  # each once a row, as what is not there is searched in all of it
+    position = 0
+    for message in given.messages:
+        role, thought = message["role"], message.get("reasoning_content")
+        words = "all that an assistant turn says (a thought, say)" if role == "assistant" else f"a {role} turn"
+        for what, text in ((words, message["content"]), ("the thought of an assistant turn", thought)):
+            if text and what not in missing:
+                found = _place(text.strip(), whole, position)
+                if found is None:
+                    missing[what] = None
+                elif what == words:
+                    position = found
+    tools = [tool["function"] for tool in given.tools or [] if isinstance(tool["function"], dict)]
+    if any(str(tool.get("name", "")) not in whole for tool in tools):
+        missing["the tools"] = None
+    for what in missing:
+        told.add(f"the model's chat template does not show {what}", where)
+
+
+def _place(text: str, whole: str, after: int) -> int | None:
+    """Where a text ends in the whole, as it is or as JSON writes it; from a place on, or before it."""
+    for form in dict.fromkeys((text, json.dumps(text, ensure_ascii=False)[1:-1])):
+        for first in (after, 0):
+            place = whole.find(form, first)
+            if place >= 0:
+                return place + len(form)
+    return None
 
 
 def _encode_plain(prompt: str, learned: str, tokenizer: Any) -> Encoded:

@@ -8,6 +8,7 @@ A row keeps where it came from, so that an error can say which line of which fil
 what they need when it is needed, as it takes every rank most of a second.
 """
 
+import codecs
 import csv
 import functools
 import gzip
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qdora.errors import DataError
+from qdora.files import read_json
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _SAVED = ".arrow"
@@ -47,7 +49,7 @@ def data_files(source: str, without: Collection[Path] = ()) -> list[Path]:
     """The files that `source` names, sorted; empty where it is a hub id.
 
     Args:
-        without: files, resolved, that are not taken from a folder.
+        without: files that are not taken from a folder, by whatever name or link.
 
     Raises:
         DataError: there is no such file or folder, or nothing in it that can be read.
@@ -61,24 +63,22 @@ def data_files(source: str, without: Collection[Path] = ()) -> list[Path]:
         if (path / "dataset_dict.json").is_file():
             splits = ", ".join(str(split) for split in sorted(path.iterdir()) if split.is_dir())
             raise DataError(f"{source} is a data set with several splits: name one of them ({splits})")
-        return _files_of(path, {*without})
+        return _files_of(path, without)
     name = source.partition("#")[0].partition(":")[0]
     if source.startswith(("/", ".", "~")) or name.count("/") > 1 or _kind(Path(source)):
         raise DataError(f"no such data file or folder: {source}")
     return []
 
 
-def _files_of(folder: Path, without: set[Path]) -> list[Path]:
-    is_saved = (folder / "state.json").is_file()
-    files = []
-    for file in sorted(folder.rglob("*")):
+def _files_of(folder: Path, without: Collection[Path]) -> list[Path]:
+    files = [folder / str(entry.get("filename")) for entry in read_json(folder / "state.json").get("_data_files", [])]
+    for file in [] if files else sorted(folder.rglob("*")):
         is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        is_data = file.suffix == _SAVED if is_saved else bool(_kind(file)) and file.name not in _ABOUT
-        if is_data and not is_hidden and file.is_file():
+        if not is_hidden and _kind(file) not in ("", _SAVED) and file.name not in _ABOUT and file.is_file():
             files.append(file)
     if not files:
         raise DataError(f"the folder {folder} holds no {', '.join(SUFFIXES)} (or .gz of one)")
-    left = [file for file in files if not without or file.resolve() not in without]
+    left = [file for file in files if not any(file.samefile(other) for other in without)]
     if not left:
         raise DataError(f"the folder {folder} holds nothing but what data.eval holds out")
     return left
@@ -162,16 +162,29 @@ def _is_a_list(file: Path, kind: str) -> bool:
     if kind not in (".json", ".jsonl"):
         return False
     with _open(file) as stream:
-        first = next((line for line in stream if line.strip()), b"")
-    if first.lstrip().startswith(b"[") or kind == ".jsonl":
-        return bool(first.lstrip().startswith(b"["))
+        lines = (line for line in stream if line.strip())
+        first, is_alone = next(lines, b""), next(lines, None) is None
+    if kind == ".json" and is_alone:
+        return True  # a list, an object that holds one, or a row
+    begins = first.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    return begins == b"[" or (kind == ".json" and not _is_json(first))
+
+
+def _is_json(line: bytes) -> bool:
     try:
-        row = json.loads(first)
-    except ValueError:
-        return True  # an object over several lines, or a file that is broken
-    with _open(file) as stream:  # a row, unless it is all there is, and a list of rows by a name
-        is_alone = sum(1 for line in stream if line.strip()) == 1
-    return is_alone and isinstance(row, dict) and not {"messages", "conversations"} & row.keys()
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _is_row(values: dict[str, Any]) -> bool:
+    """Whether an object is a row, and not one that holds a list of rows."""
+    for key in ("messages", "conversations"):
+        turns = values.get(key)
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict) and {"role", "from"} & turns[0].keys():
+            return True
+    return any(needed <= values.keys() for needed in ({"instruction", "output"}, {"prompt", "completion"}, {"text"}))
 
 
 def _jsonl_rows(file: Path) -> Iterator[Row]:
@@ -223,9 +236,11 @@ def _list_rows(file: Path) -> Iterator[Row]:
         content = stream.read()
     try:
         loaded = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from None
-    if isinstance(loaded, dict):
+    if isinstance(loaded, dict) and _is_row(loaded):
+        loaded = [loaded]
+    elif isinstance(loaded, dict):
         lists = [value for value in loaded.values() if isinstance(value, list)]
         loaded = lists[0] if len(lists) == 1 else None
     if not isinstance(loaded, list):
@@ -243,6 +258,8 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8: {error}") from None
+    except (ValueError, RecursionError) as error:  # digits, or brackets, without end
+        raise DataError(f"{where} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise DataError(f"{where}: a row is a JSON object with named fields, this is {values!r:.60}")
     return values

@@ -34,7 +34,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_SHARD = re.compile(r"-\d+-of-\d+(?=\.safetensors$)")
+_SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 _CHUNK_BYTES = 2**25
 _FINGERPRINT_BYTES = 1024
 """Of each tensor."""
@@ -136,16 +136,22 @@ def _unnamed(folder: Path) -> list[Path]:
     """The weight files of a folder that has none of the usual names: all shards of one set, or the only file.
 
     Raises:
-        ModelError: several files that are no set.
+        ModelError: several files that are no set, a set that is not complete, or an adapter alone.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    sets = {_SHARD.sub("", file.name) for file in files if _SHARD.search(file.name)}
-    if len(files) > 1 and not (len(sets) == 1 and all(_SHARD.search(file.name) for file in files)):
+    found = sorted(folder.glob("*.safetensors"))
+    files = [file for file in found if not file.name.startswith("adapter_model")]
+    if found and not files:
+        raise ModelError(f"{folder} holds an adapter and no model: give its base as model.path, and adapter={folder}")
+    shards = [_SHARD.search(file.name) for file in files]
+    sizes = {int(shard[1]) for shard in shards if shard}
+    if len(files) > 1 and not (len(sizes) == 1 and all(shards)):
         names = ", ".join(file.name for file in files)
         raise ModelError(
             f"{folder} holds {names}, and neither model.safetensors nor an index says which are the model's weights: "
             "rename the one that is, to model.safetensors"
         )
+    if sizes and {len(files)} != sizes:
+        raise ModelError(f"{folder} holds {len(files)} of {max(sizes)} weight files: download the others")
     return files
 
 

@@ -114,7 +114,15 @@ def test_names_are_taken_as_they_are_written(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("'my data'", "my data"), ('"a,b"', "a,b"), ("null", None), ("${output_dir}/x", "here/x")],
+    [
+        ("'my data'", "my data"),
+        ('"a,b"', "a,b"),
+        ("null", None),
+        ("NULL", None),
+        ("${output_dir}/x", "here/x"),
+        (r"a\,b", "a,b"),
+        (r"my\ data", "my data"),
+    ],
 )
 def test_what_hydra_means_something_by_stays_hydras(given: str, expected: str | None) -> None:
     values = compose("train", ["model.path=m", "data.train=d", "output_dir=here", f"data.eval={given}"])

@@ -1,12 +1,14 @@
 """What of a row becomes a conversation, and what is said of the rest: nothing is dropped in silence."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
+from qdora.chat_template import turn_ends
 from qdora.config import DataConfig, DataFormat, Reasoning, UnknownKeys
 from qdora.data import prepare
 from qdora.data.conversation import CHANGES_LEARNING, HARMLESS, Told, conversation
@@ -51,7 +53,8 @@ def test_answer_that_its_turn_excludes_is_not_learned(flag: str) -> None:
         (answer([{"type": "image_url", "image_url": "x"}]), "a part of a content is a text, and qdora trains on text"),
         (answer("", tool_calls=[{"function": {}}]), "a tool call has a function with a name and arguments"),
         (answer("", tool_calls=["x"]), "tool_calls must be a list of objects"),
-        (answer(None), "a turn has role"),
+        (user("x") | {"content": None}, "a turn has role"),
+        ({"role": "assistant"}, "a turn has role"),
     ],
 )
 def test_turn_that_cannot_be_taken_as_it_is_meant_is_refused(turn: dict[str, Any], message: str) -> None:
@@ -130,19 +133,36 @@ def test_developer_is_a_system_turn_and_parts_are_one_text() -> None:
         ({"prompt": "a", "completion": "b", "label": False}, "label is not read"),
         ({"text": "a", "images": ["x"]}, "images is not read"),
         ({"instruction": "a", "output": "b", "tools": [1]}, "tools is not read"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d"}, "these are preferences"),
     ],
 )
 def test_key_that_changes_what_is_learned_is_refused_or_told(values: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         learned(values)
-    if "preferences" in message:
-        return
     key = message.partition(" ")[0]
     (line,) = told(values, unknown_keys=UnknownKeys.warn)
     assert line.startswith(f"{key} is not read")
     assert line.endswith("(1 time, first in a.jsonl line 7)")
     assert told(values, ignore_keys=[key]) == []
+
+
+def test_preferences_are_refused_but_beside_other_answers() -> None:
+    values = {"messages": TURNS, "chosen": [], "rejected": []}
+    with pytest.raises(DataError, match=r"data\.ignore_keys=\[chosen,rejected\] trains on what else the row has"):
+        learned(values)
+    assert learned(values, ignore_keys=["chosen", "rejected"]) == "4<|im_end|>"
+    with pytest.raises(DataError, match="learns from answers, not from preferences"):
+        detect(Row({"prompt": "a", "chosen": "b", "rejected": "c"}, WHERE))
+
+
+def test_ignored_keys_are_left_out_also_where_they_would_be_read(tmp_path: Path) -> None:
+    values = {"messages": [user("2 + 2?"), answer("4", weight=0)], "system": "Be brief."}
+    row, tokenizer = Row(values, WHERE), tokenizer_of("qwen2_5")
+    ids, _ = encode(row, DataFormat.messages, tokenizer, DataConfig(ignore_keys=["system", "weight"]))
+    assert ids == encode(Row({"messages": TURNS}, WHERE), DataFormat.messages, tokenizer)[0]
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": TURNS, "text": "a"}) + "\n")
+    config = DataConfig(train=str(file), ignore_keys=["messages"], cache_dir=str(tmp_path / "cache"))
+    assert prepare(config, str(file), make_tokenizer()).report.format == "text"
 
 
 def test_other_keys_are_told_and_harmless_or_empty_ones_are_not() -> None:
@@ -207,10 +227,37 @@ def test_rows_are_the_same_through_every_kind_of_file(tmp_path: Path) -> None:
     assert all(some == encoded["a.jsonl"] for some in encoded.values())
 
 
-def test_a_row_alone_in_a_json_file_is_a_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    "row", [{"messages": TURNS}, {"text": "a"}, {"instruction": "i", "output": "o", "history": [["a", "b"]]}]
+)
+def test_a_row_alone_in_a_json_file_is_a_row(tmp_path: Path, row: dict[str, Any], indent: int | None) -> None:
     file = tmp_path / "one.json"
-    file.write_text(json.dumps({"messages": TURNS}) + "\n", encoding="utf-8")
-    assert [row.values for row in load_rows(str(file))] == [{"messages": TURNS}]
+    file.write_text(json.dumps(row, indent=indent) + "\n", encoding="utf-8")
+    assert [found.values for found in load_rows(str(file))] == [row]
+    file.write_text(json.dumps({"conversations": [row, row]}, indent=indent), encoding="utf-8")
+    assert [found.values for found in load_rows(str(file))] == [row, row]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_list_of_rows_may_begin_with_a_mark_of_its_encoding(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + json.dumps([{"text": "a"}, {"text": "b"}]).encode())
+    assert [row.values["text"] for row in load_rows(str(tmp_path / name))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 200_000])
+def test_json_that_python_does_not_read_is_told(tmp_path: Path, name: str, value: str) -> None:
+    (tmp_path / name).write_text('{"text": ' + value + "}\n")
+    with pytest.raises(DataError, match=name):
+        [*load_rows(str(tmp_path / name))]
+
+
+def test_saved_folder_is_read_without_what_was_computed_in_it(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}]).save_to_disk(tmp_path / "saved")
+    datasets.load_from_disk(tmp_path / "saved").map(lambda row: {"text": row["text"] * 2})
+    assert len([*(tmp_path / "saved").glob("*.arrow")]) == 2
+    assert [row.values["text"] for row in load_rows(str(tmp_path / "saved"))] == ["a", "b"]
 
 
 def test_folder_is_read_without_what_is_hidden_or_about_it(tmp_path: Path) -> None:
@@ -234,6 +281,14 @@ def test_held_out_file_in_the_folder_is_not_trained_on(tmp_path: Path) -> None:
     report = prepare(config, str(folder), make_tokenizer()).report
     assert report.num_rows == 1
     assert report.notes == [f"not trained on, as data.eval holds it out (1 time, first in {folder / 'test.jsonl'})"]
+    for link in ("symlink_to", "hardlink_to"):  # as the hub's cache has it
+        outside = tmp_path / f"{link}.jsonl"
+        outside.write_text(json.dumps({"text": "test"}) + "\n", encoding="utf-8")
+        (folder / "test.jsonl").unlink()
+        getattr(folder / "test.jsonl", link)(outside)
+        for named in (folder / "test.jsonl", outside):
+            config = DataConfig(train=str(folder), eval=str(named), cache_dir=str(tmp_path / link))
+            assert prepare(config, str(folder), make_tokenizer()).report.num_rows == 1
     whole = DataConfig(train=str(folder), cache_dir=config.cache_dir)
     assert prepare(whole, str(folder), make_tokenizer()).report.num_rows == 2
     (folder / "train.jsonl").unlink()
@@ -257,3 +312,115 @@ def test_what_the_template_leaves_out_is_told(family: str, name: str, expected: 
 def test_tools_that_the_template_leaves_out_are_told() -> None:
     (line,) = told({"messages": TURNS, "tools": TOOLS}, "chatml")
     assert "does not show the tools" in line
+
+
+@pytest.mark.parametrize("family", ["llama3_1", "gpt_oss"])
+def test_result_that_the_template_writes_as_json_is_shown(family: str) -> None:
+    values = CONVERSATIONS["tools"]
+    result = values["messages"][2] | {"content": '{"time": "14:05"}\n'}
+    assert told(values | {"messages": [*values["messages"][:2], result, values["messages"][3]]}, family) == []
+
+
+def test_absent_values_are_absent() -> None:
+    padded = {"role": None, "from": "human", "content": None, "value": "2 + 2?"}
+    assert learned({"messages": [padded, answer("4")], "tools": "null"}) == "4<|im_end|>"
+    assert learned({"messages": [user("?"), answer(None), user("??"), answer("4")]}) == "4<|im_end|>"
+
+
+def test_other_forms_of_a_written_call_are_calls_or_told() -> None:
+    expected = '<tool_call>\n{"name": "w", "arguments": {}}\n</tool_call><|im_end|>'
+    turns = [{"from": "human", "value": "?"}, {"from": "function_call", "value": '{"function": {"name": "w"}}'}]
+    assert learned({"conversations": turns}) == expected
+    turns[1]["value"] = "{'name': 'w'}"
+    (line,) = told({"conversations": turns})
+    assert line.startswith("a function_call turn that is not the JSON of calls is learned as a text")
+
+
+def with_template(template: str | dict[str, str]) -> Any:
+    """A tokenizer whose turns end with `</s>`."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def shown(tokenizer: Any, turns: list[dict[str, Any]]) -> str:
+    """The learned characters."""
+    ids, mask = encode(Row({"messages": turns}, WHERE), DataFormat.messages, tokenizer)
+    return "".join(tokenizer.decode([token]) for token, one in zip(ids, mask, strict=True) if one)
+
+
+BODY = "{% for m in messages %}{{ m.role + ': ' }}WORDS{{ '</s>' }}{% endfor %}"
+ASK = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+PLAIN = BODY.replace("WORDS", "{{ m.content }}") + ASK
+
+
+def test_tokenizer_with_several_templates_has_the_default_one_read() -> None:
+    tokenizer = with_template({"default": PLAIN, "tool_use": "{{ 'tools' }}" + PLAIN})
+    assert shown(tokenizer, TURNS) == "4</s>"
+    assert {*turn_ends(tokenizer)} == {tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        # The words are marked; what is between them and the end is not; everything is.
+        (
+            BODY.replace("WORDS", "{% generation %}{{ m.content }}{% endgeneration %}{{ m.tool_calls or '' }}") + ASK,
+            "4</s>",
+        ),
+        (BODY.replace("WORDS", "{% generation %}{{ m.content }}{% endgeneration %}{{ ' end' }}") + ASK, "4 end</s>"),
+        ("{% generation %}" + PLAIN + "{% endgeneration %}", "4</s>"),
+        ("{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN, "4</s>"),
+        (PLAIN.replace("m.content", "m.content | trim | capitalize"), "4</s>"),
+        (PLAIN.replace("{{ m.content", "{{ m.role == 'assistant' and '<t></t>' or '' }}{{ m.content"), "<t></t>4</s>"),
+    ],
+)
+def test_odd_templates_learn_what_follows_the_prompt_and_the_end(template: str, expected: str) -> None:
+    tokenizer = with_template(template)
+    turns = [{"role": "system", "content": "s"}, user("2 + 2?"), answer("3", weight=0), user("sure?"), answer("4")]
+    assert shown(tokenizer, turns) == expected
+    assert turn_ends(tokenizer) == {tokenizer.eos_token_id}
+
+
+def test_turn_without_a_mark_is_learned_whole() -> None:
+    call = "{% for c in m.tool_calls or [] %}{{ '<' + c.function.name + '>' }}{% endfor %}"
+    words = "{% if m.content and m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
+    tokenizer = with_template(BODY.replace("WORDS", words + "{{ m.content }}{% endif %}" + call) + ASK)
+    calls = [{"id": "c1", "type": "function", "function": {"name": "w", "arguments": {}}}]
+    turns = [
+        user("?"),
+        answer("", tool_calls=calls),
+        {"role": "tool", "content": "1", "tool_call_id": "c1"},
+        answer("ok"),
+    ]
+    assert shown(tokenizer, turns) == "<w></s>ok</s>"
+
+
+@pytest.mark.parametrize(
+    "code", ["{{ '{x}'.format() }}", "{{ 1 // 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
+)
+def test_template_whose_code_fails_is_one_message(code: str) -> None:
+    with pytest.raises(DataError, match="line 7 does not fit the model's chat template"):
+        shown(with_template(code), TURNS)
+
+
+def test_end_that_is_no_token_is_told() -> None:
+    notes, tokenizer = Told(), with_template(PLAIN.replace("</s>", "\n\n"))
+    encode(Row({"messages": TURNS}, WHERE), DataFormat.messages, tokenizer, DataConfig(), notes)
+    (line,) = notes.lines()
+    assert line.startswith("no token ends a turn in the model's chat template")
+
+
+def test_long_conversations_take_time_in_proportion() -> None:
+    """Also where all answers begin alike, and what the template leaves out is searched."""
+    tokenizer, seconds = tokenizer_of("mistral_v0_3"), []
+    for number in (500, 2000):
+        turns = [{"role": "system", "content": "s" * 200 + " end"}]
+        for index in range(number):
+            turns += [user(f"q{index} " + "a" * 200), answer("a" * 200 + f" {index}")]
+        row = Row({"messages": turns}, WHERE)
+        encode(row, DataFormat.messages, tokenizer)
+        started = time.process_time()
+        encode(row, DataFormat.messages, tokenizer)
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < 10 * seconds[0], "four times the turns"

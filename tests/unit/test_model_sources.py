@@ -325,8 +325,17 @@ def test_weight_files_of_which_none_is_the_models_are_named(folder: Path) -> Non
         load(folder)
     sharded = make_model(folder.parent / "sharded", "llama", max_shard_size="100KB")
     (sharded / "model.safetensors.index.json").unlink()
-    assert len([*sharded.glob("*.safetensors")]) > 1
+    shards = sorted(sharded.glob("*.safetensors"))
+    assert len(shards) > 1
+    (sharded / "adapter_model.safetensors").write_bytes(b"of an adapter")
     load(sharded)
+    shards[0].unlink()
+    with pytest.raises(ModelError, match=f"holds {len(shards) - 1} of {len(shards)} weight files"):
+        load(sharded)
+    for shard in shards[1:]:
+        shard.unlink()
+    with pytest.raises(ModelError, match="holds an adapter and no model"):
+        load(sharded)
 
 
 def test_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path: Path) -> None:
