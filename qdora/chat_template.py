@@ -193,7 +193,8 @@ class _Shape:
 
 def _shape(message: dict[str, Any]) -> _Shape:
     calls = tuple(str(call.get("id", "")) for call in message.get("tool_calls") or [])
-    return _Shape(bool(message["content"]) or not calls, bool(message.get("reasoning_content")), calls)
+    thought = bool(message.get("reasoning_content"))
+    return _Shape(bool(message["content"]) or not (calls or thought), thought, calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +299,7 @@ def _found(
         for number, index in enumerate(turns):
             if is_blank(number):
                 some[index] = blanks[number]
-        return _Rendered(render(some, tools, tokenizer, where), sentinel)
+        return _Rendered(whole if some == messages else render(some, tools, tokenizer, where), sentinel)
 
     ends = _ends(tokenizer)
     try:
