@@ -18,6 +18,7 @@ from qdora import parallel
 from qdora.adapter import peft_format
 from qdora.config import DataConfig, EvaluateConfig, ParallelConfig, Plan, Protocol, QuantMethod
 from qdora.config.commands import overlaid
+from qdora.data.conversation import without_ignored
 from qdora.data.sources import Row, load_rows
 from qdora.device_memory import explaining_shortage
 from qdora.errors import ConfigError, DataError
@@ -226,10 +227,10 @@ def _identity(config: EvaluateConfig, subject: Subject, base: Path, asked: list[
 def _job(config: EvaluateConfig, data: DataConfig, source: str, tokenizer: Any, base: Path) -> Job:
     if config.protocol is Protocol.loss:
         return loss_job(data, source, tokenizer, config.batch_size)
-    rows, ends = _rows(source, data.limit), end_tokens(tokenizer, base)
+    rows, ends = _rows(source, data), end_tokens(tokenizer, base)
     if config.protocol is Protocol.likelihood:
-        return likelihood_job(rows, data.format, tokenizer, config.batch_size, ends)
-    return generate_job(rows, data.format, tokenizer, config.max_new_tokens, ends)
+        return likelihood_job(rows, data, tokenizer, config.batch_size, ends)
+    return generate_job(rows, data, tokenizer, config.max_new_tokens, ends)
 
 
 def _notes(jobs: dict[str, Job], context: int | None) -> Iterator[str]:
@@ -242,8 +243,8 @@ def _notes(jobs: dict[str, Job], context: int | None) -> Iterator[str]:
             yield f"{name}: {count} are longer than the model's context of {context} tokens"
 
 
-def _rows(source: str, limit: int | None) -> list[Row]:
-    rows = list(load_rows(source, limit))
+def _rows(source: str, data: DataConfig) -> list[Row]:
+    rows = [without_ignored(row, data) for row in load_rows(source, data.limit)]
     if not rows:
         raise DataError(f"{source} is empty: it has no row")
     return rows

@@ -14,12 +14,12 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from qdora.config import DataConfig, DataFormat
+from qdora.config import DataConfig, DataFormat, UnknownKeys
 from qdora.data import prepare
 from qdora.data.encode import Encoded, detect, encode, encode_prompt, reference, with_answer
 from qdora.data.sources import Row
@@ -120,7 +120,9 @@ Candidate = tuple[tuple[int, ...], list[tuple[int, int]], int]
 """Of a choice: what the model is given, what is asked of it, and the characters of the answer."""
 
 
-def _candidates(row: Row, form: DataFormat, question: Question, tokenizer: Any, ends: set[int]) -> list[Candidate]:
+def _candidates(
+    row: Row, form: DataFormat, question: Question, tokenizer: Any, ends: set[int], data: DataConfig
+) -> list[Candidate]:
     """Of each choice of a row.
 
     Raises:
@@ -129,7 +131,7 @@ def _candidates(row: Row, form: DataFormat, question: Question, tokenizer: Any, 
     candidates = []
     for choice in question.choices:
         answer = _answer_with(row, form, choice, question.gold)
-        encoded = encode(answer, form, tokenizer)
+        encoded = encode(answer, form, tokenizer, replace(data, unknown_keys=UnknownKeys.warn))
         wanted = _without_end(encoded, ends)
         if not wanted:
             raise DataError(f"{row.where}: the choice {reference(answer, form)!r} has no token of its own")
@@ -156,7 +158,7 @@ def _judged(question: Question, each: list[list[float]], lengths: list[int]) -> 
     }
 
 
-def likelihood_job(rows: list[Row], form: DataFormat, tokenizer: Any, batch_size: int, ends: list[int]) -> Job:
+def likelihood_job(rows: list[Row], data: DataConfig, tokenizer: Any, batch_size: int, ends: list[int]) -> Job:
     """The log-probability of each choice of each row.
 
     Args:
@@ -165,7 +167,7 @@ def likelihood_job(rows: list[Row], form: DataFormat, tokenizer: Any, batch_size
     Raises:
         DataError: a row has no choices, or one without a token of its own.
     """
-    form = detect(rows[0]) if form is DataFormat.auto else form
+    form = detect(rows[0]) if data.format is DataFormat.auto else data.format
     questions, asked = [], []
     for row in rows:
         question = question_of(row)
@@ -175,7 +177,7 @@ def likelihood_job(rows: list[Row], form: DataFormat, tokenizer: Any, batch_size
                 f"with `Answer format: a/b/c` and answer; found {[*row.values]}"
             )
         questions.append(question)
-        asked.append(_candidates(row, form, question, tokenizer, {*ends, *tokenizer.all_special_ids}))
+        asked.append(_candidates(row, form, question, tokenizer, {*ends, *tokenizer.all_special_ids}, data))
 
     def score(loaded: LoadedModel, numbers: Sequence[int]) -> list[Record]:
         # Sequences that are the same are computed once, and asked for all that is wanted of them.
@@ -193,7 +195,7 @@ def likelihood_job(rows: list[Row], form: DataFormat, tokenizer: Any, batch_size
         records = []
         for number in numbers:
             each = [[likely[ids, *one] for one in wanted] for ids, wanted, _ in asked[number]]
-            prompt = tokenizer.decode(encode_prompt(rows[number], form, tokenizer))
+            prompt = tokenizer.decode(encode_prompt(rows[number], form, tokenizer, data))
             judged = _judged(questions[number], each, [length for _, _, length in asked[number]])
             records.append({"where": rows[number].where, "prompt": prompt, **judged})
         return records
@@ -202,10 +204,10 @@ def likelihood_job(rows: list[Row], form: DataFormat, tokenizer: Any, batch_size
     return Job(lengths, _hash(asked, questions), score)
 
 
-def generate_job(rows: list[Row], form: DataFormat, tokenizer: Any, max_new_tokens: int, ends: list[int]) -> Job:
+def generate_job(rows: list[Row], data: DataConfig, tokenizer: Any, max_new_tokens: int, ends: list[int]) -> Job:
     """The greedy answer to each row, and whether it is right."""
-    form = detect(rows[0]) if form is DataFormat.auto else form
-    prompts = [encode_prompt(row, form, tokenizer) for row in rows]
+    form = detect(rows[0]) if data.format is DataFormat.auto else data.format
+    prompts = [encode_prompt(row, form, tokenizer, data) for row in rows]
     golds = [gold_of(row, form) for row in rows]
     questions = [question_of(row) for row in rows]
 

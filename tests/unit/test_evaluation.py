@@ -64,6 +64,7 @@ def score(
     tmp_path: Path,
     protocol: Protocol,
     max_length: int = DataConfig().max_length,
+    ignore_keys: Sequence[str] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluates `rows` and reads what was written."""
@@ -72,7 +73,12 @@ def score(
     dtype = Dtype.bfloat16 if "run" in options else Dtype.float32  # a run has its own, and the default says so
     config = EvaluateConfig(
         model=ModelConfig(path=str(model), dtype=dtype),
-        data=DataConfig(eval=str(file), cache_dir=str(tmp_path / "cache"), max_length=max_length),
+        data=DataConfig(
+            eval=str(file),
+            cache_dir=str(tmp_path / "cache"),
+            max_length=max_length,
+            ignore_keys=[*ignore_keys],
+        ),
         protocol=protocol,
         output_dir=str(tmp_path / "results"),
         **options,
@@ -149,10 +155,24 @@ def test_choices_that_differ_in_their_last_token_share_a_forward(
     rows = [
         Row({"prompt": f"{n}:", "completion": choices[0], "choices": choices, "answer": 0}, f"line {n}") for n in (1, 2)
     ]
-    job = likelihood_job(rows, DataFormat.completion, AutoTokenizer.from_pretrained(model), batch_size=1, ends=[])
+    data, tokenizer = DataConfig(format=DataFormat.completion), AutoTokenizer.from_pretrained(model)
+    job = likelihood_job(rows, data, tokenizer, batch_size=1, ends=[])
     records = job.score(loaded, [0, 1])
     assert len(forwards) == num_forwards
     assert [len(set(record["scores"].values())) for record in records] == [len(choices)] * 2
+
+
+def test_rows_are_asked_without_what_is_ignored(model: Path, tmp_path: Path) -> None:
+    """As they are trained on."""
+    turns = [{"role": "user", "content": "a or b?"}, {"role": "assistant", "content": "a"}]
+    row = {"messages": turns, "choices": ["a", "b"], "answer": "a"}
+    cases = (({}, []), ({"system": "Be brief."}, ["system"]), ({"system": "Be brief."}, []))
+    asked = [
+        score(model, [row | more], tmp_path, Protocol.likelihood, ignore_keys=ignored)["samples"][0]["scores"]
+        for more, ignored in cases
+    ]
+    assert asked[0] == asked[1]
+    assert asked[0] != asked[2]
 
 
 @torch.no_grad()
