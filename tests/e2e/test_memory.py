@@ -63,7 +63,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         *(f"model.path={model}", f"data.train={folder}/rows.jsonl", f"data.cache_dir={folder}/cache"),
         *("adapter.rank=4", "train.num_steps=1", "train.micro_batch_size=64", "train.num_accumulation_steps=1"),
-        *("data.max_length=256", "tracker=none", *QUICK),
+        *("data.max_length=256", "data.overlong=truncate", "tracker=none", *QUICK),
     ]
 
 
