@@ -103,7 +103,8 @@ def test_adapter_is_recorded_as_an_artifact(folder: Path, records: list[dict[str
     (artifact,) = of_type(records, "artifact")
     assert artifact["type"] == "adapter"
     files = {Path(entry["local_path"]) for entry in artifact["manifest"]["contents"]}
-    assert files == {folder / "adapter" / name for name in ("adapter_config.json", "adapter_model.safetensors")}
+    names = ("adapter_config.json", "adapter_model.safetensors", "trained_over.json")
+    assert files == {folder / "adapter" / name for name in names}
 
 
 def test_run_ends_as_a_success(records: list[dict[str, Any]]) -> None:
