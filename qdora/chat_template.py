@@ -1,8 +1,8 @@
 """Chat templates: conversations as texts, and which characters of one its assistant said, exactly.
 
 What is learned of a turn is all that a model has to say after the prompt that generation gives it: the words, a thought
-or a tool call as the template writes them, and the end of the turn. Where the template marks that itself
-(`{% generation %}`), its marks are taken. Else each assistant turn is replaced by a sentinel, and the same conversation
+or a tool call as the template writes them, and the end of the turn; of a turn that the template marks itself
+(`{% generation %}`), what is marked and the end. Each assistant turn is replaced by a sentinel, and the conversation
 rendered four times: as it is, with all turns replaced, and with every second one. What stands between two sentinels
 that enclose a turn, less what stood there with a sentinel in its place, is the turn, without a search for its words;
 and all of it put together again must be the conversation as it is. That takes time linear in the number of turns.
@@ -143,7 +143,7 @@ def _marks(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, template:
 
 
 def _marked(turns: list[Span], marks: list[Span]) -> list[Span]:
-    """Of each turn what is marked of it, to its end; all of a turn without a mark."""
+    """Cuts each turn to what is marked of it, and its end; a turn without a mark stays whole."""
     spans: list[Span] = []
     for start, end in turns:
         own = [(max(start, first), min(end, last)) for first, last in marks if first < end and start < last]
@@ -279,7 +279,7 @@ def _pieces(text: str, tokens: Sequence[str]) -> list[str]:
 def _found(
     whole: str, messages: list[dict[str, Any]], turns: list[int], tools: Any, tokenizer: Any, where: str
 ) -> list[Span]:
-    """Of each assistant turn, by sentinels."""
+    """Finds each assistant turn by sentinels."""
     if not turns:
         return []
     word = "qdoraturn"

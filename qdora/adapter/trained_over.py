@@ -26,6 +26,11 @@ def read_note(folder: Path) -> QuantConfig | None:
         return None
 
 
+def is_stored_in_4_bits(base: Path) -> bool:
+    """Whether a base has no original weights in its folder."""
+    return "quantization_config" in read_json(base / "config.json")
+
+
 def find_quant(adapter: Path, given: QuantConfig, base: Path | None = None) -> tuple[QuantConfig, bool]:
     """What the base of an adapter is quantised to, and whether that is known to be what it was trained over.
 
@@ -42,5 +47,5 @@ def find_quant(adapter: Path, given: QuantConfig, base: Path | None = None) -> t
     noted = read_note(adapter)
     if noted is not None:
         return noted, True
-    in_4_bits = base is not None and "quantization_config" in read_json(base / "config.json")
+    in_4_bits = base is not None and is_stored_in_4_bits(base)
     return QuantConfig(method=QuantMethod.nf4) if in_4_bits else given, in_4_bits

@@ -147,7 +147,7 @@ class DataConfig:
     """What becomes of the thoughts of assistant turns (`reasoning_content`): in earlier turns `keep` leaves it to the
     chat template whether they are shown."""
     unknown_keys: UnknownKeys = UnknownKeys.error
-    """Of a row or a turn, where they may change what is learned; others are told once."""
+    """What becomes of keys of a row or a turn that may change what is learned; others are told once."""
     ignore_keys: list[str] = field(default_factory=list)
     """Keys of rows and turns to leave out without a word."""
     packing: bool = True

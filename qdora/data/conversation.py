@@ -155,7 +155,7 @@ class Conversation:
 
     messages: list[dict[str, Any]]
     learned: list[bool]
-    """Of each turn, whether it is: assistant turns that their row does not exclude and that say something."""
+    """Says whether each turn is: assistant turns that their row does not exclude and that say something."""
     tools: list[Any] | None = None
 
 

@@ -45,8 +45,8 @@ class DataReport:
     notes: list[str] = field(default_factory=list)
     """What a user should hear of: keys that nothing reads, rows that were left out, what the template does not show."""
 
-    def describe(self) -> str:
-        """One line for people, and one for each note."""
+    def describe(self, more: str = "") -> str:
+        """One line for people, which ends with `more`, and one for each note."""
         text = (
             f"{self.source}: {self.num_samples:,} samples ({self.format}), {self.num_tokens:,} tokens, "
             f"{self.num_label_tokens:,} learned"
@@ -58,7 +58,7 @@ class DataReport:
             (self.num_dropped_without_labels, "dropped without a token to learn"),
         ):
             text += f"; {count:,} {what}" if count else ""
-        return "\n  ".join([text, *self.notes])
+        return "\n  ".join([text + more, *self.notes])
 
 
 class TokenDataset:

@@ -95,8 +95,7 @@ def loss_job(data: DataConfig, source: str, tokenizer: Any, batch_size: int) -> 
 
     report = dataset.report
     changed = report.num_truncated + report.num_dropped_overlong + report.num_dropped_without_labels
-    first, *notes = report.describe().splitlines()
-    note = "\n".join([f"{first} (data.max_length={data.max_length})", *notes]) if changed or notes else ""
+    note = report.describe(f" (data.max_length={data.max_length})") if changed or report.notes else ""
     return Job(dataset.lengths.tolist(), dataset.fingerprint, score, note)
 
 

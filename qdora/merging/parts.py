@@ -1,11 +1,10 @@
 """What is merged: a base model, how it was quantised for training, and an adapter."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from qdora.adapter import peft_format
-from qdora.adapter.trained_over import find_quant
+from qdora.adapter.trained_over import find_quant, is_stored_in_4_bits
 from qdora.config import AdapterConfig, DataConfig, MergeConfig, ModelConfig, QuantConfig
 from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
@@ -34,7 +33,7 @@ class Parts:
     @property
     def is_stored_in_4_bits(self) -> bool:
         """Whether the base has no original weights in its folder."""
-        return "quantization_config" in json.loads((self.base / "config.json").read_text(encoding="utf-8"))
+        return is_stored_in_4_bits(self.base)
 
     @classmethod
     def of(cls, config: MergeConfig) -> "Parts":

@@ -386,8 +386,7 @@ def _announce(config: RunConfig, world: World, loaded: LoadedModel, data: list[T
     print(f"ranks: {world.size} on {world.device.type}, {how}; loaded in {loaded.load_s:.1f} s")
     packed = f"; rows {trainer.train_loader.packing_efficiency:.0%} full" if config.data.packing else ""
     for name, dataset, more in zip(("train:", "eval: "), data, (packed, ""), strict=False):
-        first, *notes = dataset.report.describe().splitlines()
-        print("\n".join([f"{name} {first}{more}", *notes]))
+        print(f"{name} {dataset.report.describe(more)}")
     few = few_steps(config, trainer.train_loader.num_rows, world.size)
     if few:
         print(few)
