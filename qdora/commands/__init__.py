@@ -13,10 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -25,8 +25,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qdora import config
-from qdora.commands.explain import check_known, explain, option_kinds
+from qdora.commands.explain import check_known, explain
 from qdora.commands.help import describe
+from qdora.commands.spelling import in_grammar, without_folders
 from qdora.config.commands import naming
 from qdora.errors import EXIT_KEYBOARD, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, QdoraError, nearest
 from qdora.files import output_may_close
@@ -36,14 +37,8 @@ from qdora.waits import check_waits, wait_s
 
 HELP = ("-h", "--help")
 MULTIRUN = {"-m", "--multirun"}
-TEXTS = ("prompt", "system")
-"""Options that are taken as they are written, quotes and all: they hold what people say."""
 _FOR_HYDRA = re.compile(r"-|[+~]*hydra\b")
 """What an argument begins with that only Hydra's own command line takes."""
-_TEXT_KINDS = (str, list)
-_OF_GRAMMAR = re.compile(r"""$|(?i:null)$|\?\?\?$|.*\$\{|.*\\[\\()\[\]{}:=,\s]|\[?\s*['"]|\{|\[\[|\[.*['"{]""")
-"""A value of Hydra's own grammar: nothing, quotes, escapes, interpolations, a dictionary."""
-_INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +94,7 @@ def run(arguments: list[str]) -> int:
                 raise ConfigError(f"-m is a sweep of training runs: qdora train -m ..., there is none of {name}")
             overrides = [override for override in overrides if override not in MULTIRUN]
             if not help_wanted:
-                return load("qdora.commands.sweep:sweep")(overrides)
+                return load("qdora.commands.sweep:sweep")(in_grammar(overrides, config.RunConfig, sweep=True))
         values = compose(name, overrides)
         if values is None:
             return 0
@@ -146,7 +141,7 @@ def compose(name: str, arguments: list[str]) -> DictConfig | None:
     """
     config_class = COMMANDS[name].config_class
     for_hydra = any(_FOR_HYDRA.match(argument) for argument in arguments)
-    arguments, literal = _taken_out(arguments, config_class, as_written=not for_hydra)
+    arguments, folders = without_folders(in_grammar(arguments, config_class), config_class, conf_folder())
     composed: list[DictConfig] = []
     if for_hydra:
         run_hydra(name, arguments, composed.append)
@@ -154,8 +149,8 @@ def compose(name: str, arguments: list[str]) -> DictConfig | None:
         with _schema(name, arguments), hydra.initialize_config_dir(str(conf_folder()), "qdora", version_base="1.3"):
             composed.append(hydra.compose(name, arguments))
     for values in composed:
-        for option, value in literal.items():
-            OmegaConf.update(values, option, value)
+        for option, folder in folders.items():
+            OmegaConf.update(values, option, folder)
     return composed[0] if composed else None
 
 
@@ -187,46 +182,6 @@ def _schema(name: str, arguments: list[str]) -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(explain(error, config_class, conf_folder(), arguments)) from None
-
-
-def _taken_out(
-    arguments: list[str], config_class: type, as_written: bool
-) -> tuple[list[str], dict[str, str | list[str] | None]]:
-    """Takes out what Hydra would misread, or refuse: names with blanks, brackets, commas, letters beyond ASCII.
-
-    That is a plain option with a group's name (`adapter=DIR`) and free text, in quotes or not; with `as_written` also
-    each option that is a text or a list of texts, unless its value is in quotes, `null`, or an interpolation.
-    """
-    hints = get_type_hints(config_class)
-    groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
-    plain = {option for option, hint in hints.items() if option in groups and not is_dataclass(hint)}
-    kinds = {option: kind for option, kind in option_kinds(config_class) if kind in _TEXT_KINDS} if as_written else {}
-    kept: list[str] = []
-    literal: dict[str, str | list[str] | None] = {}
-    for argument in arguments:
-        option, equals, value = argument.lstrip("+").partition("=")
-        literal.pop(option, None)  # the last one counts
-        if equals and option in TEXTS and option in hints:
-            # OmegaConf would look `${name}` up, and takes `???` for a value that is missing.
-            literal[option] = _escaped(value) if value != "???" else "??? "
-        elif equals and option in plain:
-            if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-                value = value[1:-1]
-            literal[option] = None if value == "null" else value
-        elif equals and option == argument.partition("=")[0] and option in kinds and not _OF_GRAMMAR.match(value):
-            if kinds[option] is not list:
-                literal[option] = value
-            elif value.startswith("[") and value.endswith("]"):
-                literal[option] = [part.strip() for part in value[1:-1].split(",") if part.strip()]
-            else:
-                kept.append(argument)
-        else:
-            kept.append(argument)
-    return kept, literal
-
-
-def _escaped(text: str) -> str:
-    return _INTERPOLATION.sub(r"\1\1\\${", text)
 
 
 def typed(values: DictConfig, config_class: type) -> Any:

@@ -1,19 +1,22 @@
 """The command line: what Hydra says becomes one line that helps."""
 
 import logging
-import re
 import shutil
 import sys
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given as whatever
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from qdora import commands
 from qdora.commands import compose, run, typed
 from qdora.commands.explain import _OTHER_WORDS, option_names
 from qdora.commands.help import field_docs
+from qdora.commands.spelling import in_grammar, quoted
 from qdora.config import OptimConfig, RunConfig
 from tests.support.processes import run as run_process
 
@@ -106,10 +109,38 @@ def test_names_are_taken_as_they_are_written(name: str) -> None:
     assert values is not None
     config = typed(values, RunConfig)
     assert (config.model.path, config.data.train, config.output_dir) == (name, name, name)
-    listed = re.sub(r"[,'\[\]{}]", "", name)  # which lists are written with
+    listed = f"'{name}'" if "," in name else name
     values = compose("train", ["model.path=m", "data.train=d", f"data.ignore_keys=[{listed}, other]"])
     assert values is not None
-    assert values.data.ignore_keys == [listed, "other"]
+    assert values.data.ignore_keys == [name, "other"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_in_a_sweep_reach_its_runs_as_they_are_written(name: str) -> None:
+    value = f"'{name}'" if "," in name else name
+    options = in_grammar(
+        [f"data.train={value},other.jsonl", f"data.ignore_keys=[{value}],[a,b]"], RunConfig, sweep=True
+    )
+    train, ignored = ([*OverridesParser.create().parse_override(text).sweep_string_iterator()] for text in options)
+    runs = [[f"data.train={one}", f"data.ignore_keys={two}"] for one, two in zip(train, ignored, strict=True)]
+    values = [compose("train", ["model.path=m", *run_options]) for run_options in runs]
+    read = [(one.data.train, [*one.data.ignore_keys]) for one in values if one is not None]
+    assert read == [(name, [name]), ("other.jsonl", ["a", "b"])]
+
+
+@pytest.mark.parametrize("value", ["choice(a,b)", "glob(*)", "a,b", "qwen3,'x y'"])
+def test_values_of_a_sweep_stay_as_they_are_where_hydra_reads_them(value: str) -> None:
+    assert in_grammar([f"data.train={value}"], RunConfig, sweep=True) == [f"data.train={value}"]
+
+
+@whatever(st.text(max_size=12))
+def test_hydra_reads_what_is_quoted(text: str) -> None:
+    assert OverridesParser.create().parse_override(f"x={quoted(text)}").value() == text
+
+
+def test_names_are_taken_as_they_are_written_beside_hydras_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "model.path=m", "data.train=train (1).jsonl", "--cfg", "job"]) == 0
+    assert OmegaConf.create(capsys.readouterr().out).data.train == "train (1).jsonl"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,108 @@
+"""Options as users write them, in the grammar of Hydra: `data.train=train(1).jsonl` is a file of that name.
+
+Hydra refuses or changes values with brackets, commas, equals signs or letters beyond ASCII, and reads `1e5` as a
+number. Here the value of each option that is a text, or a list of texts, gets the quotes that Hydra wants.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from qdora.commands.explain import option_kinds
+
+TEXTS = ("prompt", "system")
+"""Options that are taken as they are written, quotes and all: they hold what people say."""
+_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_OF_GRAMMAR = re.compile(rf"""(?s:(?i:null)|\?\?\?|.*\$\{{.*|.*\\[\\()\[\]{{}}:=,\s].*|\s*(?:{_QUOTED})\s*|)\Z""")
+"""A value in which Hydra's grammar is meant: nothing, quotes around it, an escape, an interpolation."""
+_PART = re.compile(rf"(?s)\s*({_QUOTED}|[^,]*?)\s*(?:,|\Z)")
+_CALL = re.compile(r"(?:choice|range|interval|glob|shuffle|sort|tag)\(")
+"""Functions of sweeps that make several values."""
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
+
+
+def in_grammar(arguments: list[str], config_class: type, sweep: bool = False) -> list[str]:
+    """Returns the arguments, texts and lists of texts in quotes, unless Hydra's grammar is meant (`${...}`, say).
+
+    Args:
+        sweep: commas stand between values; only values that Hydra would refuse or change get quotes, as the runs of a
+            sweep are named after what is written.
+    """
+    kinds = {option: kind for option, kind in option_kinds(config_class) if kind in (str, list)}
+    written = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        kind = kinds.get(option.lstrip("+") if option.lstrip("+") in TEXTS else option)
+        if not equals or kind is None:
+            written.append(argument)
+            continue
+        if option.lstrip("+") in TEXTS:
+            # OmegaConf would look `${name}` up, and takes `???` for a value that is missing.
+            value = quoted(_INTERPOLATION.sub(r"\1\1\\${", value) if value != "???" else "??? ")
+        elif sweep:
+            value = value if _CALL.match(value) else ",".join(_where_needed(one, kind) for one in _values(value, kind))
+        else:
+            value = _list(value) if kind is list else _text(value)
+        written.append(f"{option}={value}")
+    return written
+
+
+def without_folders(arguments: list[str], config_class: type, conf: Path) -> tuple[list[str], dict[str, str | None]]:
+    """Takes out options that hold a folder and have a group's name (`adapter=DIR`): Hydra would look for a choice."""
+    groups = {folder.name for folder in conf.iterdir() if folder.is_dir()}
+    hints = get_type_hints(config_class)
+    plain = {option for option, hint in hints.items() if option in groups and not is_dataclass(hint)}
+    kept: list[str] = []
+    folders: dict[str, str | None] = {}
+    for argument in arguments:
+        option, equals, value = argument.lstrip("+").partition("=")
+        if equals and option in plain:
+            if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+                value = value[1:-1]
+            folders[option] = None if value == "null" else value
+        else:
+            kept.append(argument)
+    return kept, folders
+
+
+def quoted(text: str) -> str:
+    """Returns a text as Hydra's grammar writes it: quotes around and backslashes before those within."""
+    return "'" + re.sub(r"(\\+)(?='|\Z)", r"\1\1", text).replace("'", r"\'") + "'"
+
+
+def _text(value: str) -> str:
+    return value if _OF_GRAMMAR.match(value) else quoted(value)
+
+
+def _list(value: str) -> str:
+    if not (value.startswith("[") and value.endswith("]")) or re.search(r"\$\{", value):
+        return value
+    return f"[{','.join(_text(part) if part != 'null' else quoted(part) for part in _parts(value[1:-1]) if part)}]"
+
+
+def _parts(value: str) -> Iterable[str]:
+    """What stands between commas that are not in quotes; quotes are those around all of a part."""
+    position = 0
+    while position < len(value):
+        found = _PART.match(value, position)
+        assert found is not None  # the second alternative takes anything up to a comma
+        position = found.end()
+        yield found[1]
+
+
+def _values(value: str, kind: object) -> Iterable[str]:
+    return re.split(r"(?<=\])\s*,\s*(?=\[)", value) if kind is list else _parts(value)
+
+
+def _where_needed(value: str, kind: object) -> str:
+    in_quotes = _list(value) if kind is list else _text(value)
+    try:
+        given, wanted = (OverridesParser.create().parse_override(f"x={text}").value() for text in (value, in_quotes))
+    except HydraException:
+        return in_quotes
+    return value if given == wanted and type(given) is type(wanted) else in_quotes
