@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qdora import config
-from qdora.commands.explain import check_known, explain
+from qdora.commands.explain import check_known, explain, own_yaml
 from qdora.commands.help import describe
 from qdora.commands.spelling import in_grammar, without_folders
 from qdora.config.commands import naming
@@ -149,6 +149,8 @@ def compose(name: str, arguments: list[str]) -> DictConfig | None:
         with _schema(name, arguments), hydra.initialize_config_dir(str(conf_folder()), "qdora", version_base="1.3"):
             composed.append(hydra.compose(name, arguments))
     for values in composed:
+        if OmegaConf.get_type(values) is not config_class:
+            raise ConfigError(own_yaml(name))
         for option, folder in folders.items():
             OmegaConf.update(values, option, folder)
     return composed[0] if composed else None
@@ -181,7 +183,7 @@ def _schema(name: str, arguments: list[str]) -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(explain(error, config_class, conf_folder(), arguments)) from None
+        raise ConfigError(explain(error, name, config_class, conf_folder(), arguments)) from None
 
 
 def typed(values: DictConfig, config_class: type) -> Any:

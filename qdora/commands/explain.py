@@ -84,17 +84,23 @@ def check_known(values: DictConfig, config_class: type, prefix: str = "") -> Non
             check_known(values[key], hints[str(key)], f"{name}.")
 
 
-def explain(error: Exception, config_class: type, conf: Path, arguments: list[str]) -> str:
+def own_yaml(command: str) -> str:
+    """Says what a YAML file of a user's own lacks."""
+    return f"the YAML file of --config-name lacks the options of {command}: it begins with 'defaults: [{command}, _self_]'"
+
+
+def explain(error: Exception, command: str, config_class: type, conf: Path, arguments: list[str]) -> str:
     """One message for an error that composing the command's configuration raised."""
     chain = [error]
     # With OC_CAUSE=1, or under a debugger, OmegaConf makes an error its own cause.
     while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)  # type: ignore[arg-type]
+    is_own = any(re.match(r"--config-name|-cn", argument) for argument in arguments)
     for link in chain:
         if isinstance(link, OverrideParseException):
             return f"{link.override!r} is not an option: write name=value, and quote values with blanks or brackets"
         if isinstance(link, MissingConfigException):
-            return _missing(link, conf)
+            return _missing(link, conf, is_own)
         if isinstance(link, ValidationError):
             return _wrong_value(link)
     text = str(error)
@@ -106,13 +112,18 @@ def explain(error: Exception, config_class: type, conf: Path, arguments: list[st
         return f"{empty}: a group takes the name of one of its choices"
     named = re.search(r"override '([^']+)'", text) or re.search(r"Key '([^']+)'", text)
     if named:
-        return _unknown(named[1].lstrip("+~"), config_class, conf, chain, arguments)
+        name = named[1].lstrip("+~")
+        if is_own and name.partition("=")[0] in option_names(config_class):
+            return own_yaml(command)
+        return _unknown(name, config_class, conf, chain, arguments)
     return text.splitlines()[0]
 
 
-def _missing(error: MissingConfigException, conf: Path) -> str:
+def _missing(error: MissingConfigException, conf: Path, is_own: bool) -> str:
     wanted = str(error.missing_cfg_file or "")
     group, _, name = wanted.rpartition("/")
+    if is_own and not group:
+        return f"--config-name: there is no {name.removesuffix('.yaml')}.yaml in the folder of --config-dir"
     if group in ("hydra/launcher", "hydra/sweeper"):
         return f"{group}={name}: no such choice: joblib and submitit want pip install 'qdora[sweep]'"
     choices = sorted(path.stem for path in (conf / group).glob("*.yaml"))

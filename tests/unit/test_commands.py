@@ -161,6 +161,37 @@ def test_what_hydra_means_something_by_stays_hydras(given: str, expected: str | 
     assert values.data.eval == expected
 
 
+OWN = "defaults: [train, _self_]\n"
+
+
+@pytest.mark.parametrize(
+    ("yaml", "arguments", "message"),
+    [
+        ("optim: {learning_rate: 1e-3}", ["own"], "begins with 'defaults: [train, _self_]'"),
+        ("optim: {learning_rate: 1e-3}", ["own", "data.train=d"], "begins with 'defaults: [train, _self_]'"),
+        (OWN + "optim: {learning_rat: 1e-3}", ["own"], "learning_rat"),
+        (OWN, ["own", "optim.lr=1"], "there is no option optim.lr, did you mean 'optim.learning_rate'?"),
+        (OWN, ["other"], "--config-name: there is no other.yaml in the folder of --config-dir"),
+    ],
+)
+def test_mistake_in_a_yaml_of_ones_own_is_one_line(
+    yaml: str, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.yaml").write_text(yaml, encoding="utf-8")
+    assert run(["train", "--config-dir", str(tmp_path), "--config-name", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_yaml_of_ones_own_is_under_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(OWN + "optim: {learning_rate: 1e-3, beta1: 0.8}", encoding="utf-8")
+    given = ["model.path=m", "data.train=d", "optim.learning_rate=1e-2"]
+    values = compose("train", ["--config-dir", str(tmp_path), "--config-name", "own", *given])
+    assert values is not None
+    config = typed(values, RunConfig)
+    assert (config.optim.learning_rate, config.optim.beta1, config.adapter.rank) == (1e-2, 0.8, 16)
+
+
 def test_the_last_of_several_values_counts() -> None:
     for first, last in (("a,b", "'c,d'"), ("'c,d'", "a,b")):
         values = compose("train", ["model.path=m", f"data.train={first}", f"data.train={last}"])
