@@ -86,7 +86,8 @@ def check_known(values: DictConfig, config_class: type, prefix: str = "") -> Non
 
 def own_yaml(command: str) -> str:
     """Says what a YAML file of a user's own lacks."""
-    return f"the YAML file of --config-name lacks the options of {command}: it begins with 'defaults: [{command}, _self_]'"
+    begins = f"defaults: [{command}, _self_]"
+    return f"the YAML file of --config-name lacks the options of {command}: it begins with {begins!r}"
 
 
 def explain(error: Exception, command: str, config_class: type, conf: Path, arguments: list[str]) -> str:
