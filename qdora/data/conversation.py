@@ -122,6 +122,7 @@ CHANGES_LEARNING = frozenset(
         "audios",
         "chosen",
         "rejected",
+        "chat_template_kwargs",
     ]
 )
 """Keys whose loss changes what is learned."""

@@ -20,7 +20,7 @@ from qdora.data.encode import NothingToLearn, detect, encode
 from qdora.data.sources import data_files, fingerprint, load_rows
 from qdora.errors import DataError
 
-CACHE_VERSION = 6
+CACHE_VERSION = 7
 """Counts up when the same data would be tokenised or stored differently."""
 IGNORED = -100
 """Label of a position without a target."""

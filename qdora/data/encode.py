@@ -95,7 +95,7 @@ def encode(
         if row.values.get(learned) == "":
             raise NothingToLearn(f"{row.where}: {learned} must be a text and not empty, this is ''")
         prompt = "".join(text_of(row, key, form) for key in prompts)
-        return _encode_plain(prompt, text_of(row, learned, form), tokenizer)
+        return _encode_plain(prompt, text_of(row, learned, form), tokenizer, row.where, told)
     given = conversation(row, form, config, told)
     if not any(message["role"] == "assistant" for message in given.messages):
         raise NothingToLearn(f"{row.where} has no assistant turn, so there is nothing to learn")
@@ -109,6 +109,7 @@ def encode_prompt(row: Row, form: DataFormat, tokenizer: Any, config: DataConfig
     if form in (DataFormat.completion, DataFormat.text):
         prompt = text_of(row, "prompt" if form is DataFormat.completion else "text", form)
         ids, _ = _tokenize(prompt, [], tokenizer, special_tokens=True)
+        ids = ids[_is_twice(ids[:2], tokenizer.bos_token_id) :]
         plain, _ = _tokenize(prompt, [], tokenizer, special_tokens=False)
         end = [tokenizer.eos_token_id]
         # Some tokenizers end every text, and after an end nothing would come.
@@ -196,9 +197,18 @@ def _place(text: str, whole: str, after: int) -> int | None:
     return None
 
 
-def _encode_plain(prompt: str, learned: str, tokenizer: Any) -> Encoded:
+def _is_twice(ids: list[int], token: int | None) -> bool:
+    return token is not None and ids == [token] * 2
+
+
+def _encode_plain(prompt: str, learned: str, tokenizer: Any, where: str, told: Told) -> Encoded:
     whole = prompt + learned
     ids, mask = _tokenize(whole, [(len(prompt), len(whole))], tokenizer, special_tokens=True)
+    begun, ended = _is_twice(ids[:2], tokenizer.bos_token_id), _is_twice(ids[-2:], tokenizer.eos_token_id)
+    for is_twice, token in ((begun, tokenizer.bos_token), (ended, tokenizer.eos_token)):
+        if is_twice:  # a template was applied to the text already, or somebody wrote it there
+            told.add(f"the text has a {token} that the tokenizer adds, too: it is kept once", where)
+    ids, mask = ids[begun : len(ids) - ended], mask[begun : len(mask) - ended]
     if tokenizer.eos_token_id is not None:
         if ids[-1:] == [tokenizer.eos_token_id]:  # put there by the tokenizer, which gives it no place in the text
             mask[-1] = True

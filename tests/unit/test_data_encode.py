@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from qdora.chat_template import DEFAULT_TEMPLATE
 from qdora.config import DataFormat
+from qdora.data.conversation import Told
 from qdora.data.encode import detect, encode, encode_prompt, reference, with_answer
 from qdora.data.sources import Row
 from qdora.errors import DataError
@@ -40,6 +41,7 @@ TURNS = [
     {"role": "user", "content": "Good day?"},
     {"role": "assistant", "content": "Yes, good day."},
 ]
+COMPLETION = DataFormat.completion
 CHAT = Row({"messages": TURNS}, "a.jsonl line 1")
 
 
@@ -132,6 +134,19 @@ def ending_tokenizer(kind: str) -> Any:
     special_tokens = [("<s>", 1), ("</s>", 2)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=special_tokens)
     return tokenizer
+
+
+@pytest.mark.parametrize("text", ["<s>abcd", "abcd</s>", "<s>abcd</s>"])
+def test_ends_that_the_text_has_already_are_kept_once(text: str) -> None:
+    tokenizer, told = ending_tokenizer("fast"), Told()
+    prompt, completion = text[: text.index("c")], text[text.index("c") :]
+    for values, form in (({"text": text}, DataFormat.text), ({"prompt": prompt, "completion": completion}, COMPLETION)):
+        ids, mask = encode(Row(values, "x"), form, tokenizer, told=told)
+        assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "a", "b", "c", "d", "</s>"]
+        assert mask[-3:] == [True] * 3
+    assert sum(line.endswith("kept once (2 times, first in x)") for line in told.lines()) == text.count("s>")
+    asked = encode_prompt(Row({"prompt": prompt}, "x"), COMPLETION, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(asked) == ["<s>", "a", "b"]
 
 
 @pytest.mark.parametrize("kind", ["fast", "slow"])
