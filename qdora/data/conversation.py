@@ -255,7 +255,7 @@ def _instruction(row: Row) -> tuple[list[dict[str, Any]], list[bool]]:
     messages.append({"role": "user", "content": user})
     output = row.values.get("output")
     messages.append({"role": "assistant", "content": "" if output in ("", None) else text_of(row, "output", form)})
-    return messages, [message["role"] == "assistant" and bool(message["content"]) for message in messages]
+    return messages, [message["role"] == "assistant" and bool(message["content"].strip()) for message in messages]
 
 
 def _is_pair(pair: Any) -> bool:

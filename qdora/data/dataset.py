@@ -17,7 +17,7 @@ from qdora.chat_template import DEFAULT_TEMPLATE
 from qdora.config import DataConfig, DataFormat, Overlong
 from qdora.data.conversation import Told, without_ignored
 from qdora.data.encode import NothingToLearn, detect, encode
-from qdora.data.sources import data_files, fingerprint, load_rows
+from qdora.data.sources import all_files, data_files, fingerprint, folder_of, load_rows
 from qdora.errors import DataError
 
 CACHE_VERSION = 7
@@ -130,7 +130,7 @@ def _cache_folder(config: DataConfig) -> Path:
 
 def _held_out(config: DataConfig, source: str) -> list[Path]:
     """The files of `data.eval`, where `source` is the folder that is trained on; they are not trained on."""
-    is_folder = source == config.train and config.eval not in (None, source) and Path(source).expanduser().is_dir()
+    is_folder = source == config.train and config.eval not in (None, source) and folder_of(source)[0] is not None
     return data_files(str(config.eval)) if is_folder else []
 
 
@@ -161,7 +161,7 @@ def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
 def _samples(config: DataConfig, source: str, tokenizer: Any, report: DataReport) -> Iterator[tuple[Any, Any, str]]:
     """Ids, mask and place of each sample that stays; counts and notes in `report`."""
     form, told, held_out = config.format, Told(), _held_out(config, source)
-    for file in data_files(source) if held_out else []:
+    for file in all_files(source) if held_out else []:
         if any(file.samefile(other) for other in held_out):
             told.add("not trained on, as data.eval holds it out", str(file))
     for given in load_rows(source, config.limit, held_out):

@@ -92,8 +92,9 @@ def encode(
     check_keys(row, form, config, told)
     if form in (DataFormat.text, DataFormat.completion):
         *prompts, learned = ("text",) if form is DataFormat.text else ("prompt", "completion")
-        if row.values.get(learned) == "":
-            raise NothingToLearn(f"{row.where}: {learned} must be a text and not empty, this is ''")
+        answer = row.values.get(learned, "absent")
+        if answer is None or (isinstance(answer, str) and not answer.strip()):
+            raise NothingToLearn(f"{row.where}: {learned} must be a text and not empty, this is {answer!r}")
         prompt = "".join(text_of(row, key, form) for key in prompts)
         return _encode_plain(prompt, text_of(row, learned, form), tokenizer, row.where, told)
     given = conversation(row, form, config, told)

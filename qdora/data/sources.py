@@ -1,7 +1,8 @@
 """Rows of a data set: jsonl, json, parquet or csv (each also .gz), a folder of them, or a hub id.
 
-A folder that `datasets` has saved is read, too. What begins with a dot, and files about data sets, are passed over. A
-.json file may hold a row a line, and a .jsonl file a list.
+A folder that `datasets` has saved is read, too. What begins with a dot, and files about data sets, are passed over; of
+several splits (`train.jsonl`, `test.jsonl`) one is to be named. A .json file may hold a row a line, and a .jsonl file a
+list.
 
 The cells of a csv are texts, whatever they look like; an empty or missing one is an empty text.
 A row keeps where it came from, so that an error can say which line of which file to look at. Parquet and the hub import
@@ -22,6 +23,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from qdora.data.splits import ALL, of_split
 from qdora.errors import DataError
 from qdora.files import read_json
 
@@ -59,18 +61,36 @@ def data_files(source: str, without: Collection[Path] = ()) -> list[Path]:
         if not _kind(path):
             raise DataError(f"{source}: qdora reads {', '.join(SUFFIXES)}, each also with .gz")
         return [path]
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file():
-            splits = ", ".join(str(split) for split in sorted(path.iterdir()) if split.is_dir())
+    folder, split = folder_of(source)
+    if folder is not None:
+        if (folder / "dataset_dict.json").is_file():
+            if (folder / split / "state.json").is_file():
+                return _files_of(folder / split, "", without)
+            splits = ", ".join(str(one) for one in sorted(folder.iterdir()) if one.is_dir())
             raise DataError(f"{source} is a data set with several splits: name one of them ({splits})")
-        return _files_of(path, without)
+        return _files_of(folder, split, without)
     name = source.partition("#")[0].partition(":")[0]
     if source.startswith(("/", ".", "~")) or name.count("/") > 1 or _kind(Path(source)):
         raise DataError(f"no such data file or folder: {source}")
     return []
 
 
-def _files_of(folder: Path, without: Collection[Path]) -> list[Path]:
+def all_files(source: str) -> list[Path]:
+    """Returns the files that `source` names, of a folder all, whatever their split; raises as `data_files` does."""
+    folder, split = folder_of(source)
+    return data_files(source if folder is None or split else f"{folder}#{ALL}")
+
+
+def folder_of(source: str) -> tuple[Path | None, str]:
+    """Returns the folder that `source` names, with or without `#split`, and that split; None where it is no folder."""
+    path, (name, _, split) = Path(source).expanduser(), source.rpartition("#")
+    if path.is_dir():
+        return path, ""
+    named = Path(name).expanduser()
+    return (named, split) if name and named.is_dir() else (None, "")
+
+
+def _files_of(folder: Path, split: str, without: Collection[Path]) -> list[Path]:
     files = [folder / str(entry.get("filename")) for entry in read_json(folder / "state.json").get("_data_files", [])]
     for file in [] if files else sorted(folder.rglob("*")):
         is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
@@ -81,7 +101,7 @@ def _files_of(folder: Path, without: Collection[Path]) -> list[Path]:
     left = [file for file in files if not any(file.samefile(other) for other in without)]
     if not left:
         raise DataError(f"the folder {folder} holds nothing but what data.eval holds out")
-    return left
+    return of_split(folder, left, split)
 
 
 def fingerprint(source: str, without: Collection[Path] = ()) -> str:
@@ -106,7 +126,7 @@ def content(source: str) -> str | None:
     Raises:
         DataError: nothing there, or a file that cannot be read.
     """
-    digests = [_digest(file) for file in data_files(source)]
+    digests = [_digest(file) for file in all_files(source)]
     return hashlib.sha256(b"".join(digests)).hexdigest()[:24] if digests else None
 
 

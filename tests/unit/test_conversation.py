@@ -179,8 +179,12 @@ def test_other_keys_are_told_and_harmless_or_empty_ones_are_not() -> None:
         {"messages": [user("?"), answer("Lyon.", weight=0)]},
         {"messages": [user("?")]},
         {"instruction": "a", "output": ""},
+        {"instruction": "a", "output": " "},
         {"prompt": "a", "completion": ""},
+        {"prompt": "a", "completion": None},
+        {"prompt": "a", "completion": "\n "},
         {"text": ""},
+        {"text": None},
     ],
 )
 def test_row_without_an_answer_is_left_out_counted_and_named(values: dict[str, Any], tmp_path: Path) -> None:
@@ -289,8 +293,8 @@ def test_held_out_file_in_the_folder_is_not_trained_on(tmp_path: Path) -> None:
         for named in (folder / "test.jsonl", outside):
             config = DataConfig(train=str(folder), eval=str(named), cache_dir=str(tmp_path / link))
             assert prepare(config, str(folder), make_tokenizer()).report.num_rows == 1
-    whole = DataConfig(train=str(folder), cache_dir=config.cache_dir)
-    assert prepare(whole, str(folder), make_tokenizer()).report.num_rows == 2
+    whole = DataConfig(train=f"{folder}#all", cache_dir=config.cache_dir)
+    assert prepare(whole, f"{folder}#all", make_tokenizer()).report.num_rows == 2
     (folder / "train.jsonl").unlink()
     with pytest.raises(DataError, match=r"holds nothing but what data\.eval holds out"):
         prepare(config, str(folder), make_tokenizer())

@@ -10,8 +10,12 @@ from pathlib import Path
 import datasets
 import pytest
 
+from qdora.config import DataConfig
+from qdora.data.dataset import prepare
 from qdora.data.sources import SUFFIXES, fingerprint, load_rows
+from qdora.data.splits import split_of
 from qdora.errors import DataError
+from tests.support.models import make_tokenizer
 
 ROWS = [{"prompt": f"question {n}", "completion": f"antwört {n}"} for n in range(5)]
 
@@ -178,3 +182,58 @@ def test_example_data_is_what_its_readme_says(root: Path) -> None:
     assert questions[0].isdisjoint(questions[1])
     assert all(row["answer"] and row["answer"] in row["output"] for row in test)
     assert not [row for row in train + test if re.search(r"Vicuna|LMSYS|\{\{", row["output"], re.IGNORECASE)]
+
+
+def named_files(folder: Path, *names: str) -> str:
+    """Makes a file of one row, which has the file's name, for each name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"text": name}) + "\n", encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "expected"),
+    [
+        (["data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"], "train", 1),
+        (["a.jsonl", "b.jsonl", "dev.jsonl"], "train", 2),
+        (["train/a.jsonl", "validation/a.jsonl", "test/a.jsonl"], "validation", 1),
+        (["my_eval_set.jsonl", "latest.jsonl"], "test", 1),
+        (["a.jsonl", "dev.jsonl"], "all", 2),
+    ],
+)
+def test_folder_with_files_of_several_splits_wants_one(
+    names: list[str], split: str, expected: int, tmp_path: Path
+) -> None:
+    folder = named_files(tmp_path / "data", *names)
+    with pytest.raises(DataError, match="several splits by their names") as refused:
+        [*load_rows(folder)]
+    assert f"{folder}#{split}" in str(refused.value)
+    texts = [row.values["text"] for row in load_rows(f"{folder}#{split}")]
+    assert len(texts) == expected
+    assert {split_of(Path(text)) for text in texts} == {split} or split == "all"
+
+
+@pytest.mark.parametrize("names", [["test.jsonl", "eval-2.jsonl"], ["train.jsonl", "other.jsonl"], ["latest.jsonl"]])
+def test_folder_of_one_split_needs_no_name(names: list[str], tmp_path: Path) -> None:
+    assert len([*load_rows(named_files(tmp_path / "data", *names))]) == len(names)
+
+
+def test_split_that_a_folder_has_not_is_told(tmp_path: Path) -> None:
+    folder = named_files(tmp_path / "data", "a.jsonl", "test.jsonl")
+    with pytest.raises(DataError, match=rf"no file of that split .*give one of {folder}#train, {folder}#test"):
+        [*load_rows(f"{folder}#validation")]
+
+
+def test_split_of_a_saved_data_set_is_named_as_one_of_a_folder(tmp_path: Path) -> None:
+    splits = datasets.DatasetDict({name: datasets.Dataset.from_list([{"text": name}]) for name in ("test", "train")})
+    splits.save_to_disk(tmp_path / "saved")
+    assert [row.values["text"] for row in load_rows(f"{tmp_path / 'saved'}#test")] == ["test"]
+
+
+def test_splits_of_a_folder_are_held_out_by_name(tmp_path: Path) -> None:
+    folder = named_files(tmp_path / "data", "train.jsonl", "test.jsonl")
+    config = DataConfig(train=f"{folder}#all", eval=f"{folder}#test", cache_dir=str(tmp_path / "cache"))
+    report = prepare(config, f"{folder}#all", make_tokenizer()).report
+    assert report.num_rows == 1
+    assert report.notes == [f"not trained on, as data.eval holds it out (1 time, first in {folder}/test.jsonl)"]
