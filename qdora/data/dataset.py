@@ -4,26 +4,28 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from qdora.chat_template import DEFAULT_TEMPLATE
 from qdora.config import DataConfig, DataFormat, Overlong
 from qdora.data.conversation import Told, without_ignored
 from qdora.data.encode import NothingToLearn, detect, encode
-from qdora.data.sources import all_files, data_files, fingerprint, folder_of, load_rows
+from qdora.data.sources import Row, all_files, data_files, fingerprint, folder_of, load_rows
 from qdora.errors import DataError
+
+if TYPE_CHECKING:  # torch takes seconds to load, which `qdora show` need not wait for
+    from torch import Tensor
 
 CACHE_VERSION = 7
 """Counts up when the same data would be tokenised or stored differently."""
 IGNORED = -100
 """Label of a position without a target."""
+Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,28 +76,48 @@ class TokenDataset:
         self.fingerprint = self.report.fingerprint
 
     @property
-    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def lengths(self) -> Integers:
         """Tokens of each sample, (samples,) int64."""
-        lengths: np.ndarray[Any, np.dtype[np.int64]] = np.diff(self._starts)
+        lengths: Integers = np.diff(self._starts)
+        return lengths
+
+    @property
+    def row_lengths(self) -> Integers:
+        """Tokens of each row that has something to learn before it was cut or left out, (rows,) int64; from disk."""
+        lengths: Integers = np.load(self._folder / "row_lengths.npy")
         return lengths
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> "tuple[Tensor, Tensor]":
         """Token ids and labels of a sample, (length,) int64 each; a label is the next token or `IGNORED`."""
+        import torch
+
+        ids, labels = self.arrays(index)
+        return torch.from_numpy(ids), torch.from_numpy(labels)
+
+    def arrays(self, index: int) -> tuple[Integers, Integers]:
+        """The same as arrays, without torch."""
         some = slice(self._starts[index], self._starts[index + 1])
-        ids = torch.from_numpy(self._tokens[some].astype(np.int64))
-        learned = torch.from_numpy(self._learned[some].copy())
-        labels = torch.full_like(ids, IGNORED)
-        labels[:-1] = torch.where(learned[1:], ids[1:], IGNORED)
+        ids, learned = self._tokens[some].astype(np.int64), self._learned[some]
+        labels = np.full_like(ids, IGNORED)
+        labels[:-1] = np.where(learned[1:], ids[1:], IGNORED)
         return ids, labels
 
     def where(self, index: int) -> str:
         """The place of a sample in its source, such as `data/x.jsonl line 7`; read from disk when asked."""
-        file, number = np.load(self._folder / "places.npy", mmap_mode="r")[index]
-        files = json.loads((self._folder / "places.json").read_text(encoding="utf-8"))
-        return f"{files[file]} {number}"
+        names, places = self.places()
+        file, number = places[index]
+        return f"{names[file]} {number}"
+
+    def places(self) -> tuple[list[str], Integers]:
+        """What places begin with, such as `data/x.jsonl line`; and which of these each sample has, and its number.
+
+        The second is (samples, 2) int64. Read from disk when asked.
+        """
+        names: list[str] = json.loads((self._folder / "places.json").read_text(encoding="utf-8"))
+        return names, np.load(self._folder / "places.npy", mmap_mode="r")
 
 
 def prepare(config: DataConfig, source: str, tokenizer: Any) -> TokenDataset:
@@ -158,13 +180,42 @@ def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def _samples(config: DataConfig, source: str, tokenizer: Any, report: DataReport) -> Iterator[tuple[Any, Any, str]]:
+def source_rows(config: DataConfig, source: str) -> Iterator[Row]:
+    """The rows of `source` that are used: not those that `data.eval` holds out, and `data.limit` at most.
+
+    Raises:
+        DataError: nothing there, or a file or line that cannot be read.
+    """
+    return load_rows(source, config.limit, _held_out(config, source))
+
+
+def _samples(
+    config: DataConfig, source: str, tokenizer: Any, report: DataReport, row_lengths: list[int]
+) -> Iterator[tuple[Any, Any, str]]:
     """Ids, mask and place of each sample that stays; counts and notes in `report`."""
-    form, told, held_out = config.format, Told(), _held_out(config, source)
+    told, held_out = Told(), _held_out(config, source)
     for file in all_files(source) if held_out else []:
         if any(file.samefile(other) for other in held_out):
             told.add("not trained on, as data.eval holds it out", str(file))
-    for given in load_rows(source, config.limit, held_out):
+    yield from samples_of(source_rows(config, source), config, tokenizer, report, told, row_lengths)
+    report.notes = told.lines()
+
+
+def samples_of(
+    rows: Iterable[Row], config: DataConfig, tokenizer: Any, report: DataReport, told: Told, row_lengths: list[int]
+) -> Iterator[tuple[Any, Any, str]]:
+    """Ids, mask and place of each sample of `rows` that stays.
+
+    Args:
+        report: its counts grow, and its format is set by the first row where `data.format` is auto.
+        told: counts what a user should hear of.
+        row_lengths: gets the tokens of each row before it is cut or left out.
+
+    Raises:
+        DataError: a row is not as its format wants it.
+    """
+    form = config.format
+    for given in rows:
         row = without_ignored(given, config)
         if form is DataFormat.auto:
             form = detect(row)
@@ -176,6 +227,7 @@ def _samples(config: DataConfig, source: str, tokenizer: Any, report: DataReport
             report.num_dropped_without_labels += 1
             told.add(f"left out: {str(nothing).removeprefix(row.where).lstrip(': ')}", row.where)
             continue
+        row_lengths.append(len(ids))
         length, step = config.max_length, config.max_length
         if len(ids) > length:
             if config.overlong is Overlong.drop:
@@ -201,7 +253,6 @@ def _samples(config: DataConfig, source: str, tokenizer: Any, report: DataReport
             report.num_tokens += len(some)
             report.num_label_tokens += num_labels
             yield some, of_these, row.where
-    report.notes = told.lines()
 
 
 def _is_split(overlong: Overlong, form: DataFormat) -> bool:
@@ -218,8 +269,9 @@ def _tokenise(config: DataConfig, source: str, tokenizer: Any, folder: Path) -> 
     starts = [0]
     files: dict[str, int] = {}
     places: list[tuple[int, int]] = []
+    row_lengths: list[int] = []
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "learned.bin").open("wb") as mask:
-        for ids, learned, where in _samples(config, source, tokenizer, report):
+        for ids, learned, where in _samples(config, source, tokenizer, report, row_lengths):
             tokens.write(np.asarray(ids, dtype=np.int32).tobytes())
             mask.write(np.asarray(learned, dtype=np.bool_).tobytes())
             starts.append(starts[-1] + len(ids))
@@ -240,6 +292,7 @@ def _tokenise(config: DataConfig, source: str, tokenizer: Any, folder: Path) -> 
         np.save(folder / f"{name}.npy", np.fromfile(folder / f"{name}.bin", dtype=kind))
         (folder / f"{name}.bin").unlink()
     np.save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))
+    np.save(folder / "row_lengths.npy", np.asarray(row_lengths, dtype=np.int64))
     np.save(folder / "places.npy", np.asarray(places, dtype=np.int64))
     (folder / "places.json").write_text(json.dumps([*files]) + "\n", encoding="utf-8")
     report.fingerprint = digest.hexdigest()[:24]

@@ -8,13 +8,15 @@ do not depend on how they are divided, and a position in rows is all that resumi
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from qdora.data.dataset import IGNORED, TokenDataset
 from qdora.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +28,9 @@ class Batch:
     no label; it is known by its place, because the pad token may be the end-of-turn token, which is learned.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
-    labels: Tensor
+    input_ids: "Tensor"
+    position_ids: "Tensor"
+    labels: "Tensor"
     num_label_tokens: int
     num_tokens: int
     """Without padding."""
@@ -107,6 +109,11 @@ class BatchLoader:
         return len(self._rows)
 
     @property
+    def rows(self) -> list[list[int]]:
+        """The samples of each row of the epoch that stands, the first one at first, in the order of training."""
+        return self._rows
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch; the last may be short."""
         return -(-self.num_rows // self.rows_per_step)
@@ -161,6 +168,8 @@ class BatchLoader:
         return [self._collate(own[start : start + self.micro_batch_size]) for start in starts]
 
     def _collate(self, rows: list[list[int]]) -> Batch:
+        import torch
+
         samples = [[self.dataset[index] for index in row] for row in rows]
         lengths = [sum(len(ids) for ids, _ in row) for row in samples]
         shape = (max(len(rows), 1), max([2, *lengths]))

@@ -9,16 +9,13 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from qdora.config import ModelConfig
 from qdora.errors import ModelError, first_line
 from qdora.files import let_others_read
-from qdora.model.checkpoint_files import CheckpointFiles
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _WITHOUT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -98,6 +95,9 @@ def convert_gguf(file: Path, output: Path) -> None:
     Raises:
         ModelError: transformers cannot read the file.
     """
+    import torch  # takes seconds to load, and a tokenizer needs none of it
+    from transformers import AutoModelForCausalLM, GgufConfig
+
     beside = output.with_name(f"{output.name}.{os.getpid()}.partial")
     arguments: dict[str, Any] = {"gguf_file": file.name}
     try:
@@ -155,13 +155,18 @@ def _check_code_is_here(folder: Path) -> None:
     for file in (folder / "config.json", folder / "tokenizer_config.json"):
         found = json.loads(file.read_bytes()) if file.exists() else {}
         named = found.get("auto_map", {}) if isinstance(found, dict) else {}
-        classes = tree_leaves(named)
-        elsewhere = [name for name in classes if "--" in str(name)]
+        elsewhere = [name for name in _leaves(named) if "--" in str(name)]
         if elsewhere:
             raise ModelError(
                 f"{file} takes its Python code from another repository ({elsewhere[0]}), which no revision pins: put "
                 "that code into the folder and name it without the repository"
             )
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What is within dictionaries and lists, however deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return [value] if inner is None else [leaf for one in inner for leaf in _leaves(one)]
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
@@ -186,6 +191,8 @@ def check_vocabulary(base: Path, tokenizer: Any) -> None:
     Raises:
         ModelError: other tokens than the one that only pads have no row.
     """
+    from qdora.model.checkpoint_files import CheckpointFiles
+
     shapes = {name: entry.shape for name, entry in CheckpointFiles(base).entries.items() if "embed" in name}
     rows = max((shape[0] for shape in shapes.values() if len(shape) == 2), default=None)
     if rows is None:
