@@ -4,6 +4,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 
 SIZE_INCHES, DPI = (10.0, 6.25), 160  # 1600 x 1000 pixels
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#8F5A99", "#555555"  # apart for the colour-blind
@@ -22,7 +23,14 @@ def style(axes: Axes, title: str, unit: str) -> None:
 
 
 def save(canvas: FigureCanvasAgg, path: Path) -> None:
-    """Writes the PNG `path`, replacing it whole."""
+    """Writes the PNG or SVG `path`, by how it ends, replacing it whole."""
     partial = path.with_name(f".{path.name}.partial")
-    canvas.print_png(str(partial))
-    partial.replace(path)
+    if path.suffix.lower() == ".svg":
+        FigureCanvasSVG(canvas.figure).print_svg(str(partial), metadata={"Date": None})
+    else:
+        canvas.print_png(str(partial))
+    try:
+        partial.replace(path)
+    except OSError:
+        partial.unlink()
+        raise

@@ -69,6 +69,7 @@ COMMANDS = {
     "analyze": Command(config.AnalyzeConfig, "qdora.analysis:analyze", "say how training changed the weights"),
     "report": Command(config.ReportConfig, "qdora.reporting.run:report", "write a run or a study as one HTML page"),
     "plan": Command(config.PlanConfig, "qdora.planning.run:plan", "say what fits on given cards, and its command"),
+    "show": Command(config.ShowConfig, "qdora.show:show", "print data as a model is trained on it"),
     "doctor": Command(config.DoctorConfig, "qdora.doctor:doctor", "check whether a run can start on this machine"),
 }
 

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 
 from qdora.commands.explain import option_kinds
 
-TEXTS = ("prompt", "system")
+TEXTS = ("prompt", "system", "find")
 """Options that are taken as they are written, quotes and all: they hold what people say."""
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _OF_GRAMMAR = re.compile(rf"""(?s:(?i:null)|\?\?\?|.*\$\{{.*|.*\\[\\()\[\]{{}}:=,\s].*|\s*(?:{_QUOTED})\s*|)\Z""")

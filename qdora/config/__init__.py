@@ -13,6 +13,7 @@ from qdora.config.commands import (
     PlanConfig,
     ReportConfig,
     RunConfig,
+    ShowConfig,
 )
 from qdora.config.groups import (
     AdapterConfig,
@@ -42,6 +43,7 @@ from qdora.config.words import (
     OnBadStep,
     OnExceed,
     Overlong,
+    Pick,
     Plan,
     Protocol,
     QuantMethod,
@@ -81,6 +83,7 @@ __all__ = [
     "OptimConfig",
     "Overlong",
     "ParallelConfig",
+    "Pick",
     "Plan",
     "PlanConfig",
     "PreflightConfig",
@@ -92,6 +95,7 @@ __all__ = [
     "ReportConfig",
     "RunConfig",
     "Schedule",
+    "ShowConfig",
     "StudyConfig",
     "TrackerConfig",
     "TrackerKind",

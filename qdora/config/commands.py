@@ -1,5 +1,6 @@
 """All options of a command; what contradicts each other across groups is found here."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +28,7 @@ from qdora.config.words import (
     MergeBase,
     MergedDtype,
     MergeFormat,
+    Pick,
     Plan,
     Protocol,
     QuantMethod,
@@ -337,6 +339,50 @@ class PlanConfig:
         require(price is None or price >= 0, f"price_per_hour is {price}; it must be at least 0")
         require(price is None or self.data.train is not None, "price_per_hour needs data.train, whose time it prices")
         check_trainable(self.adapter, self.quant)
+
+
+@dataclass(kw_only=True, slots=True)
+class ShowConfig(RunConfig):
+    """`qdora show`: takes all options of `qdora train`, so that a run's own command shows what that run is given."""
+
+    num: int = 3
+    """Samples to print, of data.train and of data.eval each; 0 prints counts and lengths alone."""
+    pick: Pick = Pick.first
+    """Which samples: the `first`, some at `random` (by `seed`), the `longest` or the `shortest`."""
+    at: str | None = None
+    """Which samples by their line or row, as messages name them: `7` (of each file), `FILE:7`, or several, `7,FILE:9`.
+    Of a row that was left out it says why."""
+    find: str | None = None
+    """Only samples whose text, as the model sees it, holds this."""
+    tokens: bool = False
+    """Print a line a token: its position, id and text, and whether it is learned."""
+    packed: bool = False
+    """Print whole rows of the first epoch in the order in which one rank trains on them, not single samples."""
+    report: Report = Report.table
+    """`table` for people, `json` for machines: with the ids and labels of what is printed."""
+    figure: str | None = None
+    """PNG or SVG to draw the lengths into."""
+
+    def __post_init__(self) -> None:
+        require(self.model.path is not None, "model.path is not set: give a folder or a hub id; no weights are read")
+        require(
+            self.data.train is not None or self.data.eval is not None,
+            "data.train is not set: give a file, a folder or a hub id (or data.eval, for held-out data)",
+        )
+        require(self.num >= 0, f"num is {self.num}; it must be at least 0")
+        require(
+            self.at is None or re.fullmatch(r"(.+:)?\d+(,(.+:)?\d+)*", self.at) is not None,
+            f"at={self.at}: write the number of a line or row (7), FILE:7, or several of them (7,FILE:9)",
+        )
+        require(self.find != "", "find is empty: give a text to look for, or leave it out")
+        require(
+            not self.packed or self.data.packing,
+            "packed=true prints rows of several samples, and with data.packing=false a row is a sample: leave it out",
+        )
+        require(
+            self.figure is None or self.figure.lower().endswith((".png", ".svg")),
+            f"figure={self.figure}: give the name of a file that ends in .png or .svg",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

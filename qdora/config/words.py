@@ -158,3 +158,10 @@ class Compare(Enum):
 class Report(Enum):
     table = "table"
     json = "json"
+
+
+class Pick(Enum):
+    first = "first"
+    random = "random"
+    longest = "longest"
+    shortest = "shortest"

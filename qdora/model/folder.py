@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,31 @@ def model_folder(config: ModelConfig) -> Path:
         ModelError: nothing there, no network, or nothing that can be read.
     """
     given = str(config.path)
-    path = Path(given).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return _convert_gguf(path)
+    path, file = Path(given).expanduser(), gguf_file(config)
+    if file is not None:
+        return _convert_gguf(file)
     if path.is_dir():
-        ggufs = sorted(path.glob("*.gguf"))
-        if ggufs and not list(path.glob("*.safetensors")):
-            if len(ggufs) > 1:
-                raise ModelError(f"{path} holds {len(ggufs)} .gguf files: give one, such as model.path={ggufs[0]}")
-            return _convert_gguf(ggufs[0])
         if not (path / "config.json").exists():
             raise ModelError(f"{path} has no config.json: it is not a model of transformers")
         return path
     if not is_hub_id(given):
         raise ModelError(f"model.path={given}: no such folder, and not a hub id such as org/name")
     return _download(config, ["*.safetensors", *_WITHOUT_WEIGHTS])
+
+
+def gguf_file(config: ModelConfig) -> Path | None:
+    """The `.gguf` file that `model.path` names, or the only one of a folder without safetensors; else None.
+
+    Raises:
+        ModelError: the folder holds several.
+    """
+    path = Path(str(config.path)).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    ggufs = sorted(path.glob("*.gguf")) if path.is_dir() and not list(path.glob("*.safetensors")) else []
+    if len(ggufs) > 1:
+        raise ModelError(f"{path} holds {len(ggufs)} .gguf files: give one, such as model.path={ggufs[0]}")
+    return ggufs[0] if ggufs else None
 
 
 def config_folder(config: ModelConfig) -> Path:
@@ -79,11 +90,16 @@ def is_hub_id(given: str) -> bool:
     return given.count("/") == 1 and not given.startswith(("/", ".", "~")) and not Path(given).exists()
 
 
-def _convert_gguf(file: Path) -> Path:
-    """A bfloat16 safetensors copy of a GGUF file, made once by transformers' own reader, in the user's cache folder."""
+def _converted(file: Path) -> Path:
+    """Where the copy of a GGUF file is, or will be."""
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qdora" / "gguf" / f"{file.stem}-{key}"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qdora" / "gguf" / f"{file.stem}-{key}"
+
+
+def _convert_gguf(file: Path) -> Path:
+    """A bfloat16 safetensors copy of a GGUF file, made once by transformers' own reader, in the user's cache folder."""
+    cache = _converted(file)
     if not cache.exists():
         convert_gguf(file, cache)
     return cache
@@ -183,6 +199,23 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_tokenizer_alone(config: ModelConfig) -> Any:
+    """The tokenizer of a model; no weights are downloaded, and those of a GGUF file not converted.
+
+    Raises:
+        ModelError: nothing there, no network, or nothing that transformers can read.
+    """
+    file = gguf_file(config)
+    if file is None or _converted(file).exists():
+        return load_tokenizer(config_folder(config), config)
+    with tempfile.TemporaryDirectory() as folder:
+        try:  # through a folder as in `convert_gguf`, so that it is the tokenizer that is trained with
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
+            raise ModelError(f"transformers cannot read {file}: {error}") from None
+        return load_tokenizer(Path(folder), config)
 
 
 def check_vocabulary(base: Path, tokenizer: Any) -> None:

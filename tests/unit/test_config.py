@@ -39,6 +39,7 @@ NEEDED = {
     "report": ["run=r"],
     "study": ["+study=methods", "model.path=m", "data.train=d", "data.eval=e", "tasks=[obqa]", "tasks_path=t"],
     "plan": ["model.path=m"],
+    "show": ["model.path=m", "data.train=d"],
     "doctor": [],
 }
 CONF = conf_folder()
