@@ -17,17 +17,20 @@ def show(config: ShowConfig) -> int:
             there, or the figure cannot be written.
     """
     with without_torch(config.model):
+        from qdora.model.folder import load_tokenizer_alone
         from qdora.show.run import run
 
-        return run(config)
+        tokenizer = load_tokenizer_alone(config.model)
+    return run(config, tokenizer)
 
 
 @contextmanager
 def without_torch(model: ModelConfig) -> Iterator[None]:
     """Inside the block torch cannot be imported, unless it is loaded already or the tokenizer may need it.
 
-    transformers and datasets load torch where they find it. That takes five of seven seconds, and no tokenizer of
-    theirs computes with it. A GGUF file is converted by torch; code that comes with a model may use it.
+    transformers loads torch where it is installed, which takes five of seven seconds, and no tokenizer of its own
+    computes with it. What it has found out when it was imported stays, so that it does not do so later either. A GGUF
+    file is read by its code for torch, and code that comes with a model may be so.
     """
     path = Path(str(model.path)).expanduser()
     may_need_it = model.trust_remote_code or path.suffix == ".gguf" or any(path.glob("*.gguf"))

@@ -19,7 +19,6 @@ from qdora.data.conversation import Told
 from qdora.data.dataset import IGNORED, Integers, samples_of, source_rows
 from qdora.errors import ConfigError
 from qdora.files import output_may_close
-from qdora.model.folder import load_tokenizer_alone
 from qdora.show.lengths import Lengths, draw, histogram
 from qdora.show.spelling import Spelling
 from qdora.show.terminal import bold, painted, token_lines, wants_colours
@@ -125,9 +124,8 @@ class Source:
         return None
 
 
-def run(config: ShowConfig) -> int:
+def run(config: ShowConfig, tokenizer: Any) -> int:
     """Prints what the configuration asks for; see `qdora.show.show`."""
-    tokenizer = load_tokenizer_alone(config.model)
     sources = []
     for name in ("train", "eval"):
         path = getattr(config.data, name)

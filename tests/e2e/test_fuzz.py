@@ -206,6 +206,22 @@ def test_random_overrides_of_doctor_end_in_a_verdict_or_one_message(tiny: Path, 
     assert {0, 2} <= set(statuses), statuses
 
 
+def test_random_overrides_of_show_end_in_samples_or_one_message(tiny: Path, data: Path, capsys: Any) -> None:
+    statuses = []
+
+    @fuzzing(40)
+    @given(given_overrides=overrides("show"))
+    def each(given_overrides: list[str]) -> None:
+        with limited(LIMIT_S):
+            statuses.append(run(["show", f"model.path={tiny}", f"data.train={data}", *given_overrides]))
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        assert err.count("qdora: ") == (statuses[-1] == 2), err
+
+    each()
+    assert {0, 2} <= set(statuses), statuses
+
+
 @pytest.mark.parametrize("command", ["merge", "evaluate"])
 def test_random_overrides_of_other_commands_end_in_one_message(command: str, capsys: Any) -> None:
     """Without what they need, so that they end before they do anything."""
