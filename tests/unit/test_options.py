@@ -21,6 +21,7 @@ from qdora.config import (
     GenerateConfig,
     MergeConfig,
     RunConfig,
+    ShowConfig,
 )
 from tests.support.processes import run
 
@@ -92,7 +93,7 @@ def options_read(root: Path, copy: Path, gone: Callable[[str], bool]) -> set[tup
 
 def test_every_option_is_read_somewhere(root: Path, tmp_path: Path) -> None:
     """Single options of each class first, then the groups of each command, which the former need."""
-    commands, groups = {RunConfig, MergeConfig, EvaluateConfig, ChatConfig, GenerateConfig}, set()
+    commands, groups = {RunConfig, MergeConfig, EvaluateConfig, ChatConfig, GenerateConfig, ShowConfig}, set()
     for kind in commands:
         groups |= {hint for hint in get_type_hints(kind).values() if is_dataclass(hint)}
     names = {kind.__name__ for kind in groups}

@@ -38,7 +38,7 @@ __all__ = ["gguf"]
 ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 TEXTS = [
     "Name a tree, or two.\n\n\tOak  and birch. ",
-    "caf\u00e9 \u0414\u0443\u0431 \u6728\u3001\u65e5\u672c\u8a9e \U0001f333 \U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "\u00e9t\u00e9 \u0414\u0443\u0431 \u6728\u3001\u65e5\u672c\u8a9e \U0001f333 \U0001f468\u200d\U0001f469\u200d\U0001f467",
     "\ufffd is a character, \u2581 too; <0x0A> is text",
 ]
 
@@ -238,6 +238,20 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "instructions": ([{"instruction": "Add", "input": f"{n}", "output": "2"} for n in range(9)], []),
     "some rows": (sums(40), ["data.limit=7"]),
 }
+
+
+def test_readme_has_what_is_printed(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """All lines that it prints, in their order."""
+    monkeypatch.chdir(root)
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    command, _, text = readme.partition("$ qdora show ")[2].partition("```")[0].partition("\n")
+    assert run(["show", *command.split()]) == 0
+    printed, position = capsys.readouterr().out, 0
+    pieces = text.split("...\n")
+    assert len(pieces) == 3
+    for piece in pieces:
+        assert piece in printed[position:]
+        position = printed.index(piece, position) + len(piece)
 
 
 @pytest.mark.parametrize("packed", [True, False])
