@@ -108,13 +108,14 @@ class TokenDataset:
     def where(self, index: int) -> str:
         """The place of a sample in its source, such as `data/x.jsonl line 7`; read from disk when asked."""
         names, places = self.places()
-        file, number = places[index]
+        file, number, _ = places[index]
         return f"{names[file]} {number}"
 
     def places(self) -> tuple[list[str], Integers]:
-        """What places begin with, such as `data/x.jsonl line`; and which of these each sample has, and its number.
+        """What places begin with, such as `data/x.jsonl line`; and of each sample (samples, 3) int64.
 
-        The second is (samples, 2) int64. Read from disk when asked.
+        That is which of these it has, its number in it, and which of `row_lengths` is its row's. Read from disk when
+        asked.
         """
         names: list[str] = json.loads((self._folder / "places.json").read_text(encoding="utf-8"))
         return names, np.load(self._folder / "places.npy", mmap_mode="r")
@@ -270,6 +271,7 @@ def _tokenise(config: DataConfig, source: str, tokenizer: Any, folder: Path) -> 
     files: dict[str, int] = {}
     places: list[tuple[int, int]] = []
     row_lengths: list[int] = []
+    rows: list[int] = []
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "learned.bin").open("wb") as mask:
         for ids, learned, where in _samples(config, source, tokenizer, report, row_lengths):
             tokens.write(np.asarray(ids, dtype=np.int32).tobytes())
@@ -277,6 +279,7 @@ def _tokenise(config: DataConfig, source: str, tokenizer: Any, folder: Path) -> 
             starts.append(starts[-1] + len(ids))
             file, _, number = where.rpartition(" ")  # the text before the number is the same all through a file
             places.append((files.setdefault(file, len(files)), int(number)))
+            rows.append(len(row_lengths) - 1)
     if not report.num_rows:
         raise DataError(f"{source} is empty: it has no row")
     if not report.num_samples:
@@ -293,7 +296,7 @@ def _tokenise(config: DataConfig, source: str, tokenizer: Any, folder: Path) -> 
         (folder / f"{name}.bin").unlink()
     np.save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))
     np.save(folder / "row_lengths.npy", np.asarray(row_lengths, dtype=np.int64))
-    np.save(folder / "places.npy", np.asarray(places, dtype=np.int64))
+    np.save(folder / "places.npy", np.column_stack([places, rows]).astype(np.int64))
     (folder / "places.json").write_text(json.dumps([*files]) + "\n", encoding="utf-8")
     report.fingerprint = digest.hexdigest()[:24]
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")

@@ -37,7 +37,7 @@ class Sample:
     where: str
     """`data/x.jsonl:7`; `x.parquet row 7` where a file has no lines."""
     part: str
-    """Which of the samples of its row, where it was cut into several."""
+    """What of its row it is, where that was cut."""
     ids: Integers
     labels: Integers
 
@@ -73,11 +73,14 @@ class Source:
 
     def sample(self, index: int) -> Sample:
         """A sample of the data, as the trainer gets it."""
-        file, number = self.places[index]
+        file, number, row = self.places[index]
         name = self.names[file]
         where = f"{name.removesuffix(' line')}:{number}" if name.endswith(" line") else f"{name} {number}"
-        same = _siblings(self.places, index)
-        part = f", part {index - same.start + 1} of {len(same)} of its row" if len(same) > 1 else ""
+        same = np.flatnonzero(self.places[:, 2] == row)
+        length = self.lengths.tokens[row]
+        part = f", part {index - same[0] + 1} of {len(same)} of a row of {length:,} tokens" if len(same) > 1 else ""
+        if len(same) == 1 and length > self.config.data.max_length:
+            part = f", cut from {length:,} tokens"
         return Sample(index, where, part, *self.data.arrays(index))
 
     def rows(self) -> Iterator[tuple[int, list[int]]]:
@@ -282,16 +285,6 @@ def _is_named(name: str, file: str) -> bool:
     """Whether a place that begins with `name` is in a file of that name, or of that end of a path."""
     path = name.rpartition(" ")[0]
     return not file or path == file or path.endswith(f"/{file.removeprefix('./')}")
-
-
-def _siblings(places: Integers, index: int) -> range:
-    """The samples that come from the same row as this one."""
-    first = last = index
-    while first > 0 and (places[first - 1] == places[index]).all():
-        first -= 1
-    while last + 1 < len(places) and (places[last + 1] == places[index]).all():
-        last += 1
-    return range(first, last + 1)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ __all__ = ["gguf"]
 ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 TEXTS = [
     "Name a tree, or two.\n\n\tOak  and birch. ",
-    "\u00e9t\u00e9 \u0414\u0443\u0431 \u6728\u3001\u65e5\u672c\u8a9e \U0001f333 \U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "\u00e9t\u00e9 \u0414\u0443\u0431 \u6728\u3001\u65e5 \U0001f333 \U0001f468\u200d\U0001f469\u200d\U0001f467",
     "\ufffd is a character, \u2581 too; <0x0A> is text",
 ]
 
@@ -364,11 +364,13 @@ def test_parts_of_a_text_are_counted(told: Callable[..., str], tmp_path: Path) -
     text = told(f"data.train={file}", "data.max_length=32", "at=2")
     headings = [line for line in text.splitlines() if line.startswith(f"{file}:")]
     assert [line.partition("  ")[2].partition(":")[0] for line in headings] == [
-        "sample 2 of 4, part 1 of 3 of its row",
-        "sample 3 of 4, part 2 of 3 of its row",
-        "sample 4 of 4, part 3 of 3 of its row",
+        f"sample {number + 1} of 4, part {number} of 3 of a row of 71 tokens" for number in (1, 2, 3)
     ]
     assert "1 of 2 rows above it, cut" in text
+    file = write(tmp_path / "long.jsonl", {"prompt": "a", "completion": "b" * 70})
+    assert told(f"data.train={file}", "data.max_length=32").startswith(
+        f"{file}:1  sample 1 of 1, cut from 72 tokens: 32 tokens, 31 learned\n"
+    )
 
 
 def test_packed_row_says_where_its_samples_begin(told: Callable[..., str], tmp_path: Path) -> None:
