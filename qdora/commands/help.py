@@ -65,7 +65,8 @@ def _options(config_class: type, values: DictConfig, prefix: str = "") -> Iterat
     """The options of a command itself, then those of each group."""
     hints, docs = get_type_hints(config_class), field_docs(config_class)
     groups = [item.name for item in fields(config_class) if is_dataclass(hints[item.name])]
-    for name in [item.name for item in fields(config_class) if item.name not in groups]:
+    names = [item.name for item in fields(config_class) if item.name not in groups]
+    for name in sorted(names, key=lambda name: name not in config_class.__annotations__):  # a base class's come last
         yield f"  {prefix}{name}={_word(values[name])}"
         yield from _paragraph(docs.get(name, ""), "      ")
         yield from _paragraph(_allowed(hints[name]), "      ")

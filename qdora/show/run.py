@@ -282,9 +282,10 @@ def _absent(config: ShowConfig, sources: Sequence[Source]) -> list[str]:
 
 
 def _is_named(name: str, file: str) -> bool:
-    """Whether a place that begins with `name` is in a file of that name, or of that end of a path."""
-    path = name.rpartition(" ")[0]
-    return not file or path == file or path.endswith(f"/{file.removeprefix('./')}")
+    """Whether a place that begins with `name` is in that file, which may be the end of a path or another way to it."""
+    path, given = Path(name.rpartition(" ")[0]), Path(file).expanduser()
+    is_end = path.parts[-len(given.parts) :] == given.parts
+    return not file or is_end or path.expanduser().absolute() == given.absolute()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`qdora show`: what is printed is what is trained on, and all of it can be seen."""
 
 import json
+import os
 import re
 import sys
 import unicodedata
@@ -341,6 +342,7 @@ def test_samples_are_picked_by_length_by_chance_and_by_words(told: Callable[...,
     assert len({*chance[0]}) == 5
     assert lines("find=7 + 1 = x", "num=9") == [8, 18, 28, 38]
     assert lines("at=12,sums.jsonl:3") == [3, 12]
+    assert [lines(f"at={path}:4") for path in (file, f"./{file.name}", os.path.relpath(file))] == [[4]] * 3
     assert lines("num=0") == []
     assert "no sample of data.train has 'absent'" in told(data, "find=absent")
 
