@@ -180,7 +180,9 @@ def run_hydra(name: str, arguments: list[str], function: Callable[[DictConfig], 
 def _schema(name: str, arguments: list[str]) -> Iterator[None]:
     """Makes the options of a command known to Hydra, and explains what Hydra and OmegaConf say of the overrides."""
     config_class = COMMANDS[name].config_class
-    ConfigStore.instance().store(name=f"{name}_schema", node=config_class)
+    for other, command in COMMANDS.items():
+        if issubclass(config_class, command.config_class):  # show takes what train does, a YAML file of one's own too
+            ConfigStore.instance().store(name=f"{other}_schema", node=config_class)
     try:
         yield
     except (HydraException, OmegaConfBaseException, ValueError) as error:

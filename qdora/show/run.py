@@ -285,7 +285,7 @@ def _is_named(name: str, file: str) -> bool:
     """Whether a place that begins with `name` is in that file, which may be the end of a path or another way to it."""
     path, given = Path(name.rpartition(" ")[0]), Path(file).expanduser()
     is_end = path.parts[-len(given.parts) :] == given.parts
-    return not file or is_end or path.expanduser().absolute() == given.absolute()
+    return not file or is_end or path.expanduser().resolve() == given.resolve()
 
 
 @contextmanager

@@ -468,6 +468,16 @@ def test_command_of_a_run_can_be_shown(recipe: str) -> None:
     assert made.train == trained.train
 
 
+def test_yaml_file_of_a_run_can_be_shown(told: Callable[..., str], tmp_path: Path) -> None:
+    file = write(tmp_path / "talk.jsonl", *TALK)
+    own = f"defaults: [train, _self_]\ndata:\n  train: {file}\ntrain:\n  micro_batch_size: 3\n"
+    write(tmp_path / "conf" / "mine.yaml").write_text(own)
+    text = told("at=3", "--config-dir", str(tmp_path / "conf"), "--config-name", "mine")
+    assert text.startswith(f"{file}:3  sample 2 of 2: ")
+    assert "1 step of 24 rows on one rank" in text
+    assert typed(compose("train", ["model.path=m", "data.train=d"]), RunConfig).__class__ is RunConfig  # type: ignore[arg-type]
+
+
 def test_numbers_of_lines_are_read() -> None:
     assert numbers_of("7") == [("", 7)]
     assert numbers_of("a:b.jsonl:7,12,c, d.jsonl:3") == [("a:b.jsonl", 7), ("", 12), ("c, d.jsonl", 3)]
