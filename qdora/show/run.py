@@ -21,7 +21,7 @@ from qdora.errors import ConfigError
 from qdora.files import output_may_close
 from qdora.show.lengths import Lengths, draw, histogram
 from qdora.show.spelling import Spelling
-from qdora.show.terminal import bold, painted, token_lines, wants_colours
+from qdora.show.terminal import bold, painted, token_lines, visible, wants_colours
 
 MOST_COLUMNS = 80
 UTF8 = ("utf-8", "utf8")
@@ -148,7 +148,7 @@ def run(config: ShowConfig, tokenizer: Any) -> int:
                 for line in page(source, spelling, colours):
                     print(line)
             for line in absent:
-                print(f"{line}\n")
+                print(f"{visible(line)}\n")
             for source in sources:
                 print("\n".join(summary(source, colours)))
         sys.stdout.flush()
@@ -170,7 +170,7 @@ def page(source: Source, spelling: Spelling, colours: bool) -> Iterator[str]:
             yield f"{bold(text, colours)}\n"
         first = 0
         for sample in samples:
-            text = f"{sample.where}  sample {sample.index + 1:,} of {len(source.data):,}{sample.part}"
+            text = f"{visible(sample.where)}  sample {sample.index + 1:,} of {len(source.data):,}{sample.part}"
             text += f"{f', from token {first:,} of the row on' if config.packed else ''}: {len(sample.ids):,} tokens, "
             yield bold(f"{text}{sum(sample.learned):,} learned", colours)
             if config.tokens:
@@ -187,10 +187,9 @@ def page(source: Source, spelling: Spelling, colours: bool) -> Iterator[str]:
 def summary(source: Source, colours: bool) -> Iterator[str]:
     """What became of the rows, and how long they are, for people."""
     report, config, loader, lengths = source.report, source.config, source.loader, source.lengths
-    template = {True: "the model's chat template", False: TEMPLATE_OF_OURS}[bool(source.tokenizer.chat_template)]
-    yield bold(f"{source.name}: {source.path}", colours) + (
-        f" ({report.format}{f', {template}' if report.format in FROM_CHAT else ''})"
-    )
+    template = "the model's chat template" if source.tokenizer.chat_template else TEMPLATE_OF_OURS
+    form = f"{report.format}, {template}" if report.format in FROM_CHAT else report.format
+    yield f"{bold(f'{source.name}: {visible(source.path)}', colours)} ({form})"
     limit, share = f"data.max_length={config.data.max_length:,}", report.num_label_tokens / report.num_tokens
     for count, what in (
         (report.num_rows, "rows read"),
@@ -204,7 +203,7 @@ def summary(source: Source, colours: bool) -> Iterator[str]:
     ):
         if count or what in ("rows read", "samples"):
             yield f"  {count:>13,}  {what}"
-    yield from (f"  {note}" for note in report.notes)
+    yield from (f"  {visible(note)}" for note in report.notes)
     rows = f"{loader.num_rows:,} row{'s' * (loader.num_rows > 1)}"
     full = f" of {config.data.max_length:,} tokens, {loader.packing_efficiency:.0%} full" if config.data.packing else ""
     steps = f"{loader.steps_per_epoch:,} step{'s' * (loader.steps_per_epoch > 1)} of {loader.rows_per_step} rows"

@@ -37,6 +37,11 @@ def bold(text: str, colours: bool) -> str:
     return f"\x1b[1m{text}{_RESET}" if colours else text
 
 
+def visible(text: str) -> str:
+    """A line of words that come from the data, such as names of keys and files, as it may reach the terminal."""
+    return "".join(shown(character) for character in text)
+
+
 def painted(runs: Sequence[Run], colours: bool) -> str:
     """Returns the text of a sample with what is learned set apart; ends with a new line."""
     pieces: list[str] = []

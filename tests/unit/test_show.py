@@ -168,6 +168,14 @@ def test_nothing_invisible_reaches_the_terminal() -> None:
         assert allowed or all(unicodedata.category(one) not in ("Cc", "Cf", "Zl", "Zp", "Cs") for one in text)
 
 
+def test_names_in_the_data_do_not_reach_the_terminal_as_they_are(told: Callable[..., str], tmp_path: Path) -> None:
+    file = write(tmp_path / "a\x1b[2Jb.jsonl", TALK[0] | {"k\x1b[31m": 1})
+    text = told(f"data.train={file}")
+    assert "a\u241b[2Jb.jsonl:1  sample 1 of 1" in text
+    assert "k\u241b[31m is not read" in text
+    assert "\x1b" not in text
+
+
 def test_brackets_in_the_text_are_not_taken_for_marks() -> None:
     assert painted([Run("\u27e6a\u27e7", True, False)], colours=False) == "\u27e6<U+27E6>a<U+27E7>\u27e7\n"
 
