@@ -164,7 +164,9 @@ def run_hydra(name: str, arguments: list[str], function: Callable[[DictConfig], 
         ConfigError: an override names nothing, or has a value of the wrong type.
     """
     said = io.StringIO()
-    with _schema(name, arguments), _environment(sys.argv, [f"qdora {name}", *arguments]):
+    # Hydra's parser takes overrides only beside each other.
+    in_order = sorted(arguments, key=lambda text: not text.startswith("-") and ("=" in text or text.startswith("~")))
+    with _schema(name, arguments), _environment(sys.argv, [f"qdora {name}", *in_order]):
         try:
             with redirect_stderr(said):
                 hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(function)()

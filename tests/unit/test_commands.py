@@ -185,8 +185,8 @@ def test_mistake_in_a_yaml_of_ones_own_is_one_line(
 
 def test_yaml_of_ones_own_is_under_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(OWN + "optim: {learning_rate: 1e-3, beta1: 0.8}", encoding="utf-8")
-    given = ["model.path=m", "data.train=d", "optim.learning_rate=1e-2"]
-    values = compose("train", ["--config-dir", str(tmp_path), "--config-name", "own", *given])
+    given = ["data.train=d", "optim.learning_rate=1e-2"]
+    values = compose("train", ["model.path=m", "--config-dir", str(tmp_path), "--config-name", "own", *given])
     assert values is not None
     config = typed(values, RunConfig)
     assert (config.optim.learning_rate, config.optim.beta1, config.adapter.rank) == (1e-2, 0.8, 16)
