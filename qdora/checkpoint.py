@@ -9,8 +9,6 @@ rank 0 adds the manifest with the checksums and renames the folder: one without 
 full disk) leaves the earlier checkpoints as they are and is tried again later.
 """
 
-import hashlib
-import json
 import logging
 import shutil
 import time
@@ -18,7 +16,6 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -30,46 +27,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from qdora.checkpoint_folder import LATEST, MANIFEST, Manifest, checksum, complete, read_manifest
 from qdora.checkpoint_reader import Reader
 from qdora.errors import CheckpointError, first_line
 from qdora.files import sync, write_durably
 from qdora.parallel import World, broadcast, failing_together, gather
 
 logger = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
-LATEST = "latest"
-SCHEMA_VERSION = 3
 # On one rank; it comes from a thread of torch's, where no block around a call would reach it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-
-@dataclass(kw_only=True, slots=True)
-class Manifest:
-    """What a checkpoint knows besides its tensors; JSON."""
-
-    schema_version: int = SCHEMA_VERSION
-    step: int
-    num_tokens: int
-    eval_loss: float | None
-    loader: dict[str, int]
-    guard: dict[str, Any]
-    """Of `StepGuard`."""
-    rows_per_step: int
-    world_size: int
-    run_id: str
-    tracker_id: str | None
-    config: dict[str, Any]
-    """As it was given: on another number of ranks than at first, accumulation makes up for them."""
-    versions: dict[str, str]
-    data_fingerprint: str
-    model_fingerprint: str
-    checksums: dict[str, str] = field(default_factory=dict)
-    """Every other file's SHA-256."""
-
-    def to_json(self) -> str:
-        """With the SHA-256 of its own text."""
-        values = asdict(self)
-        return json.dumps(values | {"sha256": _digest(values)}, indent=2) + "\n"
 
 
 class Checkpoints:
@@ -208,42 +174,7 @@ def _seal(writing: "Future[Any]", partial: Path, rank: int) -> dict[str, str]:
     writing.result()
     own = [file for file in sorted(partial.iterdir()) if file.name.startswith(f"__{rank}_")]
     own += [partial / ".metadata"] if rank == 0 else []
-    return {file.name: _checksum(file) for file in own}
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def complete(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first; what is half written has a suffix."""
-    return sorted(path for path in folder.glob("step-*") if not path.suffix)
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None.
-
-    Raises:
-        CheckpointError: of another version of qdora.
-    """
-    try:
-        manifest = read_manifest(checkpoint)
-    except DamagedError as error:
-        return str(error)
-    for name in manifest.checksums.keys() ^ {file.name for file in checkpoint.iterdir()} - {MANIFEST}:
-        return f"{name} is missing" if name in manifest.checksums else f"{name} does not belong there"
-    for name, expected in manifest.checksums.items():
-        try:
-            if _checksum(checkpoint / name) != expected:
-                return f"{name} is not what was written"
-        except OSError as error:
-            return _first_line(error)
-    return None
+    return {file.name: checksum(file) for file in own}
 
 
 def _rng_state(world: World) -> dict[str, Tensor]:
@@ -251,78 +182,6 @@ def _rng_state(world: World) -> dict[str, Tensor]:
     if world.device.type == "cuda":
         state[f"rng.cuda.{world.rank}"] = torch.cuda.get_rng_state(world.device)
     return state
-
-
-class DamagedError(CheckpointError):
-    """A checkpoint whose files are not what was written."""
-
-
-def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are what was written, and what to tell of the newer ones, set aside now.
-
-    Raises:
-        CheckpointError: there are checkpoints and all are damaged, or one is of another version of qdora.
-    """
-    damaged: dict[Path, str] = {}
-    for checkpoint in reversed(complete(folder)):
-        reason = damage(checkpoint)
-        if reason is None:
-            return checkpoint, [
-                f"{bad} is damaged ({why}) and was renamed to {_set_aside(bad, 'damaged').name}"
-                for bad, why in damaged.items()
-            ]
-        damaged[checkpoint] = reason
-    if damaged:
-        newest, reason = next(iter(damaged.items()))
-        raise CheckpointError(
-            f"every checkpoint in {folder} is damaged, the newest ({newest.name}): {reason}. To start anew, give "
-            "another output_dir or remove them"
-        )
-    return None, []
-
-
-def _set_aside(checkpoint: Path, why: str) -> Path:
-    aside = checkpoint.with_suffix(f".{why}")
-    shutil.rmtree(aside, ignore_errors=True)
-    return checkpoint.rename(aside)
-
-
-def set_aside(folder: Path, step: int) -> str:
-    """Renames the checkpoint of weights that turned out not to compute, if there is one; what to tell the user."""
-    given = folder / f"step-{step:08d}"
-    told = ""
-    if given.exists():
-        told = f"{given.name} holds these weights and was renamed to {_set_aside(given, 'suspect').name}. "
-    good = complete(folder)
-    return told + (f"The same command goes on from {good[-1]}" if good else "There is no earlier checkpoint")
-
-
-def supersede(folder: Path, step: int) -> None:
-    """Renames the checkpoints after `step`: the run goes on from there, and theirs are steps of another course."""
-    for later in complete(folder):
-        if later.name > f"step-{step:08d}":
-            _set_aside(later, "superseded")
-
-
-def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest of a checkpoint.
-
-    Raises:
-        DamagedError: it cannot be read.
-        CheckpointError: it is of another version of qdora.
-    """
-    try:
-        values = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        digest, version = values.pop("sha256", None), values["schema_version"]
-    except FileNotFoundError:
-        raise DamagedError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{MANIFEST} cannot be read: {_first_line(error)}") from None
-    if version != SCHEMA_VERSION:
-        raise CheckpointError(f"{checkpoint} has schema version {version}, this qdora reads {SCHEMA_VERSION}")
-    if digest != _digest(values):
-        raise DamagedError(f"{MANIFEST} is not what was written")
-    return Manifest(**values)
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor], manifest: Manifest, world: World) -> None:

@@ -21,6 +21,7 @@ from qdora.model import LoadedModel, load_model
 from qdora.model.loss import check_token_loss
 from qdora.parallel import World
 from qdora.run_folder import RunFolder
+from qdora.run_inputs import check_base
 from qdora.sharding import weight_bytes
 
 
@@ -42,7 +43,7 @@ class Subject:
             ConfigError: the run was trained over another base.
         """
         if self.run is not None and self.adapter.path is not None:
-            self.run.check_base(base)
+            check_base(self.run, base)
         plan = ParallelConfig(plan=world.plan)
         loaded = load_model(base, self.model, self.quant, self.adapter, plan, world, seed=0, trainable=False)
         loaded.model.eval()

@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qdora.adapter.dora import AdaptedLinear, adapted_layers
+from qdora.adapter.trained_over import CONFIG as CONFIG
+from qdora.adapter.trained_over import WEIGHTS as WEIGHTS
 from qdora.adapter.vera import D_INITIAL, VeraLinear, projections, vera_layers
 from qdora.config import AdapterConfig, AdapterMethod
 from qdora.errors import AdapterError
@@ -28,7 +30,6 @@ from qdora.files import let_others_read, sync, write_durably
 from qdora.parallel import World
 from qdora.sharding import gather_rows, own_rows
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _SUFFIXES = {
     "lora_a": ".lora_A.weight",

@@ -9,6 +9,8 @@ from qdora.config.commands import changed, given_options
 from qdora.files import read_json, write_durably
 
 NOTE = "trained_over.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""PEFT's two files."""
 
 
 def write_note(folder: Path, quant: QuantConfig) -> None:

@@ -20,12 +20,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from qdora import checkpoint
+from qdora import checkpoint_folder
 from qdora.adapter import peft_format
-from qdora.checkpoint import Manifest
+from qdora.checkpoint_folder import Manifest
 from qdora.checkpoint_reader import Reader
 from qdora.config import AdapterConfig, AdapterMethod, AnalyzeConfig, Dtype, QuantConfig, QuantMethod, RunConfig
 from qdora.config.commands import overlaid
+from qdora.config.values import config_values
 from qdora.errors import CheckpointError, ConfigError, ModelError, first_line
 from qdora.files import read_json
 from qdora.merging.parts import Parts
@@ -36,7 +37,8 @@ from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.writer import Rows
 from qdora.nf4 import NF4Weight
 from qdora.parallel import World
-from qdora.run_folder import RunFolder, config_values
+from qdora.run_folder import RunFolder
+from qdora.run_inputs import check_base
 
 logger = logging.getLogger(__name__)
 ENDED = ("finished", "completed_without_last_checkpoint")
@@ -154,7 +156,7 @@ def find_course(config: AnalyzeConfig, world: World) -> Course:
     last_step = _last_step(run, stored)
     model = overlaid(stored.model, config.model)
     base = _base(config, stored)
-    run.check_base(base)
+    check_base(run, base)
     whole, skipped = _checkpoints(run, stored, CheckpointFiles(base).fingerprint())
     if stored.adapter.method is AdapterMethod.none:
         full = replace(stored, model=model)
@@ -203,11 +205,11 @@ def _checkpoints(run: RunFolder, config: RunConfig, fingerprint: str) -> tuple[l
     """The whole checkpoints of the run over the base with the fingerprint, and what to tell of the others."""
     whole: list[tuple[Path, Manifest]] = []
     skipped: list[str] = []
-    for path in checkpoint.complete(run.checkpoints):
+    for path in checkpoint_folder.complete(run.checkpoints):
         try:
-            reason = checkpoint.damage(path)
+            reason = checkpoint_folder.damage(path)
             if reason is None:
-                whole.append((path, checkpoint.read_manifest(path)))
+                whole.append((path, checkpoint_folder.read_manifest(path)))
         except CheckpointError as error:  # of another version
             reason = str(error)
         if reason is not None:

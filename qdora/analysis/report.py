@@ -17,8 +17,8 @@ from rich.table import Table
 from qdora.analysis.course import Course
 from qdora.analysis.measures import Fit, fit
 from qdora.config import AdapterMethod
+from qdora.config.values import config_values
 from qdora.files import write_durably
-from qdora.run_folder import config_values
 
 RESULTS = "analysis.json"
 MEANS = ("magnitude_change", "relative_magnitude_change", "direction_change", "effective_rank", "stable_rank")

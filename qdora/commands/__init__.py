@@ -53,10 +53,18 @@ class Command:
     """Whether a signal may end it anywhere, as the same command goes on."""
     keeps: bool = False
     """Whether the same command goes on after one that was interrupted at once."""
+    check: str | None = None
+    """`module:function`, called first: what it refuses shows before `target` and its libraries are imported."""
 
 
 COMMANDS = {
-    "train": Command(config.RunConfig, "qdora.training:train", "fine-tune a model", can_resume=True),
+    "train": Command(
+        config.RunConfig,
+        "qdora.training.run:train",
+        "fine-tune a model",
+        can_resume=True,
+        check="qdora.training.resume:check_early",
+    ),
     "merge": Command(
         config.MergeConfig, "qdora.merging:merge", "write base and adapter as one ordinary checkpoint", keeps=True
     ),
@@ -224,6 +232,8 @@ def _call(command: Command, values: DictConfig) -> int:
     typed_config = typed(values, command.config_class)
     with interrupt.listening() if command.can_resume else terminated() if command.keeps else nullcontext():
         try:
+            if command.check is not None:
+                _function(command.check)(typed_config)
             return load(command.target)(typed_config)
         except Exception as error:
             leave_error(error)  # while signals are heard: the launcher ends this rank once another has failed
@@ -235,12 +245,16 @@ def load(target: str) -> Callable[[Any], int]:
 
     Modules stay: not searching while they are loaded, nor in them later, saves a fifth of a short run.
     """
-    module, function = target.split(":")
-    loaded: Callable[[Any], int] = getattr(importlib.import_module(module), function)
+    loaded: Callable[[Any], int] = _function(target)
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
     return loaded
+
+
+def _function(target: str) -> Any:
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _show(text: str) -> None:

@@ -27,14 +27,18 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from qdora.changes import differing
+from qdora.changes import shown as shown_changes
 from qdora.commands import run_hydra, typed
 from qdora.commands.sweep_results import RECORDS, Member, bare, short
 from qdora.config import RunConfig
 from qdora.config.commands import written
+from qdora.config.values import config_values, flatten
 from qdora.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, QdoraError
 from qdora.files import lock, read_json
 from qdora.interrupt import heard_signals
 from qdora.rank_files import PR_SET_PDEATHSIG
+from qdora.run_folder import RunFolder
 from qdora.waits import wait_s
 
 TRAIN = "QDORA_TRAIN"
@@ -113,7 +117,8 @@ def run_member(
     try:
         config = typed(values, RunConfig)
         if _is_done(folder / name, config):
-            print(f"{shown} is finished already", flush=True)
+            changes = "; ".join(shown_changes(RunFolder(folder / name).read_changes()))
+            print(f"{shown} is finished already" + (f" ({changes})" if changes else ""), flush=True)
             member.exit_status = 0
         else:
             with _own_gpus(folder / RECORDS) as gpus:
@@ -194,18 +199,18 @@ def _is_done(path: Path, config: RunConfig) -> bool:
     """
     if not (path / "summary.json").exists():
         return False
-    # Here: these take seconds and memory that what only waits for its run can spare.
-    from qdora.run_folder import RunFolder, config_values, differing, flatten
+    # Here: it takes seconds and memory that what only waits for its run can spare.
+    from qdora.run_inputs import replaced
 
     folder = RunFolder(path)
     if not folder.is_finished():
         return False
     ours, theirs = (flatten(config_values(values)) for values in (config, folder.read_config()))
     different = differing(ours, theirs, _OWN)
-    replaced = [] if different else folder.replaced(config)
-    if replaced and not config.allow_changes:
+    others = [] if different else replaced(folder, config)
+    if others and not config.allow_changes:
         raise ConfigError(
-            f"{path} is finished, and what {' and '.join(replaced)} names is not what it was trained with: restore it, "
+            f"{path} is finished, and what {' and '.join(others)} names is not what it was trained with: restore it, "
             "or give another output_dir"
         )
     if different and not config.allow_changes:
@@ -214,7 +219,7 @@ def _is_done(path: Path, config: RunConfig) -> bool:
             f"{path} is finished and has {pairs}: use those values or another output_dir (qdora train -m goes on with "
             "it under allow_changes=true)"
         )
-    return not different and not replaced
+    return not different and not others
 
 
 def run_process(command: Sequence[str], stop: Path, environment: dict[str, str]) -> int:

@@ -311,6 +311,10 @@ class ParallelConfig:
             f"{self.activation_checkpointing.name}",
         )
 
+    def plan_on(self, num_ranks: int) -> Plan:
+        """Returns the plan in effect: one rank shares nothing with others, unless its shards live in host memory."""
+        return Plan.none if num_ranks == 1 and not self.cpu_offload else self.plan
+
 
 @dataclass(kw_only=True, slots=True)
 class PreflightConfig:

@@ -10,6 +10,7 @@ from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
 from qdora.model import model_folder
 from qdora.run_folder import RunFolder
+from qdora.run_inputs import check_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Parts:
             )
         if run is not None:
             try:
-                run.check_base(base)
+                check_base(run, base)
             except ConfigError as error:
                 if config.model.path is None:
                     raise

@@ -38,7 +38,8 @@ def settle(config: RunConfig, base: Path, world: World, rates: Rates) -> Settled
     """
     given = config.parallel
     if config.plan.on_exceed is OnExceed.off and given.plan is not Plan.auto:
-        return Settled(given, f"parallel={given.plan.name}: not compared with the free memory (plan.on_exceed=off)")
+        plan = given.plan_on(world.size)
+        return Settled(given, f"parallel={plan.name}: not compared with the free memory (plan.on_exceed=off)")
     link = rates.link
     if config.parallel.plan is Plan.auto and world.local_size < world.size and world.size % world.local_size == 0:
         by_node = parallel.start(replace(config.parallel, plan=Plan.hsdp, shard_size=None))
@@ -83,7 +84,7 @@ def settle_by_plan(config: RunConfig, planner: Planner) -> Settled:
         needs = [f"{layout} {size / GIB:.2f}" for layout, size in _least_of_each_layout(considered).items()]
         told = f"the fastest that fits of {', '.join(needs)} GiB a rank; {free / GIB:.2f} are free"
     more = {name: value for name, value in changed(settled, given).items() if name != "plan"}
-    took = [f"parallel={settled.plan.name}", *overrides("parallel", more)]
+    took = [f"parallel={settled.plan_on(planner.hardware.num_ranks).name}", *overrides("parallel", more)]
     return Settled(settled, f"{' '.join(took)}: {told}")
 
 
@@ -110,7 +111,10 @@ def _exceeds(config: RunConfig, planner: Planner, best: Planned) -> str:
     hardware, host = planner.hardware, best.host_bytes
     largest = sorted(best.parts.items(), key=lambda part: -part[1])[:4]
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest)
-    needs = f"about {best.peak_bytes / GIB:.2f} GiB a rank at its peak ({best.choice.layout}, recomputation "
+    layout = best.choice.layout
+    if best.choice.parallel.plan_on(hardware.num_ranks) is Plan.none:
+        layout = layout.replace(best.choice.parallel.plan.name, "one rank")
+    needs = f"about {best.peak_bytes / GIB:.2f} GiB a rank at its peak ({layout}, recomputation "
     needs += f"{best.choice.kind.name}) and {hardware.memory_bytes / GIB:.2f} are free (largest: {parts})"
     if host and hardware.host_bytes is not None:
         node = host * hardware.ranks_per_node / GIB

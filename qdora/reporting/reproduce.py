@@ -1,19 +1,14 @@
 """The commands that make a run or a study again, with every option that is not at its default."""
 
 import os
-import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from qdora.config import AdapterMethod, DataConfig, MethodConfig, ModelConfig, RunConfig, StudyConfig
-from qdora.config.commands import written
-from qdora.run_folder import config_values, flatten, plain
+from qdora.config.values import as_word, config_values, flatten, option, plain
 
-PLAIN = re.compile(r"[A-Za-z_/.][\w/.:+-]*")
-"""Texts that neither Hydra nor a shell misreads."""
-WORDS = {"null", "true", "false", "nan", "inf"}
 MADE_BY_THE_RUN = {"run_id"}
 """Which differ each time."""
 Values = dict[str, Any]
@@ -84,20 +79,7 @@ def _study_defaults() -> Values:
 def _method(values: Values) -> str:
     usual = plain({name: getattr(MethodConfig(learning_rates=[1.0]), name) for name in values})
     own = {name: value for name, value in values.items() if value != usual[name]}
-    return "{" + ",".join(f"{name}:{_word(value)}" for name, value in own.items()) + "}"
-
-
-def option(name: str, value: Any) -> str:
-    """`name=value` as a shell hands it to Hydra."""
-    return shlex.quote(f"{name}={_word(value)}")
-
-
-def _word(value: Any) -> str:
-    """A value without quotes where it needs none."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_word, value))}]"
-    plain_text = isinstance(value, str) and PLAIN.fullmatch(value) and value.lower() not in WORDS
-    return str(value) if plain_text else written(value)
+    return "{" + ",".join(f"{name}:{as_word(value)}" for name, value in own.items()) + "}"
 
 
 def command(start: str, options: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qdora.config import AdapterMethod, QuantMethod, RunConfig
+from qdora.config.values import config_values, flatten, option
 from qdora.files import read_json
 from qdora.reporting.curves import logged_steps
 from qdora.reporting.figures import Interval, forest, run_curves
@@ -28,8 +29,8 @@ from qdora.reporting.page import (
     number,
     png,
 )
-from qdora.reporting.reproduce import changed_options, follow_up_commands, option, train_command
-from qdora.run_folder import RunFolder, config_values, flatten
+from qdora.reporting.reproduce import changed_options, follow_up_commands, train_command
+from qdora.run_folder import RunFolder
 
 Values = dict[str, Any]
 NAMES = {"dora": "DoRA", "lora": "LoRA", "vera": "VeRA", "dvora": "DVoRA", "none": "full fine-tuning"}

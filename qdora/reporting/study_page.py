@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from qdora.config.values import flatten, option
 from qdora.errors import ConfigError
 from qdora.figures import GREEN, GREY, ORANGE
 from qdora.files import read_json
@@ -32,9 +33,8 @@ from qdora.reporting.page import (
     Text,
     number,
 )
-from qdora.reporting.reproduce import command, option, study_command
+from qdora.reporting.reproduce import command, study_command
 from qdora.reporting.run_page import NAMES, shown
-from qdora.run_folder import flatten
 from qdora.study.cells import Arm, Cell
 from qdora.study.figure import TITLES, look
 from qdora.study.results import DIGITS

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from qdora.config import StudyConfig
+from qdora.config.values import plain
 from qdora.errors import ConfigError
 from qdora.files import read_json, write_durably
-from qdora.run_folder import plain, read_metrics
+from qdora.run_folder import read_metrics
 from qdora.study.cells import Arm, Cell, arms, compared, measured, search, start_of, starts
 from qdora.study.statistics import COVERAGE, NUM_DRAWS, Scores, differences
 

@@ -1,5 +1,1 @@
-"""`qdora train`: from a config to a trained adapter."""
-
-from qdora.training.run import train
-
-__all__ = ["train"]
+"""`qdora train`: from a config to a trained adapter. Imports nothing: `resume.py` answers before torch is there."""

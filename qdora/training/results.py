@@ -3,12 +3,13 @@
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qdora import checkpoint, parallel
+from qdora import checkpoint_folder, parallel
 from qdora.adapter import peft_format
 from qdora.adapter.trained_over import write_note
 from qdora.config import AdapterMethod, RunConfig
@@ -40,7 +41,7 @@ def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str,
 
     Args:
         base: the folder that the model came from.
-        contents: `run_folder.inputs` when training began, on rank 0.
+        contents: `run_inputs.inputs` when training began, on rank 0.
     """
     config, world, loaded, folder = trainer.config, trainer.world, trainer.loaded, trainer.folder
     reshard(loaded.model)
@@ -68,6 +69,7 @@ def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str,
                 "run_id": config.run_id,
                 "steps": trainer.step,
                 "num_steps": trainer.num_steps,
+                "changes": [asdict(change) for change in trainer.changes],
                 "num_skipped_steps": trainer.guard.num_skipped,
                 "num_tokens": trainer.num_tokens,
                 "first_loss": losses[0] if losses else None,
@@ -102,7 +104,7 @@ def _disk_errors_told(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        good = checkpoint.complete(folder.checkpoints)
+        good = checkpoint_folder.complete(folder.checkpoints)
         then = f"the same command goes on from {good[-1]}" if good else "there is no checkpoint to go on from"
         raise CheckpointError(
             f"the results could not be written to {folder.path}: {error}. Make room; {then}"
@@ -119,7 +121,7 @@ def conclude(
 ) -> None:
     """The last lines on the terminal."""
     if status == "preempted":
-        good = checkpoint.complete(folder.checkpoints)
+        good = checkpoint_folder.complete(folder.checkpoints)
         saved = "and saved" if good and not not_saved else f"and not saved ({not_saved or 'no step was made'})"
         print(f"interrupted {saved}; go on with the same command and output_dir={folder.path}")
         if not_saved and good:

@@ -1,20 +1,17 @@
 """A run from start to end: data, model, resume, training, and what it leaves in its folder."""
 
-import hashlib
 import math
-import os
 import secrets
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 
-from qdora import checkpoint, parallel
-from qdora.checkpoint import Manifest
+from qdora import checkpoint, checkpoint_folder, parallel
+from qdora.changes import changes_since, shown, shown_change
+from qdora.checkpoint_folder import Change, Manifest
 from qdora.config import (
     ActivationCheckpointing,
     AdapterMethod,
@@ -25,9 +22,10 @@ from qdora.config import (
     PreflightConfig,
     RunConfig,
 )
+from qdora.config.values import config_from_values, config_values
 from qdora.data import BatchLoader, TokenDataset, prepare
 from qdora.device_memory import explaining_shortage, free_memory
-from qdora.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, TrainingError
+from qdora.errors import EXIT_PREEMPTED, ConfigError, TrainingError
 from qdora.interrupt import interrupt
 from qdora.model import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_folder
 from qdora.model.activations import compile_blocks
@@ -37,13 +35,15 @@ from qdora.optim import state_tensors
 from qdora.parallel import World
 from qdora.planning.preflight import Settled, settle
 from qdora.rates import Rates, measure_rates
-from qdora.run_folder import RunFolder, config_from_values, config_values, inputs
+from qdora.run_folder import CHANGES, RunFolder
+from qdora.run_inputs import inputs
 from qdora.sharding import weight_bytes
 from qdora.tracking import make_tracker
 from qdora.training.graph import check_device, check_model
 from qdora.training.memory import StepBytes, choose_recomputation, remedies, step_bytes
 from qdora.training.results import conclude, num_trainable, versions, write_results
-from qdora.training.trainer import Trainer, num_steps
+from qdora.training.resume import check_fingerprints, check_num_steps, keep_rows_per_step, new_run_id
+from qdora.training.trainer import CHANGED, Trainer, num_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +100,14 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
         world, lambda: [prepare(config.data, path, tokenizer) for path in paths]
     )
     train_loader = _loader(config, world, train_data, tokenizer.pad_token_id, shuffle=True)
-    all_done = found is not None and found[1].step >= num_steps(config, train_loader)
-    if all_done and parallel.broadcast(world, folder.is_finished()):
-        if world.is_main:
-            print(f"{folder.path} is finished already; raise train.num_steps (or train.num_epochs) to go on")
-        return 0
+    fingerprints = {"data": train_data.fingerprint, "model": CheckpointFiles(base).fingerprint()}
+    if found is not None:
+        check_fingerprints(config, *found, fingerprints)
+        if found[1].step >= num_steps(config, train_loader) and parallel.broadcast(world, folder.is_finished()):
+            if world.is_main:
+                _say_finished(folder, changes_since(given, world.size, found[1]))
+            return 0
+        check_num_steps(config, *found, num_steps(config, train_loader))
     eval_loader = None
     if eval_data:
         eval_loader = partial(_loader, config, world, eval_data[0], tokenizer.pad_token_id, shuffle=False)
@@ -113,6 +116,9 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     config, given = (replace(some, parallel=settled.parallel) for some in (config, given))
     if settled.exceeds and world.is_main:
         print(f"warning: {settled.told}", flush=True)
+    changes = _changes(given, world, found[1], fingerprints) if found else []
+    if changes and world.is_main:
+        print(f"changed {'; '.join(shown(changes))}", flush=True)
     if config.train.cuda_graph:
         check_device(world)
     with explaining_shortage(lambda: _does_not_load(config, world)):
@@ -126,15 +132,13 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
             raise ConfigError("model.attention=varlen is not compiled on a CPU: use sdpa, or train.compile=false")
         compile_blocks(loaded.blocks, world.device)
     trainer = Trainer(config, world, loaded, train_loader, eval_loader, folder, rates)
-    fingerprints = {"data": train_data.fingerprint, "model": CheckpointFiles(base).fingerprint()}
     if found is not None:
-        _resume(trainer, *found, fingerprints)
-        if trainer.step > trainer.num_steps:
-            raise ConfigError(f"{found[0]} is of step {trainer.step}, and the run is to have {trainer.num_steps}")
+        _resume(trainer, *found)
+        trainer.changes, trainer.new_changes = [*found[1].changes, *changes], changes
     interrupt.training = True
     with parallel.failing_together(world, world.patient_group):
         if world.is_main:
-            folder.start(given, trainer.step)
+            folder.start(given, trainer.step, trainer.changes)
     if world.local_size < world.size:
         _check_is_shared(folder, world)
     with parallel.failing_together(world, world.patient_group):  # W&B may take longer than parallel.timeout_s
@@ -142,12 +146,12 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
             config.tracker,
             output_dir=folder.path,
             run_id=run_id,
-            settings=dict(config_values(config)),
+            settings=_settings(config, trainer.changes),
             resume_id=found[1].tracker_id if found else None,
             is_main=world.is_main,
         )
     for record in folder.read_metrics():  # what a killed run had not sent; the tracker knows what it has
-        trainer.tracker.log(record, record["step"])
+        trainer.tracker.log({name: value for name, value in record.items() if name != CHANGED}, record["step"])
     if world.is_main:
         _announce(config, world, loaded, [train_data, *eval_data], trainer)
         if not settled.exceeds:
@@ -181,6 +185,25 @@ def _settle(config: RunConfig, base: Path, world: World, found: Manifest | None)
         world = parallel.start(settled.parallel, trains_base=config.adapter.method is AdapterMethod.none)
         rates = measure_rates(world, dtype)
     return world, settled, rates
+
+
+def _changes(given: RunConfig, world: World, manifest: Manifest, fingerprints: dict[str, str]) -> list[Change]:
+    """Returns what holds from the next step on, and did not before."""
+    then = {"data": manifest.data_fingerprint, "model": manifest.model_fingerprint}
+    contents = {f"fingerprint of the {what}": (then[what], now) for what, now in fingerprints.items()}
+    return changes_since(given, world.size, manifest, contents)
+
+
+def _settings(config: RunConfig, changes: list[Change]) -> dict[str, object]:
+    """Returns what the tracker records of the options."""
+    return config_values(config) | ({CHANGES: [asdict(change) for change in changes]} if changes else {})
+
+
+def _say_finished(folder: RunFolder, changes: list[Change]) -> None:
+    print(f"{folder.path} is finished already; raise train.num_steps (or train.num_epochs) to go on")
+    if changes:
+        pairs = ", ".join(map(shown_change, changes))
+        print(f"it was not trained with what is given now ({pairs}): output_dir=ANOTHER begins a run that is")
 
 
 def _check_is_shared(folder: RunFolder, world: World) -> None:
@@ -225,21 +248,12 @@ def _to_the_end(
     except TrainingError as error:
         trainer.checkpoints.wait()
         write_results(trainer, status, base, contents)
-        told = checkpoint.set_aside(folder.checkpoints, trainer.step) if world.is_main else ""
+        told = checkpoint_folder.set_aside(folder.checkpoints, trainer.step) if world.is_main else ""
         raise TrainingError(f"{error}. {parallel.broadcast(world, told)}") from None
     finally:
         parallel.disarm_watchdog()  # W&B takes its time
         trainer.tracker.finish(status)
     return status
-
-
-def new_run_id() -> str:
-    """The time of the start and four letters; the same again in ranks that torchrun has restarted."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
-    agent = psutil.Process(os.getppid())
-    letters = hashlib.sha256(f"{agent.pid} {agent.create_time()}".encode()).hexdigest()[:4]
-    return time.strftime("%Y%m%d-%H%M%S-", time.localtime(agent.create_time())) + letters
 
 
 def _set_recomputation(config: RunConfig, world: World, loaded: LoadedModel) -> Recomputation:
@@ -293,28 +307,10 @@ def _manifest(given: RunConfig, fingerprints: dict[str, str], trainer: Trainer) 
         run_id=str(trainer.config.run_id),
         tracker_id=trainer.tracker.id,
         config=config_values(given),
+        changes=trainer.changes,
         versions=versions(),
         data_fingerprint=fingerprints["data"],
         model_fingerprint=fingerprints["model"],
-    )
-
-
-def keep_rows_per_step(config: RunConfig, num_ranks: int, manifest: Manifest) -> RunConfig:
-    """`config` with as many rows a step as the run has had: on another number of ranks, by accumulating more or less.
-
-    Raises:
-        ConfigError: that is not possible, or the rows were changed without a change of ranks.
-    """
-    shape = ("micro_batch_size", "num_accumulation_steps")
-    then, now = ([train[name] for name in shape] for train in (manifest.config["train"], asdict(config.train)))
-    rows, a_rank = manifest.rows_per_step, now[0] * num_ranks
-    if then == now and rows % a_rank == 0:
-        return replace(config, train=replace(config.train, num_accumulation_steps=rows // a_rank))
-    if rows == a_rank * now[1] or config.allow_changes:
-        return config
-    raise ConfigError(
-        f"the run has {rows} rows a step, but train.micro_batch_size={now[0]} x train.num_accumulation_steps={now[1]} "
-        f"on {num_ranks} ranks are {a_rank * now[1]}: choose them so that they are {rows}, or allow_changes=true"
     )
 
 
@@ -333,14 +329,8 @@ def _loader(config: RunConfig, world: World, data: TokenDataset, pad_token_id: i
     )
 
 
-def _resume(trainer: Trainer, path: Path, manifest: Manifest, fingerprints: dict[str, str]) -> None:
+def _resume(trainer: Trainer, path: Path, manifest: Manifest) -> None:
     """Puts the trainer where the checkpoint stands. *Collective*."""
-    for what, then in (("data", manifest.data_fingerprint), ("model", manifest.model_fingerprint)):
-        if then != fingerprints[what] and not trainer.config.allow_changes:
-            raise CheckpointError(
-                f"the {what} is not that of {path} (fingerprint {fingerprints[what]}, then {then}): restore it, use "
-                "another output_dir, or allow_changes=true to go on all the same"
-            )
     checkpoint.load(path, state_tensors(trainer.model, trainer.optimizer), manifest, trainer.world)
     trainer.loaded.refresh(trainer.world.device)
     trainer.step, trainer.num_tokens = manifest.step, manifest.num_tokens
@@ -379,7 +369,7 @@ def few_steps(config: RunConfig, num_rows: int, num_ranks: int) -> str | None:
 
 def _announce(config: RunConfig, world: World, loaded: LoadedModel, data: list[TokenDataset], trainer: Trainer) -> None:
     trainable = num_trainable(loaded)
-    plan = config.parallel.plan.name if world.size > 1 else Plan.none.name
+    plan = config.parallel.plan_on(world.size).name
     print(f"model: {config.model.path}, {'; '.join(loaded.report.lines())}; {trainable:,} trainable parameters")
     attention = loaded.model.config._attn_implementation
     how = f"parallel={plan}, attention {attention}"

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qdora.adapter.dora import magnitude_drift
-from qdora.checkpoint import Checkpoints, Manifest
+from qdora.checkpoint import Checkpoints
+from qdora.checkpoint_folder import Change, Manifest
 from qdora.config import OnBadStep, RunConfig
 from qdora.data import Batch, BatchLoader
 from qdora.device_memory import memory_gib
@@ -34,6 +35,8 @@ from qdora.training.progress import Progress
 logger = logging.getLogger(__name__)
 DRIFT_EVERY = 10
 """Logged steps between two records of how far the magnitudes have moved."""
+CHANGED = "changed"
+"""Key of a record of metrics.jsonl: what was changed when the run was resumed before that step."""
 
 
 @dataclass(slots=True)
@@ -84,6 +87,10 @@ class Trainer:
         self.num_tokens = 0
         self.eval_loss: float | None = None
         """Of this step, if it was evaluated."""
+        self.changes: list[Change] = []
+        """What the steps so far had otherwise than `config`."""
+        self.new_changes: list[Change] = []
+        """Those that no record has yet."""
         self.step_seconds: list[tuple[int, float]] = []
         self.work = work_of(loaded, world, config.parallel)
         self.add_gradients: AddGradients = partial(add_gradients, self.model, world)
@@ -252,7 +259,10 @@ class Trainer:
         if not self.world.is_main:
             return
         if metrics is not None or eval_loss is not None:
-            self.folder.log(record | ({"magnitude_drift": sum(drift.values()) / len(drift)} if drift else {}))
+            mean = {"magnitude_drift": sum(drift.values()) / len(drift)} if drift else {}
+            changed = {CHANGED: [asdict(change) for change in self.new_changes]} if self.new_changes else {}
+            self.folder.log(record | mean | changed)
+            self.new_changes = []
             layers = {f"magnitude_drift/{name}": value for name, value in drift.items()}
             self.tracker.log({**record, **layers}, self.step)
         rate, current = record.get("tokens_per_second"), record.get("learning_rate")

@@ -17,7 +17,7 @@ from qdora.config import (
     TrackerKind,
     TrainConfig,
 )
-from qdora.training import train
+from qdora.training.run import train
 from tests.support.marks import asked, nightly_but
 from tests.support.models import FAMILIES, make_model
 from tests.support.ranks import RankPool

@@ -35,7 +35,7 @@ from qdora.config import (
 from qdora.errors import ConfigError
 from qdora.parallel import arm_watchdog
 from qdora.sharding import gather_rows, own_rows
-from qdora.training import train
+from qdora.training.run import train
 from qdora.training.trainer import Trainer
 from tests.support.marks import nightly
 from tests.support.models import make_model

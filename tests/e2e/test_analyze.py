@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from qdora import checkpoint, commands
+from qdora import checkpoint_folder, commands
 from qdora.run_folder import RunFolder
 from tests.support.marks import nightly
 from tests.support.models import make_model
@@ -186,9 +186,9 @@ def test_checkpoint_that_is_damaged_or_of_other_options_is_left_out_with_a_warni
     method, folder = run
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
-    manifest = checkpoint.read_manifest(copy / "checkpoints" / "step-00000004")
+    manifest = checkpoint_folder.read_manifest(copy / "checkpoints" / "step-00000004")
     manifest.config["adapter"]["alpha"] = 3.0  # as after a start with allow_changes=true
-    (copy / "checkpoints" / "step-00000004" / checkpoint.MANIFEST).write_text(manifest.to_json())
+    (copy / "checkpoints" / "step-00000004" / checkpoint_folder.MANIFEST).write_text(manifest.to_json())
     (file,) = (copy / "checkpoints" / "step-00000006").glob("*.distcp")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

@@ -257,7 +257,7 @@ def test_what_changes_results_is_refused_unless_allowed(
         ("train.micro_batch_size=3", r"the run has 2 rows a step, but .* on 1 ranks are 6"),
         (f"data.train={other}", f"the data is not that of .* {fingerprints}"),
         (f"model.path={another}", f"the model is not that of .* {fingerprints}"),
-        ("quant.double_quant=false", r"it has quant\.double_quant=True \(now False\)"),
+        ("quant.double_quant=false", r"it has quant\.double_quant=true \(now false\)"),
         ("seed=1", r"it has seed=0 \(now 1\)"),
     ):
         done = qdora("train", *common, change)

@@ -24,7 +24,7 @@ from qdora.config import (
 )
 from qdora.evaluation import evaluate
 from qdora.merging import merge
-from qdora.training import train
+from qdora.training.run import train
 from tests.support.runs import summary_of
 
 SAME_TOLERANCE = 2e-3

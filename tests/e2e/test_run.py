@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from qdora.commands import compose, typed
 from qdora.config import RunConfig
-from qdora.run_folder import RunFolder, config_values, flatten
+from qdora.config.values import config_values, flatten
+from qdora.run_folder import RunFolder
 from tests.support.marks import nightly
 from tests.support.models import make_model, make_tokenizer
 from tests.support.processes import ROOT, end, qdora, run, start, wait_for_steps

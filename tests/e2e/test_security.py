@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qdora.checkpoint import read_manifest
+from qdora.checkpoint_folder import read_manifest
 from tests.support.marks import nightly
 from tests.support.processes import qdora
 

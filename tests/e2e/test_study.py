@@ -14,6 +14,7 @@ from qdora.commands.members import _is_done
 from qdora.config import OnExceed
 from qdora.errors import ConfigError
 from qdora.run_folder import RunFolder
+from qdora.run_inputs import replaced
 from tests.support.models import make_model
 from tests.support.processes import interrupt_when, qdora
 from tests.support.runs import metrics_of, summary_of
@@ -132,13 +133,13 @@ def test_what_was_replaced_is_no_part_of_a_study_and_what_was_moved_is(
     moved = Path(shutil.copytree(Path(options_value(options, "data.train")).parent, tmp_path / "moved"))
     config.data.train, config.data.eval = str(moved / "train.jsonl"), str(moved / "tune.jsonl")
     config.model.path = str(moved / "model")
-    assert RunFolder(folder).replaced(config) == []
+    assert replaced(RunFolder(folder), config) == []
     if name == "model.path":
         make_model(moved / "model", "llama", num_hidden_layers=1, seed=1)
     else:
         file = moved / Path(options_value(options, name)).name
         file.write_text(file.read_text().replace("odd", "even"))
-    assert RunFolder(folder).replaced(config) == [name]
+    assert replaced(RunFolder(folder), config) == [name]
 
 
 def test_run_over_what_was_replaced_is_not_taken_for_finished(finished: Path, tmp_path: Path) -> None:

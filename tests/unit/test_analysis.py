@@ -19,7 +19,8 @@ from qdora.analysis.figures import _groups, draw_decomposition, draw_layers, dra
 from qdora.analysis.measures import fit, product_singular_values, ranks, row_changes
 from qdora.analysis.report import _summary
 from qdora.analysis.run import _block, analyze, measure_layer, measure_state, quantisation_error
-from qdora.checkpoint import Checkpoints, Manifest
+from qdora.checkpoint import Checkpoints
+from qdora.checkpoint_folder import Manifest
 from qdora.config import (
     AdapterConfig,
     AdapterMethod,
@@ -35,13 +36,14 @@ from qdora.config import (
     QuantMethod,
     RunConfig,
 )
+from qdora.config.values import config_values
 from qdora.errors import CheckpointError, ConfigError, ModelError
 from qdora.merging import merge
 from qdora.model import LoadedModel, load_model
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.writer import Rows
 from qdora.parallel import start_alone
-from qdora.run_folder import RunFolder, config_values
+from qdora.run_folder import RunFolder
 from tests.support.models import make_model
 
 EXACT = 1e-12

@@ -12,11 +12,13 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from qdora import parallel
 from qdora.adapter.peft_format import WEIGHTS
-from qdora.checkpoint import Checkpoints, Manifest, complete, damage, load, read_manifest
+from qdora.checkpoint import Checkpoints, load
+from qdora.checkpoint_folder import Manifest, complete, damage, read_manifest
 from qdora.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from qdora.config.values import config_values
 from qdora.errors import ConfigError
-from qdora.run_folder import RunFolder, config_values
-from qdora.training.run import keep_rows_per_step
+from qdora.run_folder import RunFolder
+from qdora.training.resume import keep_rows_per_step
 from tests.support.faults import record_files
 
 

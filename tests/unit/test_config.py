@@ -26,8 +26,8 @@ from qdora.config import (
     TrainConfig,
 )
 from qdora.config.commands import naming, overlaid
+from qdora.config.values import config_from_values, config_values
 from qdora.errors import ConfigError
-from qdora.run_folder import config_from_values, config_values
 
 NEEDED = {
     "train": ["model.path=m", "data.train=d"],

@@ -30,6 +30,7 @@ from qdora.config import (
     ReportConfig,
     RunConfig,
 )
+from qdora.config.values import config_values, plain
 from qdora.errors import ConfigError
 from qdora.model import load_model
 from qdora.parallel import start_alone
@@ -39,7 +40,7 @@ from qdora.reporting.reproduce import study_command, train_command
 from qdora.reporting.run import report
 from qdora.reporting.run_page import run_page
 from qdora.reporting.study_page import findings, study_page, verdict
-from qdora.run_folder import RunFolder, config_values, plain
+from qdora.run_folder import RunFolder
 from tests.support.models import make_model
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" ${x} {{ 7 * 7 }} --> </svg> $\\frac{1$"

@@ -195,3 +195,18 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(two_ranks: tuple[Run
     settled = settle_by_plan(warned, planner_of(warned, folder, small))
     assert settled.exceeds
     assert settled.parallel == given.parallel
+
+
+def test_one_rank_has_one_plan_in_all_that_is_said(two_ranks: tuple[RunConfig, Path, Hardware]) -> None:
+    """It shares nothing under `fsdp` either, unless its shards live in host memory."""
+    config, folder, hardware = two_ranks
+    alone = replace(hardware, ranks_per_node=1)
+    for cpu_offload, plan, layout in ((False, "none", "one rank,"), (True, "fsdp", r"fsdp \+ offload,")):
+        given = replace(config, parallel=ParallelConfig(cpu_offload=cpu_offload))
+        assert given.parallel.plan_on(alone.num_ranks).name == plan
+        settled = settle_by_plan(given, planner_of(given, folder, alone))
+        assert settled.told.startswith(f"parallel={plan}: ")
+        assert settled.parallel == given.parallel
+        with pytest.raises(ConfigError, match=rf"at its peak \({layout} recomputation"):
+            settle_by_plan(given, planner_of(given, folder, replace(alone, memory_bytes=2**20)))
+    assert ParallelConfig().plan_on(2) is Plan.fsdp

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig
 
+from qdora.changes import differing
 from qdora.config import ActivationCheckpointing, AdapterConfig, Attention, ModelConfig, ParallelConfig, QuantConfig
 from qdora.errors import ModelError
 from qdora.model import LoadedModel, load_model, varlen
 from qdora.model import load as load_module
 from qdora.model.loss import Rows, check_token_loss
 from qdora.parallel import start_alone
-from qdora.run_folder import differing
 from tests.support.models import make_model
 
 POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4, 5, 6]])

@@ -1,0 +1,112 @@
+"""Whether a run can go on, asked as early as it can be known, and with what changed.
+
+Without torch, whose import takes seconds: `check_early` is called before anything else of a run is imported.
+"""
+
+import hashlib
+import os
+import secrets
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+
+from qdora import checkpoint_folder
+from qdora.changes import ways_out
+from qdora.checkpoint_folder import Manifest
+from qdora.config import RunConfig
+from qdora.config.values import option
+from qdora.errors import CheckpointError, ConfigError
+from qdora.run_folder import RunFolder
+
+
+def check_early(config: RunConfig) -> None:
+    """Refuses what the folder's config and the checkpoint's manifest forbid; changes nothing.
+
+    Every rank of a single machine asks, and all see the same. Several machines may not, and are asked later, together.
+
+    Raises:
+        QdoraError: the run cannot go on under `config`.
+    """
+    num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)) < num_ranks:
+        return
+    folder = RunFolder(Path(config.output_dir or f"outputs/{config.run_id or new_run_id()}"))
+    found = folder.find_checkpoint(config, in_full=False)
+    if found is None:
+        return
+    keep_rows_per_step(config, num_ranks, found[1])
+    if config.train.num_steps is not None and not folder.is_finished():
+        check_num_steps(config, *found, config.train.num_steps)
+
+
+def new_run_id() -> str:
+    """The time of the start and four letters; the same again in ranks that torchrun has restarted."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+    agent = psutil.Process(os.getppid())
+    letters = hashlib.sha256(f"{agent.pid} {agent.create_time()}".encode()).hexdigest()[:4]
+    return time.strftime("%Y%m%d-%H%M%S-", time.localtime(agent.create_time())) + letters
+
+
+def keep_rows_per_step(config: RunConfig, num_ranks: int, manifest: Manifest) -> RunConfig:
+    """`config` with as many rows a step as the run has had: on another number of ranks, by accumulating more or less.
+
+    Raises:
+        ConfigError: that is not possible, or the rows were changed without a change of ranks.
+    """
+    shape = ("micro_batch_size", "num_accumulation_steps")
+    then, now = ([train[name] for name in shape] for train in (manifest.config["train"], asdict(config.train)))
+    rows, a_rank = manifest.rows_per_step, now[0] * num_ranks
+    if then == now and rows % a_rank == 0:
+        return replace(config, train=replace(config.train, num_accumulation_steps=rows // a_rank))
+    if rows == a_rank * now[1] or config.allow_changes:
+        return config
+    if rows % (then[0] * num_ranks) == 0:
+        back = then
+    elif rows % num_ranks == 0:
+        largest = max(size for size in range(1, now[0] + 1) if rows // num_ranks % size == 0)
+        back = [largest, rows // num_ranks // largest]
+    else:
+        back = []
+    options = " ".join(f"train.{name}={value}" for name, value in zip(shape, back, strict=False))
+    raise ConfigError(
+        f"the run has {rows} rows a step, but train.micro_batch_size={now[0]} x train.num_accumulation_steps={now[1]} "
+        f"on {num_ranks} ranks are {a_rank * now[1]}: choose ranks and options so that they are {rows}. "
+        + ways_out(config, options or f"a number of ranks that divides {rows}")
+    )
+
+
+def check_num_steps(config: RunConfig, path: Path, manifest: Manifest, num_steps: int) -> None:
+    """Raises `ConfigError` where a checkpoint is of a later step than the last of the run."""
+    if manifest.step <= num_steps:
+        return
+    earlier = [one for one in checkpoint_folder.complete(path.parent) if one.name <= f"step-{num_steps:08d}"]
+    back = f"train.num_steps={manifest.step} or more"
+    back += f", or {option('resume', str(earlier[-1]))} (the later ones are set aside)," if earlier else ""
+    way = ways_out(config, back, forward=None)
+    raise ConfigError(f"{path} is of step {manifest.step}, and the run is to have {num_steps}. {way}")
+
+
+def check_fingerprints(config: RunConfig, path: Path, manifest: Manifest, fingerprints: dict[str, str]) -> None:
+    """Refuses to go on over other data or another model.
+
+    Args:
+        fingerprints: of `data` and `model` as they are now.
+
+    Raises:
+        CheckpointError: they are not those of the checkpoint.
+    """
+    if config.allow_changes:
+        return
+    stored = {"data": manifest.data_fingerprint, "model": manifest.model_fingerprint}
+    for what, (group, name) in {"data": ("data", "train"), "model": ("model", "path")}.items():
+        if stored[what] == fingerprints[what]:
+            continue
+        before, now = manifest.config[group][name], getattr(getattr(config, group), name)
+        back = f"what {group}.{name}={now} held before, put back there," if before == now else ""
+        raise CheckpointError(
+            f"the {what} is not that of {path} (fingerprint {fingerprints[what]}, then {stored[what]}). "
+            + ways_out(config, back or option(f"{group}.{name}", before))
+        )

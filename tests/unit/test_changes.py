@@ -1,0 +1,234 @@
+"""What two starts of a run may differ in: who may go on, what is told, and where it is recorded."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from qdora.adapter.trained_over import WEIGHTS
+from qdora.changes import changes_since, check_identity, of_learning, over_time, shown
+from qdora.checkpoint_folder import MANIFEST, Change, Manifest, read_manifest
+from qdora.config import (
+    AdapterConfig,
+    AdapterMethod,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    QuantConfig,
+    RunConfig,
+    Schedule,
+    TrackerConfig,
+    TrackerKind,
+    TrainConfig,
+)
+from qdora.config.values import config_values
+from qdora.errors import ConfigError
+from qdora.run_folder import RunFolder
+from qdora.training.resume import check_early
+from tests.support import ROOT
+
+
+def run_config(**groups: object) -> RunConfig:
+    values = {"model": ModelConfig(path="model"), "data": DataConfig(train="data.jsonl"), **groups}
+    return RunConfig(**values)  # type: ignore[arg-type]
+
+
+def manifest_of(config: RunConfig, step: int, changes: list[Change] | None = None) -> Manifest:
+    """Returns that of a run on one rank with 8 rows a step."""
+    return Manifest(
+        step=step,
+        num_tokens=0,
+        eval_loss=None,
+        loader={},
+        guard={},
+        rows_per_step=8,
+        world_size=1,
+        run_id="run",
+        tracker_id=None,
+        config=config_values(config),
+        versions={},
+        data_fingerprint="data",
+        model_fingerprint="model",
+        changes=changes or [],
+    )
+
+
+def save_checkpoint(run: Path, manifest: Manifest) -> Path:
+    """Writes a checkpoint without tensors, which `check_early` does not look at."""
+    folder = run / "checkpoints" / f"step-{manifest.step:08d}"
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).write_text(manifest.to_json())
+    return folder
+
+
+def test_changes_have_both_values_and_the_step_from_which_they_hold() -> None:
+    before = manifest_of(run_config(optim=OptimConfig(learning_rate=1e-2)), step=4)
+    optim = OptimConfig(learning_rate=1e-3, schedule=Schedule.linear, weight_decay=0.1)
+    changes = changes_since(run_config(optim=optim, train=TrainConfig(num_steps=9)), 2, before)
+    assert shown(changes) == [
+        "from step 5: ranks 1 -> 2, optim.learning_rate 0.01 -> 0.001, optim.schedule cosine -> linear, "
+        "optim.weight_decay 0.0 -> 0.1, train.num_steps null -> 9"
+    ]
+
+
+def test_another_start_of_the_same_run_is_no_change() -> None:
+    """Nor is an option that the run did not know yet, at its default."""
+    before = manifest_of(run_config(), step=4)
+    del before.config["train"]["cuda_graph"], before.config["plan"]
+    again = replace(run_config(), run_id="other", output_dir="elsewhere", resume="a/step-00000004", allow_changes=True)
+    assert changes_since(again, 1, before) == []
+    assert [change.option for change in changes_since(again, 1, before, {"data": ("a", "b")})] == ["data"]
+
+
+def test_value_that_comes_back_keeps_its_history() -> None:
+    rates = [Change(from_step=5, option="optim.learning_rate", before=1e-2, now=1e-3)]
+    rates += [Change(from_step=9, option="optim.learning_rate", before=1e-3, now=1e-2)]
+    other = Change(from_step=9, option="optim.weight_decay", before=0.0, now=0.1)
+    words = "0.01 up to step 4, 0.001 up to step 8, 0.01 from step 9"
+    assert over_time("optim.learning_rate", "0.01", [*rates, other]) == words
+    assert over_time("optim.schedule", "cosine", [*rates, other]) == "cosine"
+    assert len(shown([*rates, other])) == 2
+
+
+def test_what_only_shows_is_not_of_learning() -> None:
+    config = run_config(tracker=TrackerConfig(kind=TrackerKind.none), train=TrainConfig(log_every=2, report=False))
+    changes = changes_since(config, 1, manifest_of(run_config(), 4))
+    assert [change.option for change in changes] == ["train.log_every", "train.report", "tracker.kind"]
+    assert of_learning(changes) == []
+    assert of_learning(changes_since(run_config(seed=1), 1, manifest_of(run_config(), 4)))
+
+
+def test_checkpoint_keeps_its_changes_and_one_of_before_has_none(tmp_path: Path) -> None:
+    changes = [Change(from_step=3, option="optim.learning_rate", before=1e-2, now=1e-3)]
+    assert read_manifest(save_checkpoint(tmp_path, manifest_of(run_config(), 4, changes))).changes == changes
+    before = Path(__file__).with_name("manifest_of_schema_3.json").read_text()
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / MANIFEST).write_text(before)
+    assert read_manifest(old).changes == []
+
+
+def test_config_of_a_run_has_its_changes_and_is_read_without_them(tmp_path: Path) -> None:
+    run, config = RunFolder(tmp_path / "run"), run_config(run_id="a")
+    changes = [Change(from_step=3, option="adapter.target_modules", before=["q_proj"], now=["all-linear"])]
+    run.start(config, 2, changes)
+    assert run.read_changes() == changes
+    assert run.read_config() == config
+    run.start(config, 2)
+    assert run.read_changes() == []
+    assert "\nchanges:" not in run.config.read_text()
+
+
+@pytest.mark.parametrize(
+    ("now", "words", "back", "can_be_allowed"),
+    [
+        ({"seed": 1}, "seed=0 (now 1)", "seed=0", True),
+        ({"adapter": AdapterConfig(rank=8)}, "adapter.rank=16 (now 8)", "adapter.rank=16", False),
+        ({"adapter": AdapterConfig(method=AdapterMethod.lora)}, "adapter.method=dora (now lora)", "method=dora", True),
+        ({"adapter": AdapterConfig(method=AdapterMethod.vera)}, "adapter.method=dora (now vera)", "method=dora", False),
+        (
+            {"adapter": AdapterConfig(target_modules=["q_proj"])},
+            "adapter.target_modules=[all-linear] (now [q_proj])",
+            "'adapter.target_modules=[all-linear]'",
+            True,
+        ),
+        ({"quant": QuantConfig(double_quant=False)}, "quant.double_quant=true (now false)", "double_quant=true", True),
+    ],
+    ids=["seed", "rank", "method", "tensors", "modules", "quantisation"],
+)
+def test_refusal_names_both_values_and_each_way_out(
+    now: dict[str, object], words: str, back: str, can_be_allowed: bool
+) -> None:
+    """`allow_changes=true` only where it helps: a checkpoint has tensors of one shape."""
+    stored, config = config_values(run_config()), run_config(**now)
+    with pytest.raises(ConfigError) as refused:
+        check_identity(config, stored, "RUN")
+    text = str(refused.value)
+    assert text.startswith(f"RUN belongs to another run: it has {words}. ")
+    assert f"{back} goes on with it; output_dir=ANOTHER begins a new run" in text
+    assert ("; allow_changes=true goes on all the same" in text) == can_be_allowed
+    allowed = replace(config, allow_changes=True)
+    if can_be_allowed:
+        check_identity(allowed, stored, "RUN")
+    else:
+        with pytest.raises(ConfigError, match="whose tensors do not fit"):
+            check_identity(allowed, stored, "RUN")
+
+
+def test_old_value_is_an_override_that_hydra_takes() -> None:
+    """As a shell hands it on, whatever is in a name."""
+    path = "my data/a=b,c.jsonl"
+    stored = config_values(run_config(data=DataConfig(train=path, limit=3)))
+    with pytest.raises(ConfigError) as refused:
+        check_identity(run_config(), stored, "RUN")
+    back = str(refused.value).partition(". ")[2].partition(" goes on with it")[0]
+    words = subprocess.run(["bash", "-c", f"printf '%s\\n' {back}"], capture_output=True, text=True, check=True).stdout
+    parsed = [OverridesParser.create().parse_override(word) for word in words.splitlines()]
+    assert {one.key_or_group: one.value() for one in parsed} == {"data.limit": 3, "data.train": path}
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        ({"seed": 1}, r"belongs to another run: it has seed=0 \(now 1\)\. seed=0 goes on with it"),
+        ({"train": TrainConfig(num_accumulation_steps=4)}, r"has 8 rows a step, .* are 4: .*_steps=8 goes on with it"),
+        (
+            {"train": TrainConfig(num_steps=3)},
+            r"is of step 4, .* to have 3\. train\.num_steps=4 or more, or resume=.*2 ",
+        ),
+    ],
+    ids=["option", "rows", "steps"],
+)
+def test_early_check_needs_the_manifest_alone(tmp_path: Path, now: dict[str, object], words: str) -> None:
+    """In the run's folder, and in another that goes on from its checkpoint: where that is no way out by itself."""
+    config = run_config(output_dir=str(tmp_path))
+    for step in (2, 4):
+        newest = save_checkpoint(tmp_path, manifest_of(config, step))
+    RunFolder(tmp_path).start(config, 4)
+    check_early(config)
+    changed = replace(config, **now)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"{words}.*; output_dir=ANOTHER begins a new run"):
+        check_early(changed)
+    elsewhere = replace(changed, output_dir=str(tmp_path / "other"), resume=str(newest))
+    without = f"; output_dir=ANOTHER, without resume={newest}, begins a new run"
+    with pytest.raises(ConfigError, match=f"{words}.*{without}"):
+        check_early(elsewhere)
+
+
+def test_early_check_leaves_to_the_full_one_what_it_cannot_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged checkpoint is not renamed, a finished run may have fewer steps, and machines are asked together."""
+    config = run_config(output_dir=str(tmp_path), train=TrainConfig(num_steps=4))
+    newest = save_checkpoint(tmp_path, manifest_of(config, 4))
+    run = RunFolder(tmp_path)
+    run.start(config, 4)
+    fewer = replace(config, train=TrainConfig(num_steps=3))
+    with pytest.raises(ConfigError):
+        check_early(fewer)
+    run.write_summary({"status": "finished"})
+    run.adapter.mkdir()
+    (run.adapter / WEIGHTS).write_bytes(b"weights")
+    check_early(fewer)
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    check_early(replace(config, seed=1))
+    monkeypatch.undo()
+    (newest / MANIFEST).write_text("{")
+    check_early(config)
+    assert newest.exists()
+
+
+def test_refusal_comes_before_torch_is_imported(tmp_path: Path) -> None:
+    """Which takes seconds, and transformers more; tokenisation and the model come after these."""
+    config = run_config(output_dir=str(tmp_path))
+    save_checkpoint(tmp_path, manifest_of(config, 4))
+    RunFolder(tmp_path).start(config, 4)
+    code = "import sys; from qdora.commands import run; print(run(sys.argv[1:]), {'torch', 'psutil'} & {*sys.modules})"
+    options = ["train", "model.path=model", "data.train=data.jsonl", f"output_dir={tmp_path}", "seed=1"]
+    done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "2 {'psutil'}\n", done.stderr
+    assert "seed=0 goes on with it" in done.stderr
