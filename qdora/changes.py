@@ -25,8 +25,11 @@ _TENSORS = {
     "none": {"weights"},
 }
 """What a checkpoint of each method holds."""
-_ONLY_SHOWN = ("tracker.", "plan.", "train.log_", "train.checkpoint_", "train.keep_", "train.report", "data.cache_dir")
-"""Beginnings of options that change where things are written, and nothing of what is learned or measured."""
+_ONLY_SHOWN = (
+    *("tracker.", "plan.", "parallel.", "train.log_", "train.checkpoint_", "train.keep_", "train.report"),
+    "data.cache_dir",
+)
+"""Beginnings of options that change where things are, and nothing of what is learned or measured."""
 RANKS = "ranks"
 
 

@@ -105,7 +105,7 @@ class Speaker:
         self._config, self._can_stop = config, can_stop
         self._world = parallel.start_alone(command)
         # Standard output is for answers.
-        self._subject = find_subject(config, "used", hints=sys.stderr)
+        self._subject = find_subject(config, "used", self._world, hints=sys.stderr)
         if config.compare is not None and self._subject.adapter.method is AdapterMethod.none:
             raise ConfigError(
                 f"compare=base: run={config.run} trained every weight, so its base is not in it: leave compare out, "

@@ -16,13 +16,15 @@ from qdora import checkpoint_folder
 from qdora.adapter.trained_over import WEIGHTS
 from qdora.changes import check_identity
 from qdora.checkpoint_folder import Change, Manifest
-from qdora.config import RunConfig
+from qdora.config import AdapterMethod, RunConfig
 from qdora.config.values import config_from_values, config_values
 from qdora.errors import CheckpointError, ConfigError
-from qdora.files import existing, lock, write_durably
+from qdora.files import existing, lock, read_json, write_durably
 from qdora.waits import wait_s
 
 logger = logging.getLogger(__name__)
+ENDED = ("finished", "completed_without_last_checkpoint")
+"""States of a run whose result is there."""
 CHANGES = "changes"
 """Key of config.yaml besides the options."""
 
@@ -191,21 +193,12 @@ class RunFolder:
             return bool(json.loads(self.summary.read_text(encoding="utf-8"))["status"] == "finished")
         return False
 
-    def finished_adapter(self) -> Path:
-        """The folder of the run's adapter.
-
-        Raises:
-            ConfigError: the run has none, because it is not finished or trained every weight.
-        """
-        if self.adapter.exists():
-            return self.adapter
-        if self.model.exists():
-            raise ConfigError(
-                f"run={self.path} trained every weight: model.path={self.model} is an ordinary checkpoint already"
-            )
-        raise ConfigError(
-            f"run={self.path} has no adapter: it is not finished; wait for its end, or start it again to go on"
-        )
+    def has_ended(self, config: RunConfig) -> bool:
+        """Tells whether what lies there as the run's result is its last, or there is no checkpoint to take instead."""
+        result = self.model if config.adapter.method is AdapterMethod.none else self.adapter
+        if not result.exists():
+            return False
+        return read_json(self.summary).get("status") in ENDED or not checkpoint_folder.complete(self.checkpoints)
 
     def start(self, config: RunConfig, first_step: int, changes: Sequence[Change] = ()) -> None:
         """Takes the folder and writes config.yaml; the summary goes, and of steps after `first_step` the metrics, too.

@@ -4,8 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
+import torch
+from torch import nn
+
+from qdora import parallel
 from qdora.adapter import peft_format
 from qdora.adapter.trained_over import find_quant
+from qdora.checkpoint_reader import CheckpointTensors
 from qdora.config import (
     AdapterConfig,
     AdapterMethod,
@@ -22,7 +27,8 @@ from qdora.model.loss import check_token_loss
 from qdora.parallel import World
 from qdora.run_folder import RunFolder
 from qdora.run_inputs import check_base
-from qdora.sharding import weight_bytes
+from qdora.run_result import RunResult, find_result
+from qdora.sharding import own_rows, weight_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +38,8 @@ class Subject:
     model: ModelConfig
     quant: QuantConfig
     adapter: AdapterConfig
-    run: RunFolder | None = None
-    """The run that decided the rest."""
+    result: RunResult | None = None
+    """Of the run that decided the rest."""
 
     def load(self, base: Path, world: World) -> LoadedModel:
         """The model of the folder `base`, not to be trained, on each rank whole or its shard. *Collective*.
@@ -41,11 +47,16 @@ class Subject:
         Raises:
             ModelError, AdapterError: the checkpoint, a layer, or the adapter does not fit.
             ConfigError: the run was trained over another base.
+            CheckpointError: the run's checkpoint is gone, or cannot be read.
         """
-        if self.run is not None and self.adapter.path is not None:
-            check_base(self.run, base)
+        checkpoint = None if self.result is None else self.result.checkpoint
+        if self.result is not None and (self.adapter.path is not None or checkpoint is not None):
+            check_base(self.result.run, base)
         plan = ParallelConfig(plan=world.plan)
         loaded = load_model(base, self.model, self.quant, self.adapter, plan, world, seed=0, trainable=False)
+        if checkpoint is not None and self.adapter.path is None:
+            with parallel.failing_together(world):
+                _take_weights(loaded.model, checkpoint)
         loaded.model.eval()
         check_token_loss(loaded.model, world.device, packing=False)
         if world.mesh is not None and world.is_main:
@@ -56,34 +67,45 @@ class Subject:
         return loaded
 
 
-def find_subject(config: EvaluateConfig | ChatConfig, used: str, hints: TextIO | None = None) -> Subject:
-    """The run's own model and adapter, or those given.
+@torch.no_grad()
+def _take_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Puts this rank's rows of all weights of a training checkpoint into the model."""
+    tensors = CheckpointTensors(checkpoint)
+    for name, parameter in model.named_parameters():
+        own, first = own_rows(parameter)
+        (whole,) = tensors.read([f"model.{name}"])
+        own.copy_(whole[first : first + own.shape[0]])
+
+
+def find_subject(config: EvaluateConfig | ChatConfig, used: str, world: World, hints: TextIO | None = None) -> Subject:
+    """The run's own model and adapter, or those given: of a run that is not finished its newest checkpoint.
+
+    *Collective*.
 
     Args:
         used: what happens to it, a participle for the hint.
         hints: where a hint goes; standard output by default.
 
     Raises:
-        QdoraError: there is no such run or adapter, or the run is not finished.
+        QdoraError: there is no such run or adapter, or the run has no checkpoint yet.
     """
     if config.run is not None:
-        folder = RunFolder(Path(config.run))
-        run = folder.read_config()
-        if run.adapter.method is not AdapterMethod.none:
-            adapter = peft_format.read_config(folder.finished_adapter())
-            return Subject(overlaid(run.model, config.model), run.quant, adapter, folder)
+        result = find_result(RunFolder(Path(config.run)), world, hints)
+        run = result.config
+        if result.adapter is not None:
+            adapter = peft_format.read_config(result.adapter)
+            return Subject(overlaid(run.model, config.model), run.quant, adapter, result)
+        if result.checkpoint is not None:
+            return Subject(overlaid(run.model, config.model), run.quant, run.adapter, result)
         if config.model.path is not None:
             raise ConfigError(f"run={config.run} trained every weight: leave out model.path, it has no base")
-        if not folder.model.exists():
-            raise ConfigError(
-                f"run={config.run} has no model: it is not finished; wait for its end, or start it again to go on"
-            )
-        return Subject(replace(run.model, path=str(folder.model)), run.quant, run.adapter, folder)
+        return Subject(replace(run.model, path=str(result.run.model)), run.quant, run.adapter, result)
     if config.adapter is None:
         return Subject(config.model, config.quant, AdapterConfig(method=AdapterMethod.none))
     adapter = peft_format.read_config(Path(config.adapter))
     quant, is_known = find_quant(Path(config.adapter), config.quant)
     if not is_known:
         hint = f"adapter={config.adapter} is {used} over unquantised weights; trained over NF4? add quant=nf4"
-        print(hint, file=hints)
+        if world.is_main:
+            print(hint, file=hints)
     return Subject(config.model, quant, adapter)

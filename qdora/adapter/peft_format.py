@@ -9,7 +9,7 @@ for all layers. DVoRA, which PEFT does not have, is the same with magnitudes, as
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,11 +74,9 @@ def save(model: nn.Module, folder: Path, config: AdapterConfig, base: str, dtype
     for name, layer in adapted_layers(model).items():
         parameters = _parameters(layer)
         for kind, parameter in parameters.items():
-            exact = torch.float32 if kind == "magnitude" else dtype
-            (whole,) = gather_rows([parameter], exact, world.device)
+            (whole,) = gather_rows([parameter], _stored_dtype(kind, dtype), world.device)
             if world.is_main:
-                whole = whole.float() * layer.scaling if kind == "vera_b" and layer.scaling != 1 else whole
-                tensors[tensor_name(name, kind)] = whole.cpu().contiguous()
+                tensors[tensor_name(name, kind)] = as_stored(whole, kind, dtype, layer.scaling).cpu().contiguous()
     if world.is_main:
         tensors |= {key: matrix.cpu() for key, matrix in _projections(model).items()}
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,16 +86,46 @@ def save(model: nn.Module, folder: Path, config: AdapterConfig, base: str, dtype
         write_config(folder, config, base, target_modules(model))
 
 
+def as_stored(whole: Tensor, kind: str, dtype: torch.dtype, scaling: float) -> Tensor:
+    """Returns a whole parameter as its file has it.
+
+    Args:
+        dtype: compute dtype.
+        scaling: of its layer.
+    """
+    whole = whole.to(_stored_dtype(kind, dtype))
+    return whole.float() * scaling if kind == "vera_b" and scaling != 1 else whole
+
+
+def _stored_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if kind == "magnitude" else dtype
+
+
+def stored_parameters(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Returns layer and kind of each tensor of a training checkpoint that is an adapter's, by its name there."""
+    split = {name: name.removeprefix("model.").rpartition(".") for name in names if name.startswith("model.")}
+    return {name: (layer, kind) for name, (layer, _, kind) in split.items() if kind in _SUFFIXES}
+
+
 def write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
     """Writes an adapter's tensors as safetensors."""
     save_file(tensors, file, metadata={"format": "pt"})
     let_others_read(file)
 
 
-def write_config(folder: Path, config: AdapterConfig, base: str, target_modules: list[str]) -> None:
-    """Writes adapter_config.json; `base` is the base model's path or hub id."""
-    text = json.dumps(_to_peft(config, base, target_modules), indent=2, sort_keys=True)
-    write_durably(folder / CONFIG, text + "\n")
+def write_config(
+    folder: Path, config: AdapterConfig, base: str, target_modules: list[str], with_projections: bool = True
+) -> None:
+    """Writes adapter_config.json.
+
+    Args:
+        base: the base model's path or hub id.
+        with_projections: VeRA's A and B are in the folder, and need not be made by their key.
+    """
+    values = _to_peft(config, base, target_modules)
+    if config.method.is_vera:
+        values["save_projection"] = with_projections
+    write_durably(folder / CONFIG, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def tensor_name(layer: str, kind: str) -> str:
@@ -132,7 +160,6 @@ def _to_peft(config: AdapterConfig, base: str, target_modules: list[str]) -> dic
             "peft_type": next(name for name, method in _VERA_TYPES.items() if method is config.method),
             "vera_dropout": config.dropout,
             "projection_prng_key": config.projection_key,
-            "save_projection": True,
             "d_initial": D_INITIAL,
             "init_weights": True,
         }

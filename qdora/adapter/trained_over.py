@@ -13,10 +13,11 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """PEFT's two files."""
 
 
-def write_note(folder: Path, quant: QuantConfig) -> None:
-    """Says beside an adapter what its base was quantised to."""
+def write_note(folder: Path, quant: QuantConfig, checkpoint: str | None = None) -> None:
+    """Says beside an adapter what its base was quantised to, and by a digest which checkpoint it is, if it is one's."""
     values = {**asdict(quant), "method": quant.method.name}
-    write_durably(folder / NOTE, json.dumps({"quant": values}, indent=2) + "\n")
+    note = {"quant": values} | ({"checkpoint": checkpoint} if checkpoint else {})
+    write_durably(folder / NOTE, json.dumps(note, indent=2) + "\n")
 
 
 def read_note(folder: Path) -> QuantConfig | None:

@@ -7,27 +7,22 @@ A run that began with an older adapter (`adapter.path`) is measured from W_0 all
 """
 
 import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from qdora import checkpoint_folder
 from qdora.adapter import peft_format
 from qdora.checkpoint_folder import Manifest
-from qdora.checkpoint_reader import Reader
+from qdora.checkpoint_reader import CheckpointTensors
 from qdora.config import AdapterConfig, AdapterMethod, AnalyzeConfig, Dtype, QuantConfig, QuantMethod, RunConfig
 from qdora.config.commands import overlaid
 from qdora.config.values import config_values
-from qdora.errors import CheckpointError, ConfigError, ModelError, first_line
+from qdora.errors import CheckpointError, ConfigError, ModelError
 from qdora.files import read_json
 from qdora.merging.parts import Parts
 from qdora.merging.weights import Weights
@@ -37,11 +32,10 @@ from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.writer import Rows
 from qdora.nf4 import NF4Weight
 from qdora.parallel import World
-from qdora.run_folder import RunFolder
+from qdora.run_folder import ENDED, RunFolder
 from qdora.run_inputs import check_base
 
 logger = logging.getLogger(__name__)
-ENDED = ("finished", "completed_without_last_checkpoint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,47 +82,11 @@ class Course:
         return self.weights.base_rows(name, nn.Identity(), "weight", self.shape(name), torch.float32)
 
 
-class _Tensors(Reader):
-    """Single tensors of a training checkpoint."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.folder = folder
-        self._metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Once."""
-        if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)
-        return self._metadata
-
-    def read(self, names: list[str]) -> list[Tensor]:
-        """Whole tensors on the CPU, as they are stored.
-
-        Raises:
-            CheckpointError: they are not there, or cannot be read.
-        """
-        try:
-            known: dict[str, Any] = self.read_metadata().state_dict_metadata
-            tensors = {name: torch.empty(known[name].size, dtype=known[name].properties.dtype) for name in names}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                dcp_load(dict(tensors), storage_reader=self, no_dist=True)
-        except KeyError as error:
-            raise CheckpointError(f"{self.folder} has no {error.args[0]}: it is of another run") from None
-        except CheckpointException as error:
-            reason = next(iter(error.failures.values()))[0]
-            raise CheckpointError(f"{self.folder} cannot be read: {first_line(reason)}") from None
-        except (RuntimeError, ValueError, OSError, EOFError, AttributeError, UnpicklingError) as error:
-            raise CheckpointError(f"{self.folder} cannot be read: {first_line(error)}") from None
-        return [*tensors.values()]
-
-
 @dataclass(frozen=True, slots=True)
 class _AtCheckpoint(Weights):
     """The weights with the adapter of a training checkpoint."""
 
-    tensors: _Tensors
+    tensors: CheckpointTensors
     scaling: float
     """The run's."""
 
@@ -161,14 +119,14 @@ def find_course(config: AnalyzeConfig, world: World) -> Course:
     if stored.adapter.method is AdapterMethod.none:
         full = replace(stored, model=model)
         weights, layers = _full_weights(base, full, world)
-        states = [_full_state(manifest.step, _Tensors(path), world) for path, manifest in whole]
+        states = [_full_state(manifest.step, CheckpointTensors(path), world) for path, manifest in whole]
         if last_step not in [state.step for state in states]:
             exported, _ = _full_weights(run.model, full, world)
             states.append(State(last_step, "model", _exported_rows(exported, layers), lambda name: None))
     else:
-        adapter_folder = run.finished_adapter()
+        adapter_folder = run.adapter
         adapter = peft_format.read_config(adapter_folder)
-        parts = Parts(base, model, stored.quant, adapter_folder, adapter, run, stored.data)
+        parts = Parts(base, model, stored.quant, adapter_folder, adapter, None, stored.data)
         weights = Weights.of(parts, stored.quant, world)
         layers = {name: layer.base for name, layer in weights.layers.items()}
         states = [
@@ -232,7 +190,7 @@ def _checkpoints(run: RunFolder, config: RunConfig, fingerprint: str) -> tuple[l
 
 def _at(weights: Weights, folder: Path, scaling: float) -> Weights:
     own = (weights.empty, weights.adapter_folder, weights.world, weights.layers)
-    return _AtCheckpoint(*own, _Tensors(folder), scaling)
+    return _AtCheckpoint(*own, CheckpointTensors(folder), scaling)
 
 
 def _adapter_state(step: int, source: str, weights: Weights) -> State:
@@ -254,7 +212,7 @@ def _full_weights(folder: Path, config: RunConfig, world: World) -> tuple[Weight
     return Weights(empty, folder, world, {}), layers
 
 
-def _full_state(step: int, tensors: _Tensors, world: World) -> State:
+def _full_state(step: int, tensors: CheckpointTensors, world: World) -> State:
     def start(name: str, _: Rows) -> Rows:
         (whole,) = tensors.read([f"model.{name}.weight"])
         return lambda first, last: whole[first:last].to(world.device, torch.float32)

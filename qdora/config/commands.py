@@ -170,8 +170,8 @@ class MergeConfig:
     """`qdora merge`."""
 
     run: str | None = None
-    """Folder of a finished run, which knows its base (`model.path` if that was moved) and its quantisation; or give
-    `adapter` and `model.path`."""
+    """Folder of a run, which knows its base (`model.path` if that was moved) and its quantisation; one that is not
+    finished is taken at its newest checkpoint. Or give `adapter` and `model.path`."""
     adapter: str | None = None
     """Folder of an adapter in PEFT format."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -200,7 +200,7 @@ class MergeConfig:
     def __post_init__(self) -> None:
         require(
             (self.run is None) != (self.adapter is None),
-            "give one of run=DIR (a finished run) and adapter=DIR (with model.path=...)",
+            "give one of run=DIR and adapter=DIR (with model.path=...)",
         )
         require(
             self.adapter is None or self.model.path is not None, "adapter=DIR needs model.path=... (its base model)"
@@ -225,8 +225,8 @@ class EvaluateConfig:
     """`qdora evaluate`."""
 
     run: str | None = None
-    """Folder of a finished run: its adapter over its base (`model.path` if that was moved), and its data options where
-    none is given; or give `model.path` alone."""
+    """Folder of a run: its adapter, or its newest checkpoint's while it is not finished, over its base (`model.path` if
+    that was moved), and its data options where none is given; or give `model.path` alone."""
     adapter: str | None = None
     """Folder of an adapter in PEFT format, over `model.path`."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -403,7 +403,8 @@ class ChatConfig:
     """`qdora chat`."""
 
     run: str | None = None
-    """Folder of a finished run: its adapter over its base (`model.path` if that was moved); or give `model.path`."""
+    """Folder of a run: its adapter, or its newest checkpoint's while it is not finished, over its base (`model.path` if
+    that was moved); or give `model.path`."""
     adapter: str | None = None
     """Folder of an adapter in PEFT format, over `model.path`."""
     model: ModelConfig = field(default_factory=ModelConfig)

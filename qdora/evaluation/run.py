@@ -45,7 +45,7 @@ def evaluate(config: EvaluateConfig) -> int:
         QdoraError: the run, the model, the adapter or the data cannot be used.
     """
     world = parallel.start(ParallelConfig(plan=Plan.fsdp if config.sharded else Plan.ddp))
-    subject = find_subject(config, "scored")
+    subject = find_subject(config, "scored", world)
     output = _output(config, subject)
     if config.protocol is Protocol.harness:
         return _evaluate_by_harness(config, subject, output, world)
@@ -115,7 +115,7 @@ def _does_not_fit(config: EvaluateConfig, subject: Subject, world: World) -> str
 
 def _data(config: EvaluateConfig, subject: Subject) -> DataConfig:
     """The run's own data options but those given."""
-    data = config.data if subject.run is None else overlaid(subject.run.read_config().data, config.data)
+    data = config.data if subject.result is None else overlaid(subject.result.config.data, config.data)
     if data.eval is None and not config.tasks:
         raise ConfigError("data.eval is not set: give the file to score on, or tasks=[...] and tasks_path=DIR")
     return replace(data, limit=config.limit)
@@ -206,8 +206,15 @@ def _header(config: EvaluateConfig, subject: Subject, data: list[str]) -> dict[s
         "model": subject.model.path,
         "quant": subject.quant.method.name,
         "adapter": subject.adapter.path,
+        **_checkpoint(subject),
         "data": data[0] if len(data) == 1 else data,
     }
+
+
+def _checkpoint(subject: Subject) -> dict[str, Any]:
+    """What the scores are of, where the run is not finished."""
+    checkpoint = None if subject.result is None else subject.result.checkpoint
+    return {} if checkpoint is None else {"checkpoint": str(checkpoint)}
 
 
 def _identity(config: EvaluateConfig, subject: Subject, base: Path, asked: list[Any]) -> str:
@@ -215,6 +222,8 @@ def _identity(config: EvaluateConfig, subject: Subject, base: Path, asked: list[
     said: list[Any] = [VERSION, config.protocol.name, config.batch_size]
     said += [CheckpointFiles(base).fingerprint(), subject.model.dtype.name, subject.model.attention.untrained.name]
     said += [subject.quant.method.name, subject.quant.double_quant, subject.quant.embeddings]
+    if subject.result is not None and subject.result.checkpoint is not None:
+        said.append(subject.result.digest)
     said += asked
     digest = hashlib.sha256(repr(said).encode())
     digest.update((base / "config.json").read_bytes())

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 from qdora.adapter.peft_format import CONFIG
+from qdora.changes import of_learning, over_time, shown
+from qdora.checkpoint_folder import Manifest
 from qdora.config import MergeBase, QuantMethod, RunConfig
 from qdora.merging.parts import Parts
 from qdora.model.folder import is_hub_id
@@ -110,26 +112,48 @@ def _base_weights(parts: Parts, record: dict[str, Any]) -> str:
 
 
 def _training(parts: Parts) -> list[str]:
-    if parts.run is None:
+    if parts.result is None:
         return [f"The adapter is that of `{parts.adapter_folder}`; nothing is known here of the run that trained it."]
-    config: RunConfig = parts.run.read_config()
+    config: RunConfig = parts.result.config
+    changes = of_learning(parts.result.changes)
+    rate = over_time("optim.learning_rate", f"{config.optim.learning_rate:g}", changes)
+    schedule = over_time("optim.schedule", config.optim.schedule.name, changes)
     rows = [
-        ["Training data", f"`{config.data.train}`"],
-        ["Held-out data", f"`{config.data.eval}`" if config.data.eval else "none"],
-        ["Format", config.data.format.name],
-        ["Tokens a sample at most", f"{config.data.max_length}"],
-        ["Learning rate", f"{config.optim.learning_rate:g}, {config.optim.schedule.name}"],
-        ["Seed", f"{config.seed}"],
+        ["Training data", over_time("data.train", f"`{config.data.train}`", changes)],
+        ["Held-out data", over_time("data.eval", f"`{config.data.eval}`" if config.data.eval else "none", changes)],
+        ["Format", over_time("data.format", config.data.format.name, changes)],
+        ["Tokens a sample at most", over_time("data.max_length", f"{config.data.max_length}", changes)],
+        ["Learning rate", f"{rate}, {schedule}" if schedule == config.optim.schedule.name else f"{rate}; {schedule}"],
+        ["Seed", over_time("seed", f"{config.seed}", changes)],
+        *(["Changed on resuming", line] for line in shown(changes)),
     ]
-    if parts.run.summary.exists():
-        summary = json.loads(parts.run.summary.read_text(encoding="utf-8"))
+    if parts.result.manifest is not None:
+        rows += _of_checkpoint(parts.result.manifest)
+    elif parts.result.run.summary.exists():
+        summary = json.loads(parts.result.run.summary.read_text(encoding="utf-8"))
         names = ("status", "run_id", "steps", "num_tokens", "num_trainable_parameters", "first_loss", "last_loss")
         rows += [[name.replace("_", " ").capitalize(), _shown(summary[name])] for name in names if name in summary]
         losses = summary.get("eval_losses") or {}
         rows += [[f"Held-out loss after step {step}", _shown(loss)] for step, loss in losses.items()]
-        packages = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
-        rows += [["Versions", packages]] if packages else []
+        rows += _packages(summary.get("versions", {}))
     return _table(["", ""], rows)
+
+
+def _of_checkpoint(manifest: Manifest) -> list[list[str]]:
+    """What is known of a run that is not finished, up to its checkpoint."""
+    rows = [
+        ["Status", f"not finished: the checkpoint of step {manifest.step}"],
+        ["Run id", manifest.run_id],
+        ["Num tokens", _shown(manifest.num_tokens)],
+    ]
+    if manifest.eval_loss is not None:
+        rows.append([f"Held-out loss after step {manifest.step}", _shown(manifest.eval_loss)])
+    return [*rows, *_packages(manifest.versions)]
+
+
+def _packages(versions: dict[str, str]) -> list[list[str]]:
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return [["Versions", packages]] if packages else []
 
 
 def _shown(value: Any) -> str:

@@ -9,8 +9,10 @@ from qdora.config import AdapterConfig, DataConfig, MergeConfig, ModelConfig, Qu
 from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
 from qdora.model import model_folder
+from qdora.parallel import World
 from qdora.run_folder import RunFolder
 from qdora.run_inputs import check_base
+from qdora.run_result import RunResult, find_result
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +26,8 @@ class Parts:
     """What the base was quantised to while the adapter was trained."""
     adapter_folder: Path
     adapter: AdapterConfig
-    run: RunFolder | None
-    """The run that trained the adapter, where that is known."""
+    result: RunResult | None
+    """Of the run that trained the adapter, where that is known."""
     data: DataConfig
     """The run's data options, or the usual ones."""
     is_known: bool = True
@@ -37,33 +39,45 @@ class Parts:
         return is_stored_in_4_bits(self.base)
 
     @classmethod
-    def of(cls, config: MergeConfig) -> "Parts":
+    def of(cls, config: MergeConfig, world: World) -> "Parts":
         """Finds what `config` names.
 
         Raises:
-            QdoraError: the run is not finished, or base or adapter cannot be read.
+            QdoraError: the run has neither ended nor a checkpoint, or base or adapter cannot be read.
         """
         if config.run is None:
-            run, data = None, DataConfig()
+            result, data = None, DataConfig()
             model, folder = config.model, Path(str(config.adapter))
         else:
-            run = RunFolder(Path(config.run))
-            stored = run.read_config()
+            result = find_result(RunFolder(Path(config.run)), world)
+            stored = result.config
             model, quant, data = overlaid(stored.model, config.model), stored.quant, stored.data
-            folder = run.finished_adapter()
+            folder = _adapter_folder(result)
         base, is_known = model_folder(model), True
-        if run is None:
+        if result is None:
             quant, is_known = find_quant(folder, config.quant, base)
         if not is_known:
             print(
                 f"nothing says what the adapter in {folder} was trained over: it is merged into the base as it is "
                 "stored. If it was trained over NF4 (QLoRA), quant=nf4 merges it into what it was trained over"
             )
-        if run is not None:
+        if result is not None:
             try:
-                check_base(run, base)
+                check_base(result.run, base)
             except ConfigError as error:
                 if config.model.path is None:
                     raise
                 print(f"{error} (right where that one was stored in 4 bits and this one is what it was made from)")
-        return cls(base, model, quant, folder, peft_format.read_config(folder), run, data, is_known)
+        return cls(base, model, quant, folder, peft_format.read_config(folder), result, data, is_known)
+
+
+def _adapter_folder(result: RunResult) -> Path:
+    if result.adapter is not None:
+        return result.adapter
+    run = result.run
+    if result.checkpoint is not None:
+        raise ConfigError(
+            f"run={run.path} trains every weight and is not finished: its end writes an ordinary checkpoint, which "
+            "needs no merge"
+        )
+    raise ConfigError(f"run={run.path} trained every weight: model.path={run.model} is an ordinary checkpoint already")

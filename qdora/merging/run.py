@@ -43,7 +43,7 @@ def merge(config: MergeConfig) -> int:
         QdoraError: the run, the adapter or the base do not fit, there is no room, or `output` holds something else.
     """
     world = parallel.start_alone("qdora merge")
-    parts = Parts.of(config)
+    parts = Parts.of(config, world)
     output = Path(str(config.output))
     wanted = _wanted(config, parts)
     with _alone(output):
@@ -58,6 +58,8 @@ def merge(config: MergeConfig) -> int:
         with _room_is_told(output):
             told = write(config, parts, quant, partial, wanted | {"chosen": base.name, "on": world.device.type}, world)
         record = wanted | {"base_weights": base.name} | told
+        if parts.result is not None and parts.result.manifest is not None:
+            record["checkpoint_step"] = parts.result.manifest.step
         print(f"merged {told['num_layers']} layers in {time.perf_counter() - started:.1f} s")
         if "relative_error" in told:
             print(f"rank {record['lora_rank']} leaves out {told['relative_error']:.1%} of the weights' change (norm)")

@@ -53,13 +53,13 @@ def _identity(folder: RunFolder, config: RunConfig, count: int) -> str:
     if config.adapter.method is AdapterMethod.none:
         digest.update(CheckpointFiles(folder.model).fingerprint().encode())
     else:
-        digest.update((folder.finished_adapter() / peft_format.WEIGHTS).read_bytes())
+        digest.update((folder.adapter / peft_format.WEIGHTS).read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _make(folder: RunFolder, config: RunConfig, count: int) -> list[Answer]:
     world = parallel.start_alone("qdora report")
-    subject = find_subject(ChatConfig(run=str(folder.path)), "used")
+    subject = find_subject(ChatConfig(run=str(folder.path)), "used", world)
     base = model_folder(config.model)
     tokenizer = load_tokenizer(base, config.model)
     check_vocabulary(base, tokenizer)

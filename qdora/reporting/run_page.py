@@ -62,7 +62,7 @@ def run_page(folder: RunFolder, answers: Sequence[Answer]) -> Page:
         Section("answers", "Answers before and after", [Answers(answers)] if answers else []),
         Section("weights", "How the weights changed", _analysis(folder)),
         Section("memory", "Memory and speed", _ranks(summary)),
-        Section("options", "Options", _options(config)),
+        Section("options", "Options", [*_options(config), *_changes(folder)]),
         Section("commands", "Commands", _commands(folder, config, summary, evaluations)),
         Section("versions", "Versions and machine", _versions(summary)),
     ]
@@ -227,6 +227,16 @@ def _options(config: RunConfig) -> list[Part]:
         for some in (changed, rest)
     ]
     return [tables[0], Folded(f"{len(rest)} options at their defaults", [tables[1]])]
+
+
+def _changes(folder: RunFolder) -> list[Part]:
+    """What the run had otherwise before it was resumed: the options are those of its last start."""
+    changes = folder.read_changes()
+    if not changes:
+        return []
+    rows = [[str(one.from_step), one.option, shown(one.before), shown(one.now)] for one in changes]
+    caption = "Changed when the run was resumed: one command with the options above does not make the same run"
+    return [Table(["from step", "option", "before", "then"], rows, caption, words=True)]
 
 
 def shown(value: Any) -> str:

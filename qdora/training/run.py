@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from qdora import checkpoint, checkpoint_folder, parallel
-from qdora.changes import changes_since, shown, shown_change
+from qdora.changes import RANKS, changes_since, of_learning, shown, shown_change
 from qdora.checkpoint_folder import Change, Manifest
 from qdora.config import (
     ActivationCheckpointing,
@@ -105,7 +105,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
         check_fingerprints(config, *found, fingerprints)
         if found[1].step >= num_steps(config, train_loader) and parallel.broadcast(world, folder.is_finished()):
             if world.is_main:
-                _say_finished(folder, changes_since(given, world.size, found[1]))
+                _say_finished(folder, _changes(given, world, found[1], fingerprints))
             return 0
         check_num_steps(config, *found, num_steps(config, train_loader))
     eval_loader = None
@@ -201,8 +201,8 @@ def _settings(config: RunConfig, changes: list[Change]) -> dict[str, object]:
 
 def _say_finished(folder: RunFolder, changes: list[Change]) -> None:
     print(f"{folder.path} is finished already; raise train.num_steps (or train.num_epochs) to go on")
-    if changes:
-        pairs = ", ".join(map(shown_change, changes))
+    pairs = ", ".join(shown_change(change) for change in of_learning(changes) if change.option != RANKS)
+    if pairs:
         print(f"it was not trained with what is given now ({pairs}): output_dir=ANOTHER begins a run that is")
 
 

@@ -206,7 +206,8 @@ def test_merge_of_an_unfinished_run_is_told(options: list[str], tmp_path: Path) 
     run = tmp_path / "run"
     assert qdora("train", *options, f"output_dir={run}").returncode == 0
     (run / "adapter").rename(run / "gone")
+    (run / "checkpoints").rename(run / "checkpoints-gone")
     done = qdora("merge", f"run={run}", f"output={tmp_path}/merged")
     assert done.returncode == 2
-    assert "has no adapter: it is not finished" in done.stderr
+    assert f"run={run} is not finished, and has no checkpoint yet. Wait for its end" in done.stderr
     assert not (tmp_path / "merged").exists()

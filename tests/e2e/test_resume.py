@@ -1,17 +1,24 @@
 """What a user is told of a run that goes on under other options, and what an interrupted run can be used for."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
+from qdora.checkpoint_folder import MANIFEST
 from qdora.commands import compose, typed
 from qdora.commands import run as command
 from qdora.config import RunConfig
 from qdora.errors import CheckpointError
+from qdora.run_folder import RunFolder
 from qdora.training.run import train
-from tests.support.runs import metrics_of, summary_of, wandb_records
+from tests.support.marks import nightly
+from tests.support.processes import end, qdora, start, wait_for_steps
+from tests.support.runs import copy_without_result, long_run, metrics_of, summary_of, wandb_records
 
 Told = pytest.CaptureFixture[str]
 
@@ -109,3 +116,139 @@ def test_other_data_is_refused_before_the_model_is_loaded(
             train(typed(values, RunConfig))
     told = trained(capsys, *given, "train.num_steps=3", "allow_changes=true")
     assert "changed from step 3: fingerprint of the data " in told
+
+
+@pytest.fixture(scope="module")
+def interrupted(uninterrupted: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of 30 steps as it was after 25: no result, and nothing of what came later."""
+    folder = copy_without_result(uninterrupted[1], tmp_path_factory.mktemp("interrupted") / "run")
+    shutil.rmtree(folder / "checkpoints" / "step-00000030")
+    (folder / "summary.json").unlink()
+    return folder
+
+
+def test_adapter_of_a_checkpoint_is_what_the_run_would_have_left(
+    uninterrupted: dict[int, Path], tmp_path: Path, capsys: Told
+) -> None:
+    """Bit for bit; written once, and anew where the step was made again."""
+    run = copy_without_result(uninterrupted[1], tmp_path / "run")
+    (run / "summary.json").unlink()
+    ask = ["generate", f"run={run}", "prompt=3+3=", "max_new_tokens=2"]
+    assert command(ask) == 0
+    told = capsys.readouterr()
+    assert "is not finished: its newest checkpoint is taken, step 30 of 30" in told.err
+    written = run / "adapters" / "step-00000030"
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (uninterrupted[1] / "adapter", written))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) and tensor.dtype == two[name].dtype for name, tensor in one.items())
+    before = written.stat().st_ino
+    assert command(ask) == 0
+    assert written.stat().st_ino == before
+    answer = capsys.readouterr().out
+    assert command(["generate", f"run={uninterrupted[1]}", *ask[2:]]) == 0
+    assert capsys.readouterr().out == answer == told.out
+    note = json.loads((written / "trained_over.json").read_text())
+    (written / "trained_over.json").write_text(json.dumps(note | {"checkpoint": "another"}))
+    assert command(ask) == 0
+    assert written.stat().st_ino != before
+    assert [path.name for path in written.parent.iterdir()] == ["step-00000030"]
+
+
+def test_interrupted_run_is_evaluated_merged_and_talked_to(
+    interrupted: Path, data: Path, tmp_path: Path, capsys: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = f"run={interrupted} is not finished: its newest checkpoint is taken, step 25 of 30"
+    scores = tmp_path / "scores"
+    assert command(["evaluate", f"run={interrupted}", f"data.eval={data}", f"output_dir={scores}"]) == 0
+    assert note in capsys.readouterr().out
+    assert json.loads((scores / "results.json").read_text())["adapter"].endswith("/adapters/step-00000025")
+    assert command(["merge", f"run={interrupted}", f"output={tmp_path}/merged"]) == 0
+    assert note in capsys.readouterr().out
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "| Status | not finished: the checkpoint of step 25 |" in card
+    assert "| Learning rate | 0.01, cosine |" in card
+    monkeypatch.setattr("sys.stdin", (tmp_path / "questions").open("w+"))
+    (tmp_path / "questions").write_text("3+3=\n")
+    assert command(["chat", f"run={interrupted}", "max_new_tokens=2"]) == 0
+    assert note in capsys.readouterr().err
+
+
+def test_damaged_checkpoint_is_passed_over_and_keeps_its_name(
+    uninterrupted: dict[int, Path], tmp_path: Path, capsys: Told
+) -> None:
+    """What is renamed, the run itself renames when it goes on."""
+    run = copy_without_result(uninterrupted[1], tmp_path / "run")
+    (run / "checkpoints" / "step-00000030" / MANIFEST).write_text("{")
+    ask = ["generate", f"run={run}", "prompt=3+3=", "max_new_tokens=2"]
+    assert command(ask) == 0
+    told = capsys.readouterr().err
+    assert "checkpoint is taken, step 25 of 30; step-00000030 is damaged (manifest.json cannot be read" in told
+    assert (run / "checkpoints" / "step-00000030").exists()
+    (run / "checkpoints" / "step-00000025" / MANIFEST).write_text("{")
+    assert command(ask) == 2
+    assert "is not finished, all of whose checkpoints are damaged: manifest.json cannot" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints")
+    assert command(ask) == 2
+    assert "is not finished, and has no checkpoint yet. Wait for its end" in capsys.readouterr().err
+
+
+def test_run_that_goes_on_after_its_end_is_asked_at_its_newest_step(
+    options: list[str], tmp_path: Path, capsys: Told
+) -> None:
+    """Not by the adapter of its first end, which is another one than the card would say."""
+    run = tmp_path / "run"
+    given = [*options, "train.checkpoint_every=2", f"output_dir={run}"]
+    trained(capsys, *given, "train.num_steps=2")
+    process = start([*given, "train.num_steps=100", "optim.learning_rate=1e-3"], 1)
+    wait_for_steps(run, 5, process)
+    ask = ["generate", f"run={run}", "prompt=3+3=", "max_new_tokens=2"]
+    assert command(ask) == 0, capsys.readouterr().err
+    assert f"run={run} is not finished: its newest checkpoint is taken, step " in capsys.readouterr().err
+    end(process)
+    assert command(["merge", f"run={run}", f"output={tmp_path}/merged", "verify=false"]) == 0
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "| Learning rate | 0.01 up to step 2, 0.001 from step 3, cosine |" in card
+    assert "| Changed on resuming | from step 3: optim.learning_rate 0.01 -> 0.001, train.num_steps 2 -> 100 |" in card
+
+
+def test_change_that_no_checkpoint_has_yet_is_not_claimed_of_the_checkpoint(
+    interrupted: Path, tiny: Path, data: Path, tmp_path: Path, capsys: Told
+) -> None:
+    """The run was started again with another rate and killed before it saved."""
+    run = tmp_path / "run"
+    shutil.copytree(interrupted, run)
+    folder = RunFolder(run)
+    values = compose("train", [*long_run(tiny, data), "optim.learning_rate=1e-4", f"output_dir={run}"])
+    assert values is not None
+    folder.start(typed(values, RunConfig), 25)
+    folder.release()
+    assert command(["merge", f"run={run}", f"output={tmp_path}/merged", "verify=false"]) == 0
+    assert "| Learning rate | 0.01, cosine |" in (tmp_path / "merged" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("nproc", [2, *nightly(1)])
+def test_interrupted_full_fine_tuning_is_evaluated_at_its_checkpoint(
+    options: list[str], data: Path, tmp_path: Path, nproc: int
+) -> None:
+    """As the exported model is, in float32; ranks that share a copy take their rows of it."""
+    run = tmp_path / "run"
+    full = ["adapter=none", "quant=none", "optim.learning_rate=1e-3", "train.num_steps=3", "model.dtype=float32"]
+    assert qdora("train", *options, *full, f"output_dir={run}").returncode == 0
+
+    def evaluated(output: str) -> dict[str, object]:
+        asked = ["evaluate", f"run={run}", f"data.eval={data}", "sharded=true", f"output_dir={tmp_path / output}"]
+        done = qdora(*asked, nproc=nproc)
+        assert done.returncode == 0, done.stderr
+        assert ("its newest checkpoint is taken, step 3 of 3" in done.stdout) == (output == "checkpoint")
+        assert done.stdout.count("newest checkpoint") <= 1
+        results: dict[str, object] = json.loads((tmp_path / output / "results.json").read_text())
+        return results
+
+    at_end = evaluated("end")
+    (run / "model").rename(run / "gone")
+    at_checkpoint = evaluated("checkpoint")
+    assert at_checkpoint["loss"] == at_end["loss"]
+    assert at_checkpoint["identity"] != at_end["identity"]
+    done = qdora("merge", f"run={run}", f"output={tmp_path}/merged")
+    assert done.returncode == 2
+    assert "trains every weight and is not finished" in done.stderr

@@ -11,7 +11,7 @@ from qdora.commands import run as command
 from qdora.config import AdapterMethod
 from tests.support.marks import nightly
 from tests.support.processes import qdora
-from tests.support.runs import QUICK, summary_of
+from tests.support.runs import QUICK, copy_without_result, summary_of
 
 RANK = 64
 LINEARS = [(128, 128), (64, 128), (64, 128), (128, 128), (192, 128), (192, 128), (128, 192)]
@@ -75,6 +75,13 @@ def test_run_resumed_on_two_ranks_is_the_same_and_its_merge_is_verified(
     loss = json.loads((tmp_path / "evaluated" / "results.json").read_text())["loss"]
     assert loss == pytest.approx(summary["eval_losses"]["6"], rel=1e-3)
     assert command(["generate", f"run={parts}", "prompt=3+3=", "max_new_tokens=4"]) == 0
+    interrupted = copy_without_result(whole, tmp_path / "interrupted")
+    (interrupted / "summary.json").unlink()
+    assert command(["evaluate", f"run={interrupted}", f"data.eval={data}", f"output_dir={tmp_path}/step-6"]) == 0
+    assert json.loads((tmp_path / "step-6" / "results.json").read_text())["loss"] == pytest.approx(loss, rel=1e-3)
+    at_checkpoint = load_file(interrupted / "adapters" / "step-00000006" / "adapter_model.safetensors")
+    assert ours.keys() - at_checkpoint.keys() == {"base_model.vera_A", "base_model.vera_B"}, "made by their key"
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in at_checkpoint.items())
 
 
 @pytest.mark.parametrize("method", [AdapterMethod.vera, AdapterMethod.dvora])

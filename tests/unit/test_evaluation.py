@@ -258,6 +258,7 @@ def test_fully_trained_run_has_no_base_to_move(tmp_path: Path) -> None:
         ),
         0,
     )
+    (tmp_path / "run" / "model").mkdir()
     with pytest.raises(ConfigError, match=r"trained every weight: leave out model\.path"):
         evaluate(EvaluateConfig(run=str(tmp_path / "run"), model=ModelConfig(path="m")))
 

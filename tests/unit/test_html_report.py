@@ -16,6 +16,7 @@ import yaml
 
 from qdora.adapter import peft_format
 from qdora.adapter.dora import adapted_layers
+from qdora.checkpoint_folder import Change
 from qdora.commands import COMMANDS, compose, typed
 from qdora.config import (
     AdapterConfig,
@@ -494,3 +495,17 @@ def test_numbers_are_for_people() -> None:
 def test_empty_section_has_no_heading() -> None:
     page = Page("t", "s", [Section("a", "A", []), Section("b", "B", [Text("here")])])
     assert read(page).headings() == ["b"]
+
+
+def test_run_page_says_what_was_otherwise_before_the_run_was_resumed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    words = "Changed when the run was resumed"
+    assert words not in read(run_page(run, [])).text
+    change = Change(from_step=7, option="optim.learning_rate", before=0.0123, now=0.0456)
+    run.start(run.read_config(), 6, [change])
+    text = " ".join(read(run_page(run, [])).text.split())
+    assert words in text
+    assert "from step" in text
+    assert "optim.learning_rate" in text
+    assert "0.0123" in text
+    assert "0.0456" in text
