@@ -100,7 +100,8 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
         world, lambda: [prepare(config.data, path, tokenizer) for path in paths]
     )
     train_loader = _loader(config, world, train_data, tokenizer.pad_token_id, shuffle=True)
-    fingerprints = {"data": train_data.fingerprint, "model": CheckpointFiles(base).fingerprint()}
+    with parallel.failing_together(world):
+        fingerprints = {"data": train_data.fingerprint, "model": CheckpointFiles(base).fingerprint()}
     if found is not None:
         check_fingerprints(config, *found, fingerprints)
         if found[1].step >= num_steps(config, train_loader) and parallel.broadcast(world, folder.is_finished()):
