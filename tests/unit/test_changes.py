@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from qdora.adapter.trained_over import WEIGHTS
 from qdora.changes import changes_since, check_identity, of_learning, over_time, shown
 from qdora.checkpoint_folder import MANIFEST, Change, Manifest, read_manifest
+from qdora.commands import compose, typed
 from qdora.config import (
     AdapterConfig,
     AdapterMethod,
@@ -158,7 +158,7 @@ def test_refusal_names_both_values_and_each_way_out(
             check_identity(allowed, stored, "RUN")
 
 
-def test_old_value_is_an_override_that_hydra_takes() -> None:
+def test_old_values_are_overrides_that_go_on() -> None:
     """As a shell hands it on, whatever is in a name."""
     path = "my data/a=b,c.jsonl"
     stored = config_values(run_config(data=DataConfig(train=path, limit=3)))
@@ -166,8 +166,10 @@ def test_old_value_is_an_override_that_hydra_takes() -> None:
         check_identity(run_config(), stored, "RUN")
     back = str(refused.value).partition(". ")[2].partition(" goes on with it")[0]
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {back}"], capture_output=True, text=True, check=True).stdout
-    parsed = [OverridesParser.create().parse_override(word) for word in words.splitlines()]
-    assert {one.key_or_group: one.value() for one in parsed} == {"data.limit": 3, "data.train": path}
+    values = compose("train", ["model.path=model", *words.splitlines()])
+    assert values is not None
+    check_identity(typed(values, RunConfig), stored, "RUN")
+    assert values.data.train == path
 
 
 @pytest.mark.parametrize(
