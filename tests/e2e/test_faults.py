@@ -233,6 +233,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows(
     done = qdora("train", *arguments, resume, f"output_dir={part}", nproc=after)
     assert done.returncode == 0, done.stderr
     assert "going on from step 5 of 10" in done.stdout
+    assert f"changed from step 6: ranks {before} -> {after}\n" in done.stdout
     records = {folder: metrics_of(folder) for folder in (whole, part)}
     then = [record for record in records[whole] if record["step"] > 5]
     now = [record for record in records[part] if "loss" in record]
