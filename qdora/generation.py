@@ -121,7 +121,8 @@ class Speaker:
     def load(self) -> None:
         """Loads the model."""
         check_vocabulary(self._base, self._tokenizer)
-        print(f"loading {self.name}", file=sys.stderr, flush=True)
+        told = self._subject.other_base(self._base)
+        print(*([told] if told else []), f"loading {self.name}", sep="\n", file=sys.stderr, flush=True)
         self._loaded = self._subject.load(self._base, self._world)
 
     def encode(self, turns: list[Turn]) -> list[int]:

@@ -294,8 +294,8 @@ def check(model: nn.Module, folder: Path, base: str) -> None:
             shape = tuple(file.get_slice(key).get_shape())
             if shape != wanted:
                 raise AdapterError(
-                    f"the adapter in {folder} does not fit {base}: {key} has shape {shape}, and it takes {wanted} "
-                    f"there. {other_base_asked(folder)}"
+                    f"the adapter in {folder} does not fit {base}: {key} has shape {shape}, the model wants {wanted}. "
+                    f"{other_base_asked(folder)}"
                 )
 
 

@@ -11,10 +11,11 @@ from qdora.files import read_json, write_durably
 NOTE = "trained_over.json"
 
 
-def write_note(folder: Path, quant: QuantConfig) -> None:
-    """Says beside an adapter what its base was quantised to."""
+def write_note(folder: Path, quant: QuantConfig, base_fingerprint: str | None = None) -> None:
+    """Says beside an adapter what its base was quantised to, and which weights it had."""
     values = {**asdict(quant), "method": quant.method.name}
-    write_durably(folder / NOTE, json.dumps({"quant": values}, indent=2) + "\n")
+    note = {"quant": values} | ({"base_fingerprint": base_fingerprint} if base_fingerprint else {})
+    write_durably(folder / NOTE, json.dumps(note, indent=2) + "\n")
 
 
 def read_note(folder: Path) -> QuantConfig | None:
@@ -24,6 +25,12 @@ def read_note(folder: Path) -> QuantConfig | None:
         return None if values is None else QuantConfig(**{**values, "method": QuantMethod[values["method"]]})
     except (TypeError, KeyError):
         return None
+
+
+def read_base_fingerprint(folder: Path) -> str | None:
+    """Returns the fingerprint of the weights that an adapter was trained over, where its folder has it."""
+    value = read_json(folder / NOTE).get("base_fingerprint")
+    return value if isinstance(value, str) else None
 
 
 def is_stored_in_4_bits(base: Path) -> bool:

@@ -60,7 +60,8 @@ def evaluate(config: EvaluateConfig) -> int:
     )
     header = _header(config, subject, list(sources.values()))
     header["identity"] = _identity(config, subject, base, [(name, job.fingerprint) for name, job in jobs.items()])
-    header["notes"] = [*_notes(jobs, context_length(base, subject.model))]
+    other = subject.other_base(base)
+    header["notes"] = [*([other] if other else []), *_notes(jobs, context_length(base, subject.model))]
     if world.is_main:
         for note in header["notes"]:
             print(note, flush=True)
@@ -95,6 +96,9 @@ def _evaluate_by_harness(config: EvaluateConfig, subject: Subject, output: Path,
         for file in sorted(base.glob("*"))
         if file.suffix in (".json", ".model", ".jinja")
     ]
+    other = subject.other_base(base)
+    if other and world.is_main:
+        print(other, flush=True)
     partial = output / f".scored-{_identity(config, subject, base, said)}"
     with _taken(partial, world), explaining_shortage(lambda: _does_not_fit(config, subject, world)):
         scores = run_harness(subject.load(base, world), tokenizer, config, manager, world, partial)

@@ -56,15 +56,26 @@ def model_card(parts: Parts, record: dict[str, Any], verification: dict[str, Any
     """
     kind = str(record["format"])
     lines = [*_front_matter(parts, kind), "", f"# {output.resolve().name}", ""]
-    lines += [f"`{parts.model.path}` fine-tuned with qdora, as {KINDS[kind]}.", ""]
+    lines += [f"{_headline(parts)}, as {KINDS[kind]}.", ""]
     lines += _table(["", ""], _facts(parts, record))
     lines += ["", "## Training", "", *_training(parts), "", "## Verification", "", *_verification(verification)]
     return "\n".join([*lines, "", "## How to load", "", *_loading(parts, record, output), ""])
 
 
+def _headline(parts: Parts) -> str:
+    if parts.named_base is not None:
+        return (
+            f"`{parts.model.path}` with the adapter of `{parts.adapter_folder}`, which names another base, "
+            f"`{parts.named_base}`"
+        )
+    if parts.run is None:
+        return f"`{parts.model.path}` with the adapter of `{parts.adapter_folder}`"
+    return f"`{parts.model.path}` fine-tuned with qdora"
+
+
 def _front_matter(parts: Parts, kind: str) -> list[str]:
     values: dict[str, Any] = {}
-    if is_hub_id(str(parts.model.path)):
+    if is_hub_id(str(parts.model.path)) and parts.named_base is None:
         values["base_model"] = parts.model.path
     if kind != "gguf":
         values["library_name"] = "peft" if kind == "lora" else "transformers"
@@ -81,8 +92,10 @@ def _facts(parts: Parts, record: dict[str, Any]) -> list[list[str]]:
         trained_over += ", embedding and head too"
     if not parts.is_known:
         trained_over = "not known"
+    base = f"`{parts.model.path}`" + (f" at {parts.model.revision}" if parts.model.revision else "")
     rows = [
-        ["Base", f"`{parts.model.path}`" + (f" at {parts.model.revision}" if parts.model.revision else "")],
+        ["Base", base],
+        *([["Base that the adapter names", f"`{parts.named_base}`"]] if parts.named_base else []),
         ["Method", adapter.method.name],
         ["Rank", f"{adapter.rank}"],
         ["Alpha", f"{adapter.alpha:g}" if adapter.alpha is not None else "-"],

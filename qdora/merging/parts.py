@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdora.adapter import peft_format
+from qdora.adapter.peft_config import base_named
 from qdora.adapter.trained_over import find_quant, is_stored_in_4_bits
 from qdora.config import AdapterConfig, DataConfig, MergeConfig, ModelConfig, QuantConfig
 from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
 from qdora.model import model_folder
+from qdora.model.folder import other_base
 from qdora.run_folder import RunFolder
 
 
@@ -29,6 +31,8 @@ class Parts:
     """The run's data options, or the usual ones."""
     is_known: bool = True
     """Whether `quant` is known to be what the adapter was trained over."""
+    named_base: str | None = None
+    """The base that the adapter names, where that is another one."""
 
     @property
     def is_stored_in_4_bits(self) -> bool:
@@ -50,9 +54,14 @@ class Parts:
             stored = run.read_config()
             model, quant, data = overlaid(stored.model, config.model), stored.quant, stored.data
             folder = run.finished_adapter()
-        base, is_known = model_folder(model), True
+        adapter = peft_format.read_config(folder)
+        base, is_known, named = model_folder(model), True, None
         if run is None:
             quant, is_known = find_quant(folder, config.quant, base)
+            told = other_base(folder, model, base)
+            if told is not None:
+                named = base_named(folder)
+                print(told)
         if not is_known:
             print(
                 f"nothing says what the adapter in {folder} was trained over: it is merged into the base as it is "
@@ -64,5 +73,6 @@ class Parts:
             except ConfigError as error:
                 if config.model.path is None:
                     raise
+                named = str(stored.model.path)
                 print(f"{error} (right where that one was stored in 4 bits and this one is what it was made from)")
-        return cls(base, model, quant, folder, peft_format.read_config(folder), run, data, is_known)
+        return cls(base, model, quant, folder, adapter, run, data, is_known, named)

@@ -14,11 +14,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer
 
+from qdora.adapter.peft_config import base_named
+from qdora.adapter.tensor_names import CONFIG
+from qdora.adapter.trained_over import read_base_fingerprint
 from qdora.config import ModelConfig
 from qdora.errors import ModelError, first_line
 from qdora.files import let_others_read
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+_CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
 _WITHOUT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -88,6 +92,42 @@ def _download(config: ModelConfig, patterns: list[str]) -> Path:
 def is_hub_id(given: str) -> bool:
     """Whether it reads as org/name and no such folder or file is here."""
     return given.count("/") == 1 and not given.startswith(("/", ".", "~")) and not Path(given).exists()
+
+
+def other_base(adapter: Path, config: ModelConfig, base: Path) -> str | None:
+    """Says that an adapter was trained over another base than `config` names; None where nothing says so.
+
+    The weights decide where the adapter's folder has their fingerprint; else the names, of which the last part counts
+    where one of them is a folder.
+
+    Args:
+        base: the folder of the model that `config` names.
+    """
+    from qdora.model.checkpoint_files import CheckpointFiles  # with torch
+
+    known, named, given = read_base_fingerprint(adapter), base_named(adapter), str(config.path)
+    if known is None and (named is None or _same_name(named, given)):
+        return None
+    if known is not None and known == CheckpointFiles(base).fingerprint():
+        return None
+    others = "" if known is None else ", which has other weights"
+    return (
+        f"the adapter in {adapter} names {named} as its base ({CONFIG}), and model.path={given} is given{others}: "
+        "right where that is the same model (moved, or what one stored in 4 bits was made from); over another one the "
+        "result is not what was trained"
+    )
+
+
+def _same_name(named: str, given: str) -> bool:
+    """Whether two names of models may be of the same one."""
+    if Path(named).expanduser().resolve() == Path(given).expanduser().resolve():
+        return True
+    one, other = (
+        "/".join(cached.groups()) if (cached := _CACHED.search(name)) else name.rstrip("/") for name in (named, given)
+    )
+    if is_hub_id(one) and is_hub_id(other):
+        return one.casefold() == other.casefold()
+    return one.casefold().rpartition("/")[2] == other.casefold().rpartition("/")[2]
 
 
 def _converted(file: Path) -> Path:

@@ -51,7 +51,7 @@ def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str,
         elif ended:
             peft_format.save(loaded.model, folder.adapter, loaded.adapter, str(config.model.path), loaded.dtype, world)
             if world.is_main:
-                write_note(folder.adapter, config.quant)
+                write_note(folder.adapter, config.quant, contents["model.path"])
     peaks = parallel.gather(world, memory_gib(world))
     own_bytes, total_bytes = weight_bytes(loaded.model)
     all_bytes = parallel.gather(world, own_bytes)

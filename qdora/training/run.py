@@ -32,6 +32,7 @@ from qdora.interrupt import interrupt
 from qdora.model import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_folder
 from qdora.model.activations import compile_blocks
 from qdora.model.checkpoint_files import CheckpointFiles
+from qdora.model.folder import other_base
 from qdora.model.loss import check_token_loss
 from qdora.optim import state_tensors
 from qdora.parallel import World
@@ -92,6 +93,9 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     if world.is_main:
         print(f"loading {config.model.path} and {config.data.train}", flush=True)
     base = parallel.main_first(world, lambda: model_folder(config.model))
+    path = config.adapter.path
+    if path is not None and world.is_main and (other := other_base(Path(path), config.model, base)):
+        print(other, flush=True)
     with parallel.failing_together(world):
         tokenizer = load_tokenizer(base, config.model)
         check_vocabulary(base, tokenizer)

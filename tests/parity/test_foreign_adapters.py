@@ -1,6 +1,8 @@
 """Adapters made elsewhere: other names of the same tensors, and what qdora does not compute, said with the way out."""
 
+import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,9 +18,13 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM, 
 
 from qdora.adapter import peft_format
 from qdora.adapter.tensor_names import root
-from qdora.config import QuantMethod
+from qdora.adapter.trained_over import NOTE, write_note
+from qdora.commands import run as run_command
+from qdora.config import ModelConfig, QuantConfig, QuantMethod
 from qdora.errors import AdapterError
 from qdora.merging.run import merge
+from qdora.model.checkpoint_files import CheckpointFiles
+from qdora.model.folder import other_base
 from tests.support.adapters import merge_config
 from tests.support.models import make_model, make_tokenizer
 
@@ -316,3 +323,91 @@ def test_config_names_the_options_that_are_not_supported(base: Path, tmp_path: P
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_qalora": True}))
     with pytest.raises(AdapterError, match=r"use_qalora=True shares values .*Merge it with PEFT"):
         peft_format.read_config(tmp_path / "adapter")
+
+
+def named(folder: Path, base: str | None, fingerprint: str | None = None) -> Path:
+    """The folder of an adapter that says this of its base."""
+    folder.mkdir(exist_ok=True)
+    (folder / peft_format.CONFIG).write_text(json.dumps({"base_model_name_or_path": base}))
+    (folder / NOTE).unlink(missing_ok=True)
+    if fingerprint is not None:
+        write_note(folder, QuantConfig(), fingerprint)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("said", "given", "is_told"),
+    [
+        ("org/Some-Model", "org/Some-Model", False),
+        ("org/Some-Model", "org/some-model", False),
+        ("org/Some-Model", "other/Some-Model", True),
+        ("org/Some-Model", "org/Some-Model-Instruct", True),
+        ("org/Some-Model", "/models/Some-Model/", False),
+        ("/root/.cache/huggingface/hub/models--org--Some-Model/snapshots/0123", "org/Some-Model", False),
+        ("/root/.cache/huggingface/hub/models--org--Some-Model/snapshots/0123", "other/Some-Model", True),
+        ("/their/machine/Some-Model", "here/Some-Model", False),
+        ("/their/machine/Some-Model", "here/another", True),
+        (None, "here/another", False),
+        ("", "here/another", False),
+    ],
+)
+def test_base_of_another_name_is_told(said: str | None, given: str, is_told: bool, tmp_path: Path) -> None:
+    told = other_base(named(tmp_path / "adapter", said), ModelConfig(path=given), tmp_path)
+    assert (told is not None) == is_told
+    if told is not None:
+        assert f"names {said} as its base" in told
+        assert f"model.path={given} is given" in told
+
+
+def test_weights_decide_over_names_where_the_adapter_knows_them(base: Path, tmp_path: Path) -> None:
+    own, config = CheckpointFiles(base).fingerprint(), ModelConfig(path=str(base))
+    assert other_base(named(tmp_path / "adapter", "org/another", own), config, base) is None
+    told = other_base(named(tmp_path / "adapter", str(base), "that of another"), config, base)
+    assert told is not None
+    assert "is given, which has other weights" in told
+
+
+def test_merge_into_a_base_that_the_adapter_does_not_name_is_told_and_not_claimed(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tmp_path / "adapter"
+    saved_by_peft(load_base(base), adapter)
+    monkeypatch.setattr("qdora.merging.card.is_hub_id", lambda given: True)  # as of a hub id, whose files are here
+    merged(base, adapter, tmp_path / "right")
+    assert "names" not in capsys.readouterr().out
+    right, wrong = (tmp_path / name / "README.md" for name in ("right", "wrong"))
+    assert yaml.safe_load(right.read_text().split("---\n")[1])["base_model"] == str(base)
+    other = shutil.copytree(base, tmp_path / "other")
+    merged(other, adapter, tmp_path / "wrong")
+    assert (
+        f"the adapter in {adapter} names {base} as its base (adapter_config.json), and model.path={other} is given"
+        in (capsys.readouterr().out)
+    )
+    text = wrong.read_text()
+    assert "base_model" not in yaml.safe_load(text.split("---\n")[1])
+    assert f"`{other}` with the adapter of `{adapter}`, which names another base, `{base}`" in text
+    assert f"| Base that the adapter names | `{base}` |" in text
+    assert "fine-tuned with qdora" not in text + right.read_text()
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "evaluate"])
+def test_base_that_the_adapter_does_not_name_is_told_where_it_is_used(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    saved_by_peft(load_base(base), tmp_path / "adapter")
+    other = shutil.copytree(base, tmp_path / "other")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    options = {
+        "generate": ["prompt=Hello", "max_new_tokens=2"],
+        "chat": ["max_new_tokens=2"],
+        "evaluate": [f"data.eval={data}", f"data.cache_dir={tmp_path}/cache", f"output_dir={tmp_path}/scores"],
+    }
+    for model, is_told in ((base, False), (other, True)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+        arguments = [command, f"adapter={tmp_path}/adapter", f"model.path={model}", *options[command]]
+        assert run_command(arguments) == 0
+        out, err = capsys.readouterr()
+        told = f"names {base} as its base (adapter_config.json), and model.path={other} is given"
+        assert (told in (out if command == "evaluate" else err)) == is_told
+        assert "as its base" not in (err if command == "evaluate" else out)
