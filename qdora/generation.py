@@ -113,7 +113,7 @@ class Speaker:
             )
         self.name = str(config.run or config.adapter or config.model.path)
         self._base = model_folder(self._subject.model)
-        self._tokenizer = load_tokenizer(self._base, self._subject.model)
+        self._tokenizer = load_tokenizer(self._base, self._subject.model, self._subject.adapter.path)
         self._ends = end_tokens(self._tokenizer, self._base)
         self._context = context_length(self._base, self._subject.model)
         self._loaded: LoadedModel | None = None

@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig) -> int:
     data = _data(config, subject)
     sources = _sources(config, data)
     base = parallel.main_first(world, lambda: model_folder(subject.model))
-    tokenizer = load_tokenizer(base, subject.model)
+    tokenizer = load_tokenizer(base, subject.model, subject.adapter.path)
     check_vocabulary(base, tokenizer)
     # Before the model is loaded: mistakes in the data show within seconds. Rank 0 first, as data is kept tokenised.
     jobs = parallel.main_first(
@@ -89,7 +89,7 @@ def _evaluate_by_harness(config: EvaluateConfig, subject: Subject, output: Path,
     manager = parallel.main_first(world, lambda: find_harness_tasks(config))
     _keep_others(parallel.broadcast(world, read_json(output / RESULTS), world.patient_group), output, config, None)
     base = parallel.main_first(world, lambda: model_folder(subject.model))
-    tokenizer = load_tokenizer(base, subject.model)
+    tokenizer = load_tokenizer(base, subject.model, subject.adapter.path)
     check_vocabulary(base, tokenizer)
     said = [
         (file.name, file.read_bytes())

@@ -10,6 +10,7 @@ import yaml
 from qdora.adapter.peft_format import CONFIG
 from qdora.config import MergeBase, QuantMethod, RunConfig
 from qdora.merging.parts import Parts
+from qdora.model.companions import stored_template
 from qdora.model.folder import is_hub_id
 
 SNIPPET = """\
@@ -198,20 +199,13 @@ def _loading(parts: Parts, record: dict[str, Any], output: Path) -> list[str]:
             *["", "```sh", command, "```", ""],
             "With PEFT, `model` being the base: `PeftModel.from_pretrained(model, " + json.dumps(str(output)) + ")`.",
         ]
-    chats = _has_chat_template(parts.base)
+    chats = bool(stored_template(parts.adapter_folder) or stored_template(parts.base))
     trusted = ", trust_remote_code=True" if parts.model.trust_remote_code else ""
     snippet = SNIPPET.format(folder=json.dumps(str(output)), prompt=CHAT if chats else PLAIN, trusted=trusted)
     lines = ["With transformers:", "", "```python", *snippet.splitlines(), "```", ""]
     if not chats:
         lines += [f"There is no chat template; qdora puts conversations as {json.dumps(TURNS)}.", ""]
     return [*lines, "With vLLM:", "", "```sh", f"vllm serve {folder}", "```"]
-
-
-def _has_chat_template(base: Path) -> bool:
-    if (base / "chat_template.jinja").exists() or (base / "chat_template.json").exists():
-        return True
-    config = base / "tokenizer_config.json"
-    return config.exists() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

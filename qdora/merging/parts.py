@@ -9,7 +9,8 @@ from qdora.adapter.trained_over import find_quant, is_stored_in_4_bits
 from qdora.config import AdapterConfig, DataConfig, MergeConfig, ModelConfig, QuantConfig
 from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
-from qdora.model import model_folder
+from qdora.model import check_vocabulary, load_tokenizer, model_folder
+from qdora.model.companions import has_tokenizer, stored_template
 from qdora.model.folder import other_base
 from qdora.run_folder import RunFolder
 
@@ -75,4 +76,16 @@ class Parts:
                     raise
                 named = str(stored.model.path)
                 print(f"{error} (right where that one was stored in 4 bits and this one is what it was made from)")
+        _check_tokenizer(base, model, folder)
         return cls(base, model, quant, folder, adapter, run, data, is_known, named)
+
+
+def _check_tokenizer(base: Path, model: ModelConfig, adapter: Path) -> None:
+    """Holds a tokenizer that an adapter brings to the base, and says where its chat template replaces another."""
+    if has_tokenizer(adapter):
+        check_vocabulary(base, load_tokenizer(base, model, adapter))
+    own, replaced = stored_template(adapter), stored_template(base)
+    if own is not None and replaced is not None and own != replaced:
+        print(
+            f"the chat template in {adapter} takes the place of that in {base}: it is what the adapter was trained with"
+        )

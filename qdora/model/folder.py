@@ -20,10 +20,13 @@ from qdora.adapter.trained_over import read_base_fingerprint
 from qdora.config import ModelConfig
 from qdora.errors import ModelError, first_line
 from qdora.files import let_others_read
+from qdora.model.companions import DOWNLOADED, has_tokenizer, leaves, stored_template
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+_IN_FOLDERS = ["*/*.safetensors"]
+"""Weights of another form (original/, onnx/), which nobody reads."""
 _CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
-_WITHOUT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+_WITHOUT_WEIGHTS = ["*.json", "*.txt", *DOWNLOADED]
 
 
 def model_folder(config: ModelConfig) -> Path:
@@ -81,7 +84,9 @@ def _download(config: ModelConfig, patterns: list[str]) -> Path:
             f"have read, model.revision=<commit, 40 characters> (given: {config.revision})"
         )
     try:
-        return Path(snapshot_download(given, revision=config.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(given, revision=config.revision, allow_patterns=patterns, ignore_patterns=_IN_FOLDERS)
+        )
     except LocalEntryNotFoundError:
         reason = "it is not in the local cache and the hub cannot be reached"
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -211,7 +216,7 @@ def _check_code_is_here(folder: Path) -> None:
     for file in (folder / "config.json", folder / "tokenizer_config.json"):
         found = json.loads(file.read_bytes()) if file.exists() else {}
         named = found.get("auto_map", {}) if isinstance(found, dict) else {}
-        elsewhere = [name for name in _leaves(named) if "--" in str(name)]
+        elsewhere = [name for name in leaves(named) if "--" in str(name)]
         if elsewhere:
             raise ModelError(
                 f"{file} takes its Python code from another repository ({elsewhere[0]}), which no revision pins: put "
@@ -219,23 +224,27 @@ def _check_code_is_here(folder: Path) -> None:
             )
 
 
-def _leaves(value: Any) -> list[Any]:
-    """What is within dictionaries and lists, however deep."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return [value] if inner is None else [leaf for one in inner for leaf in _leaves(one)]
+def load_tokenizer(folder: Path, config: ModelConfig, adapter: str | Path | None = None) -> Any:
+    """Returns the tokenizer of a folder, with a pad token (the end-of-sequence token where the model has none).
 
-
-def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
-    """The tokenizer of a folder, with a pad token (the end-of-sequence token where the model has none).
+    Args:
+        adapter: folder of an adapter, whose own tokenizer or chat template is what it was trained with, where it has
+            one: that is taken instead.
 
     Raises:
         ModelError: there is none that transformers can read.
     """
+    own = None if adapter is None else Path(adapter)
+    template = None if own is None else stored_template(own)
+    if own is not None and has_tokenizer(own):
+        template, folder = template or stored_template(folder), own
     try:
         _check_code_is_here(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise ModelError(f"transformers cannot read a tokenizer in {folder}: {error}") from None
+    if template is not None:
+        tokenizer.chat_template = template
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -276,6 +285,7 @@ def check_vocabulary(base: Path, tokenizer: Any) -> None:
     elif beyond:
         highest, some = max(tokenizer.get_vocab().values()), ", ".join(map(repr, sorted(beyond)[:3]))
         raise ModelError(
-            f"the tokenizer in {base} makes token ids up to {highest}, but the model's embedding has {rows} rows: they "
-            f"do not belong together, or tokens were added to the tokenizer alone ({some}); take the model's own"
+            f"the tokenizer in {tokenizer.name_or_path} makes token ids up to {highest}, but the model's embedding has "
+            f"{rows} rows ({base}): they do not belong together, or tokens were added to the tokenizer alone ({some}); "
+            "take the model's own"
         )

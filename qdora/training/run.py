@@ -97,7 +97,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     if path is not None and world.is_main and (other := other_base(Path(path), config.model, base)):
         print(other, flush=True)
     with parallel.failing_together(world):
-        tokenizer = load_tokenizer(base, config.model)
+        tokenizer = load_tokenizer(base, config.model, config.adapter.path)
         check_vocabulary(base, tokenizer)
     paths = [path for path in (config.data.train, config.data.eval) if path is not None]
     train_data, *eval_data = parallel.main_first(
