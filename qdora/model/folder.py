@@ -23,10 +23,11 @@ from qdora.files import let_others_read
 from qdora.model.companions import DOWNLOADED, has_tokenizer, leaves, stored_template
 
 _COMMIT = re.compile("[0-9a-f]{40}")
-_IN_FOLDERS = ["*/*.safetensors"]
+IN_FOLDERS = ["*/*.safetensors"]
 """Weights of another form (original/, onnx/), which nobody reads."""
 _CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
 _WITHOUT_WEIGHTS = ["*.json", "*.txt", *DOWNLOADED]
+DOWNLOADED_WITH_WEIGHTS = ["*.safetensors", *_WITHOUT_WEIGHTS]
 
 
 def model_folder(config: ModelConfig) -> Path:
@@ -45,7 +46,7 @@ def model_folder(config: ModelConfig) -> Path:
         return path
     if not is_hub_id(given):
         raise ModelError(f"model.path={given}: no such folder, and not a hub id such as org/name")
-    return _download(config, ["*.safetensors", *_WITHOUT_WEIGHTS])
+    return _download(config, DOWNLOADED_WITH_WEIGHTS)
 
 
 def gguf_file(config: ModelConfig) -> Path | None:
@@ -85,7 +86,7 @@ def _download(config: ModelConfig, patterns: list[str]) -> Path:
         )
     try:
         return Path(
-            snapshot_download(given, revision=config.revision, allow_patterns=patterns, ignore_patterns=_IN_FOLDERS)
+            snapshot_download(given, revision=config.revision, allow_patterns=patterns, ignore_patterns=IN_FOLDERS)
         )
     except LocalEntryNotFoundError:
         reason = "it is not in the local cache and the hub cannot be reached"
