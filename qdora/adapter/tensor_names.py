@@ -45,8 +45,8 @@ _UNSUPPORTED = {
     r".*\.lora_[AB](\..+)?\.bias": "a bias beside LoRA's factors (lora_bias)",
     r".*trainable_tokens_(delta|indices).*": "trained rows of the embedding (trainable_token_indices)",
     r"(?!.*lora_).*\.base_layer\.(weight|bias)": "a whole weight of the base beside LoRA on embedding or head",
-    r"(?!.*lora_).*\.(weight|bias)": "a whole weight beside the low-rank factors (modules_to_save, or an embedding of "
-    "another vocabulary)",
+    r"(?!.*lora_).*\.(weight|bias)": "whole weights beside the low-rank factors (modules_to_save; or an embedding of "
+    "another vocabulary, to whose size BASE comes first by resize_token_embeddings)",
 }
 SHOWN = 3
 """Names in a message."""

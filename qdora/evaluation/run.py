@@ -28,6 +28,7 @@ from qdora.evaluation.tasks import find_tasks, overall, summary
 from qdora.files import NO_ROOM, lock, read_json, write_durably
 from qdora.model import check_vocabulary, load_tokenizer, model_folder
 from qdora.model.checkpoint_files import CheckpointFiles
+from qdora.model.companions import tokenizer_fingerprint
 from qdora.model.folder import context_length
 from qdora.model.generate import end_tokens
 from qdora.parallel import World
@@ -96,6 +97,8 @@ def _evaluate_by_harness(config: EvaluateConfig, subject: Subject, output: Path,
         for file in sorted(base.glob("*"))
         if file.suffix in (".json", ".model", ".jinja")
     ]
+    if subject.adapter.path is not None and (own := tokenizer_fingerprint(Path(subject.adapter.path))) is not None:
+        said.append(("the adapter's", own.encode()))
     other = subject.other_base(base)
     if other and world.is_main:
         print(other, flush=True)

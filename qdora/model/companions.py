@@ -59,13 +59,17 @@ def stored_template(folder: Path) -> str | dict[str, str] | None:
     named = {file.stem: file for file in folder.glob(_TEMPLATES[2])}
     if (folder / TEMPLATE).is_file():
         named["default"] = folder / TEMPLATE
-    found: Any = {name: file.read_text(encoding="utf-8") for name, file in named.items()}
+    found: Any = {name: file.read_text(encoding="utf-8", errors="replace") for name, file in named.items()}
     found = found or read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):
-        found = {one["name"]: one["template"] for one in found}
+        found = {
+            one["name"]: one["template"]
+            for one in found
+            if isinstance(one, dict) and {"name", "template"} <= one.keys()
+        }
     if isinstance(found, dict) and found.keys() == {"default"}:
         found = found["default"]
-    return found or None
+    return found if found and isinstance(found, str | dict) else None
 
 
 def has_tokenizer(folder: Path) -> bool:

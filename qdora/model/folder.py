@@ -243,7 +243,8 @@ def load_tokenizer(folder: Path, config: ModelConfig, adapter: str | Path | None
         _check_code_is_here(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        raise ModelError(f"transformers cannot read a tokenizer in {folder}: {error}") from None
+        hint = "; take its files out of the adapter's folder to use the base's" if folder == own else ""
+        raise ModelError(f"transformers cannot read a tokenizer in {folder}: {error}{hint}") from None
     if template is not None:
         tokenizer.chat_template = template
     if tokenizer.pad_token_id is None:

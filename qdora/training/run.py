@@ -93,10 +93,10 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     if world.is_main:
         print(f"loading {config.model.path} and {config.data.train}", flush=True)
     base = parallel.main_first(world, lambda: model_folder(config.model))
-    path = config.adapter.path
-    if path is not None and world.is_main and (other := other_base(Path(path), config.model, base)):
-        print(other, flush=True)
     with parallel.failing_together(world):
+        path = config.adapter.path
+        if path is not None and world.is_main and (other := other_base(Path(path), config.model, base)):
+            print(other, flush=True)
         tokenizer = load_tokenizer(base, config.model, config.adapter.path)
         check_vocabulary(base, tokenizer)
     paths = [path for path in (config.data.train, config.data.eval) if path is not None]

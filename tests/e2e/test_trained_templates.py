@@ -1,13 +1,14 @@
 """A base without a chat template that was trained on turns: what is written has the template that was used."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gguf import GGUFReader
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from qdora.adapter import peft_format
@@ -117,6 +118,25 @@ def test_run_that_goes_on_from_an_adapter_keeps_its_template(base: Path, data: P
     for file in (run / "adapter").glob("*token*"):
         assert (again / "adapter" / file.name).read_bytes() == file.read_bytes()
     assert AutoTokenizer.from_pretrained(again / "adapter").chat_template == DEFAULT_TEMPLATE
+
+
+def test_training_on_over_another_base_is_told_once(base: Path, data: Path, run: Path, tmp_path: Path) -> None:
+    """By the weights' fingerprint: a copy under another name is the same base, other weights under its name are not."""
+    moved = shutil.copytree(base, tmp_path / "moved")
+    given = [f"data.train={data}", "adapter.rank=4", "train.num_steps=1", "tracker=none", *QUICK]
+    given += [f"adapter.path={run}/adapter", f"model.path={moved}"]
+    for name, is_told in (("same", False), ("other", True)):
+        if is_told:
+            tensors = load_file(moved / "model.safetensors")
+            save_file(
+                {key: tensor + 1 for key, tensor in tensors.items()}, moved / "model.safetensors", {"format": "pt"}
+            )
+        done = qdora("train", *given, f"output_dir={tmp_path}/{name}", nproc=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        told = (
+            f"names {base} as its base (adapter_config.json), and model.path={moved} is given, which has other weights"
+        )
+        assert done.stdout.count(told) == is_told
 
 
 @pytest.fixture(scope="module")

@@ -264,6 +264,24 @@ def test_what_is_not_supported_is_said_and_the_way_out_works(tmp_path: Path, nam
             torch.testing.assert_close(weights[key], weight, **TOLERANCES)
 
 
+def test_adapter_with_another_vocabulary_is_refused_and_the_way_out_works(base: Path, tmp_path: Path) -> None:
+    """Tokens were added: PEFT then stores embedding and head whole, of which its config says nothing."""
+    model = load_base(base)
+    model.resize_token_embeddings(260)
+    theirs = saved_by_peft(model, tmp_path / "adapter")
+    with pytest.raises(
+        AdapterError, match="an embedding of another vocabulary, to whose size BASE comes first"
+    ) as said:
+        merged(base, tmp_path / "adapter", tmp_path / "merged")
+    assert "embed_tokens.weight" in str(said.value)
+    assert "lm_head.weight" in str(said.value)
+    resized = load_base(base)
+    resized.resize_token_embeddings(260)
+    done = PeftModel.from_pretrained(resized, tmp_path / "adapter").merge_and_unload().state_dict()
+    for key, weight in theirs.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(done[key], weight, **TOLERANCES)
+
+
 def test_head_alone_is_told_as_what_has_no_adapter(base: Path, tmp_path: Path) -> None:
     """Where PEFT was asked not to save the head's own weight beside it."""
     theirs = saved_by_peft(load_base(base), tmp_path / "adapter", target_modules=["q_proj", "lm_head"])

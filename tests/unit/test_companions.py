@@ -9,11 +9,12 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
-from qdora.config import AdapterConfig, QuantMethod
+from qdora.config import AdapterConfig, ModelConfig, QuantMethod
+from qdora.errors import ModelError
 from qdora.merging.run import merge
 from qdora.model.companions import companions, has_tokenizer, stored_template
 from qdora.model.export import write_checkpoint
-from qdora.model.folder import DOWNLOADED_WITH_WEIGHTS, IN_FOLDERS
+from qdora.model.folder import DOWNLOADED_WITH_WEIGHTS, IN_FOLDERS, load_tokenizer
 from qdora.model.writer import JOURNAL, Job
 from tests.support.adapters import adapted, merge_config
 from tests.support.models import make_model, make_tokenizer
@@ -148,6 +149,18 @@ def test_tokenizer_that_needs_code_of_an_adapters_folder_does_not_count(tmp_path
     assert not has_tokenizer(folder)
 
 
+def test_tokenizer_of_an_adapter_that_cannot_be_read_is_told_with_the_way_out(tmp_path: Path) -> None:
+    base, adapter = (make_tokenizer_folder(tmp_path / name) for name in ("base", "adapter"))
+    (adapter / "tokenizer.json").write_text("{")
+    with pytest.raises(
+        ModelError, match=f"cannot read a tokenizer in {adapter}: .*; take its files out of the adapter's"
+    ):
+        load_tokenizer(base, ModelConfig(path=str(base)), adapter)
+    for file in adapter.glob("*token*"):
+        file.unlink()
+    assert load_tokenizer(base, ModelConfig(path=str(base)), adapter).vocab_size == make_tokenizer().vocab_size
+
+
 @pytest.mark.parametrize("form", ["text", "list", "file", "several files"])
 def test_template_is_read_as_transformers_reads_it(tmp_path: Path, form: str) -> None:
     folder = make_tokenizer_folder(tmp_path / "tokenizer")
@@ -171,6 +184,12 @@ def test_template_is_read_as_transformers_reads_it(tmp_path: Path, form: str) ->
             "several files": {"default": "of a file", "rag": "rag"},
         }[form]
     )
+
+
+@pytest.mark.parametrize("value", [5, [], ["a"], [{"name": "default"}], "", {}])
+def test_template_that_is_none_counts_for_nothing(tmp_path: Path, value: object) -> None:
+    write(tmp_path, {"tokenizer_config.json": {"chat_template": value}})
+    assert stored_template(tmp_path) is None
 
 
 def test_full_fine_tuning_keeps_the_same_files(tmp_path: Path) -> None:
