@@ -113,7 +113,7 @@ class Speaker:
             )
         self.name = str(config.run or config.adapter or config.model.path)
         self._base = model_folder(self._subject.model)
-        self._tokenizer = load_tokenizer(self._base, self._subject.model)
+        self._tokenizer = load_tokenizer(self._base, self._subject.model, self._subject.adapter.path)
         self._ends = end_tokens(self._tokenizer, self._base)
         self._context = context_length(self._base, self._subject.model)
         self._loaded: LoadedModel | None = None
@@ -121,7 +121,8 @@ class Speaker:
     def load(self) -> None:
         """Loads the model."""
         check_vocabulary(self._base, self._tokenizer)
-        print(f"loading {self.name}", file=sys.stderr, flush=True)
+        told = self._subject.other_base(self._base)
+        print(*([told] if told else []), f"loading {self.name}", sep="\n", file=sys.stderr, flush=True)
         self._loaded = self._subject.load(self._base, self._world)
 
     def encode(self, turns: list[Turn]) -> list[int]:

@@ -23,6 +23,7 @@ from qdora.config import (
 from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
 from qdora.model import LoadedModel, load_model
+from qdora.model.folder import other_base
 from qdora.model.loss import check_token_loss
 from qdora.parallel import World
 from qdora.run_folder import RunFolder
@@ -40,6 +41,12 @@ class Subject:
     adapter: AdapterConfig
     result: RunResult | None = None
     """Of the run that decided the rest."""
+
+    def other_base(self, base: Path) -> str | None:
+        """Says that the adapter was trained over another base than the folder `base`, where nobody checks that."""
+        if self.result is not None or self.adapter.path is None:
+            return None
+        return other_base(Path(self.adapter.path), self.model, base)
 
     def load(self, base: Path, world: World) -> LoadedModel:
         """The model of the folder `base`, not to be trained, on each rank whole or its shard. *Collective*.

@@ -8,21 +8,28 @@ for all layers. DVoRA, which PEFT does not have, is the same with magnitudes, as
 """
 
 import json
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qdora.adapter.dora import AdaptedLinear, adapted_layers
-from qdora.adapter.trained_over import CONFIG as CONFIG
-from qdora.adapter.trained_over import WEIGHTS as WEIGHTS
+from qdora.adapter.peft_config import by_pattern, check_numbers, check_supported, other_base_asked
+from qdora.adapter.tensor_names import (
+    PROJECTIONS,
+    SUFFIXES,
+    names_in,
+    opened,
+    root,
+    shown,
+    tensor_name,
+    with_peft,
+)
+from qdora.adapter.trained_over import CONFIG, WEIGHTS
 from qdora.adapter.vera import D_INITIAL, VeraLinear, projections, vera_layers
 from qdora.config import AdapterConfig, AdapterMethod
 from qdora.errors import AdapterError
@@ -30,18 +37,26 @@ from qdora.files import let_others_read, sync, write_durably
 from qdora.parallel import World
 from qdora.sharding import gather_rows, own_rows
 
-_PREFIX = "base_model.model."
-_SUFFIXES = {
-    "lora_a": ".lora_A.weight",
-    "lora_b": ".lora_B.weight",
-    "vera_d": ".vera_lambda_d",
-    "vera_b": ".vera_lambda_b",
-    "magnitude": ".lora_magnitude_vector",
-}
-_PROJECTIONS = {"base_model.vera_A": "shared_a", "base_model.vera_B": "shared_b"}
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "StoredAdapter",
+    "as_stored",
+    "check",
+    "check_continues",
+    "fitted",
+    "load",
+    "load_layer",
+    "load_projections",
+    "read_config",
+    "save",
+    "stored_parameters",
+    "target_modules",
+    "tensor_name",
+    "write_config",
+    "write_weights",
+]
 _VERA_TYPES = {"VERA": AdapterMethod.vera, "DVORA": AdapterMethod.dvora}
-_REFUSED = ("modules_to_save", "layer_replication", "trainable_token_indices", "alora_invocation_tokens")
-"""Options of PEFT that change the arithmetic and that qdora's layer does not have."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,17 +70,13 @@ class StoredAdapter(AdapterConfig):
         return self.layers.get(layer, (self.rank, self.scaling))
 
 
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways of PEFT to start an adapter that subtract it from the base model's weights."""
-
-
 def _parameters(layer: AdaptedLinear) -> dict[str, nn.Parameter]:
-    return {name: parameter for name in _SUFFIXES if (parameter := getattr(layer, name, None)) is not None}
+    return {name: parameter for name in SUFFIXES if (parameter := getattr(layer, name, None)) is not None}
 
 
 def _projections(model: nn.Module) -> dict[str, Tensor]:
     """A and B of VeRA and DVoRA by their name in the file, none of the other methods."""
-    return {key: getattr(layer, name) for layer in vera_layers(model)[:1] for key, name in _PROJECTIONS.items()}
+    return {key: getattr(layer, name) for layer in vera_layers(model)[:1] for key, name in PROJECTIONS.items()}
 
 
 def save(model: nn.Module, folder: Path, config: AdapterConfig, base: str, dtype: torch.dtype, world: World) -> None:
@@ -104,7 +115,7 @@ def _stored_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
 def stored_parameters(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Returns layer and kind of each tensor of a training checkpoint that is an adapter's, by its name there."""
     split = {name: name.removeprefix("model.").rpartition(".") for name in names if name.startswith("model.")}
-    return {name: (layer, kind) for name, (layer, _, kind) in split.items() if kind in _SUFFIXES}
+    return {name: (layer, kind) for name, (layer, _, kind) in split.items() if kind in SUFFIXES}
 
 
 def write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -126,11 +137,6 @@ def write_config(
     if config.method.is_vera:
         values["save_projection"] = with_projections
     write_durably(folder / CONFIG, json.dumps(values, indent=2, sort_keys=True) + "\n")
-
-
-def tensor_name(layer: str, kind: str) -> str:
-    """The name under which `kind` (`lora_a`, `lora_b`, `vera_d`, `vera_b`, `magnitude`) of a layer is stored."""
-    return _PREFIX + layer + _SUFFIXES[kind]
 
 
 def target_modules(model: nn.Module) -> list[str]:
@@ -192,18 +198,8 @@ def read_config(folder: Path) -> StoredAdapter:
             f"{folder / CONFIG} names no r{'' if vera else ' and lora_alpha'}: it is not the config of a LoRA or DoRA "
             "adapter, nor of VeRA or DVoRA"
         )
-    refused = [name for name in _REFUSED if values.get(name)]
-    if not (vera or kind == "LORA") or values.get("bias", "none") != "none" or refused:
-        raise AdapterError(
-            f"{folder}: only plain LoRA, DoRA, VeRA and DVoRA adapters without trained biases load here; this one has "
-            f"peft_type={kind!r}, bias={values.get('bias')!r}, {refused}"
-        )
-    if str(values.get("init_lora_weights")).startswith(_CHANGE_THE_BASE):
-        raise AdapterError(
-            f"{folder}: init_lora_weights={values['init_lora_weights']!r} changes the base model's weights when PEFT "
-            "loads it; convert it first: save_pretrained(DIR, path_initial_model_for_weight_conversion=...)"
-        )
-    _check_numbers(folder / CONFIG, values)
+    check_supported(folder, values, bool(vera))
+    check_numbers(folder / CONFIG, values)
     ranks = _stored_ranks(folder, "vera_d" if vera else "lora_a")
     if vera:
         return StoredAdapter(
@@ -225,49 +221,23 @@ def read_config(folder: Path) -> StoredAdapter:
     )
     if values.get("rank_pattern") or values.get("alpha_pattern"):
         for name, rank in ranks.items():
-            alpha = _by_pattern(values.get("alpha_pattern") or {}, name, values["lora_alpha"])
+            alpha = by_pattern(values.get("alpha_pattern") or {}, name, values["lora_alpha"])
             stored.layers[name] = rank, replace(stored, rank=rank, alpha=alpha).scaling
     return stored
 
 
 def _stored_ranks(folder: Path, kind: str) -> dict[str, int]:
     """The rank of each layer in the folder, by the first size of its `lora_a` or `vera_d`."""
-    suffix, num_dims = _SUFFIXES[kind], 2 if kind == "lora_a" else 1
-    with _opened(folder) as file:
-        shapes = {name: file.get_slice(key).get_shape() for name, key in _names(file).items() if name.endswith(suffix)}
-    odd = [name for name, shape in shapes.items() if len(shape) != num_dims]
-    if odd:
-        raise AdapterError(f"{folder / WEIGHTS}: {odd[0]} is no {'matrix' if num_dims == 2 else 'vector'}")
-    return {name[len(_PREFIX) : -len(suffix)]: int(shape[0]) for name, shape in shapes.items()}
-
-
-def _check_numbers(file: Path, values: dict[str, Any]) -> None:
-    """Raises `AdapterError` for what is not the number, or the patterns of numbers, that it should be."""
-    wanted: dict[str, tuple[type, ...]] = {"r": (int,), "projection_prng_key": (int,)}
-    wanted |= dict.fromkeys(("lora_alpha", "lora_dropout", "vera_dropout"), (int, float))
-    for name, kinds in wanted.items():
-        if not isinstance(values.get(name, 0), kinds) or isinstance(values.get(name), bool):
-            raise AdapterError(f"{file}: {name} is {values[name]!r}, which is no number that it can be")
-    if values["r"] < 1:
-        raise AdapterError(f"{file}: r is {values['r']}; it must be at least 1")
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = values.get(name) or {}
-        try:
-            good = all(isinstance(value, int | float) for value in patterns.values())
-            [re.compile(pattern) for pattern in patterns]
-        except (AttributeError, TypeError, re.error):
-            good = False
-        if not good:
-            raise AdapterError(f"{file}: {name} is {patterns!r}; it must map regular expressions to numbers")
-
-
-def _by_pattern(patterns: dict[str, float], name: str, usual: float) -> float:
-    """The value of the pattern that PEFT takes for a layer: the first that is the end of its name, or from `^` all."""
-    for pattern, value in patterns.items():
-        whole = pattern if pattern.startswith("^") else rf"(.*\.)?({pattern})$"
-        if re.match(whole, name):
-            return value
-    return usual
+    num_dims = 2 if kind == "lora_a" else 1
+    with opened(folder) as file:
+        names = names_in(file, folder)
+        keys = {layer: key for layer in names.layers if (key := names.get(layer, kind))}
+        shapes = {layer: file.get_slice(key).get_shape() for layer, key in keys.items()}
+    odd = [keys[layer] for layer, shape in shapes.items() if len(shape) != num_dims]
+    if odd or not shapes:
+        what = f"{odd[0]} is no {'matrix' if num_dims == 2 else 'vector'}" if odd else f"it has no *{SUFFIXES[kind]}"
+        raise AdapterError(f"{folder / WEIGHTS} is of no adapter that {CONFIG} describes: {what}")
+    return {layer: int(shape[0]) for layer, shape in shapes.items()}
 
 
 def check_continues(config: AdapterConfig) -> AdapterConfig:
@@ -288,72 +258,97 @@ def check_continues(config: AdapterConfig) -> AdapterConfig:
     return replace(config, target_modules=stored.target_modules)
 
 
-@contextmanager
-def _opened(folder: Path) -> Iterator[Any]:
-    """The folder's weights."""
-    try:
-        file = safe_open(folder / WEIGHTS, framework="pt")
-    except FileNotFoundError:
-        pickled = (folder / "adapter_model.bin").exists()
-        hint = " (adapter_model.bin is a pickle, which can run code: convert it with PEFT first)" if pickled else ""
-        raise AdapterError(f"no {WEIGHTS} in {folder}{hint}") from None
-    except SafetensorError as error:
-        raise AdapterError(f"{folder / WEIGHTS} is damaged or cut short: {error}") from None
-    with file:
-        yield file
+def fitted(stored: AdapterConfig, model: nn.Module, linears: Mapping[str, nn.Module], base: str) -> AdapterConfig:
+    """Returns the options of an adapter folder with its layers under the names that they have in `model`.
+
+    Args:
+        linears: the layers of the untouched model that can have an adapter, by name.
+        base: what the model is called.
+
+    Raises:
+        AdapterError: a layer that the model does not have, or that cannot have an adapter.
+    """
+    folder = Path(str(stored.path))
+    by_root: dict[str, list[str]] = {}
+    for name in linears:
+        by_root.setdefault(root(name), []).append(name)
+    missing = [name for name in stored.target_modules if root(name) not in by_root]
+    modules = {root(name) for name, _ in model.named_modules() if name}
+    if missing and all(root(name) in modules for name in missing):
+        raise AdapterError(
+            f"the adapter in {folder} trains {shown(missing)}, and qdora adapts the linear layers of the decoder's "
+            f"blocks only: {with_peft(folder)}"
+        )
+    if missing:
+        theirs, ours = shown(missing), shown([*linears])
+        raise AdapterError(
+            f"the adapter in {folder} has layers that {base} has not: {theirs}; those of {base} are {ours}. "
+            f"{other_base_asked(folder)}"
+        )
+    several = [names for name in stored.target_modules if len(names := by_root[root(name)]) > 1]
+    if several:
+        raise AdapterError(f"the adapter in {folder} does not say which of {shown(several[0])} it is of")
+    ours_by_theirs = {name: by_root[root(name)][0] for name in stored.target_modules}
+    found = replace(stored, target_modules=[name for name in linears if name in ours_by_theirs.values()])
+    if isinstance(found, StoredAdapter):
+        found.layers = {ours_by_theirs[name]: shape for name, shape in found.layers.items()}
+    return found
 
 
-def _names(file: Any) -> dict[str, str]:
-    """Names as PEFT writes them now to those in the file: some versions wrote `lora_magnitude_vector.weight`."""
-    keys: list[str] = list(file.keys())
-    return {key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): key for key in keys}
+def check(model: nn.Module, folder: Path, base: str) -> None:
+    """Raises `AdapterError` where tensors or shapes of the folder and of the model's adapters differ.
 
-
-def check(model: nn.Module, folder: Path) -> None:
-    """Raises `AdapterError` where layers or shapes of the folder and of the model's adapters differ."""
-    expected: dict[str, Tensor] = {
-        tensor_name(name, kind): parameter
+    Args:
+        base: what the model is called.
+    """
+    expected = {
+        (name, kind): tuple(parameter.shape)
         for name, layer in adapted_layers(model).items()
         for kind, parameter in _parameters(layer).items()
     }
-    with _opened(folder) as file:
-        found = _names(file)
-        if found.keys() & _PROJECTIONS.keys():  # not there with PEFT's save_projection=False
-            expected |= _projections(model)
-        if found.keys() != expected.keys():
-            odd = sorted(found.keys() ^ expected.keys())
+    with opened(folder) as file:
+        names = names_in(file, folder)
+        keys = {place: names.get(*place) for place in expected}
+        missing = [tensor_name(*place) for place, key in keys.items() if key is None]
+        if missing or len(names) != len(expected):
+            what = f"lacks {shown(missing)}" if missing else f"has {len(names)} tensors instead of {len(expected)}"
             raise AdapterError(
-                f"the adapter in {folder} belongs to another model or method: {len(odd)} tensors differ, first {odd[0]}"
+                f"the adapter in {folder} {what}: it was cut short, or is of another method than its {CONFIG} says"
             )
-        for key, parameter in expected.items():
-            shape = tuple(file.get_slice(found[key]).get_shape())
-            if shape != tuple(parameter.shape):
-                raise AdapterError(f"{key} in {folder} has shape {shape}, the model wants {tuple(parameter.shape)}")
+        shapes = {str(keys[place]): shape for place, shape in expected.items()}
+        if names.projections:  # not there with PEFT's save_projection=False
+            shapes |= {names.projections[key]: tuple(own.shape) for key, own in _projections(model).items()}
+        for key, wanted in shapes.items():
+            shape = tuple(file.get_slice(key).get_shape())
+            if shape != wanted:
+                raise AdapterError(
+                    f"the adapter in {folder} does not fit {base}: {key} has shape {shape}, the model wants {wanted}. "
+                    f"{other_base_asked(folder)}"
+                )
 
 
 @torch.no_grad()
 def load(model: nn.Module, folder: Path) -> None:
-    """Loads `folder` into the model's adapters, each rank its own rows; mutates `model`. `refresh` must follow.
+    """Loads `folder`, which `check` has seen, into the model's adapters, each rank its own rows; mutates `model`.
 
-    Raises:
-        AdapterError: a layer or a shape differs.
+    `refresh` must follow.
     """
-    check(model, folder)
     load_projections(model, folder)
-    with _opened(folder) as file:
-        found = _names(file)
+    with opened(folder) as file:
+        names = names_in(file, folder)
         for name, layer in adapted_layers(model).items():
             for kind, parameter in _parameters(layer).items():
                 own, first = own_rows(parameter)
-                own.copy_(file.get_slice(found[tensor_name(name, kind)])[first : first + own.shape[0]])
+                own.copy_(file.get_slice(names.get(name, kind))[first : first + own.shape[0]])
 
 
 @torch.no_grad()
 def load_projections(model: nn.Module, folder: Path) -> None:
     """VeRA's A and B as `folder` has them, or as its key makes them; does nothing for the other methods."""
     shared = _projections(model)
-    with _opened(folder) as file:
-        stored = {key: file.get_tensor(key) for key in shared.keys() & set(file.keys())}
+    with opened(folder) as file:
+        projections_there = names_in(file, folder).projections
+        stored = {key: file.get_tensor(projections_there[key]) for key in shared.keys() & projections_there.keys()}
     if shared and not stored:
         a, b = shared.values()
         made = projections(len(a), a.shape[1], len(b), read_config(folder).projection_key)
@@ -368,10 +363,9 @@ def load_layer(folder: Path, name: str, layer: AdaptedLinear) -> dict[str, Tenso
 
     Of VeRA the products that take their places, with `layer`'s own A and B.
     """
-    with _opened(folder) as file:
-        found = _names(file)
-        keys = {kind: _PREFIX + name + suffix for kind, suffix in _SUFFIXES.items()}
-        stored = {kind: file.get_tensor(found[key]).float() for kind, key in keys.items() if key in found}
+    with opened(folder) as file:
+        names = names_in(file, folder)
+        stored = {kind: file.get_tensor(key).float() for kind in SUFFIXES if (key := names.get(name, kind))}
     if isinstance(layer, VeraLinear):
         vectors = stored.pop("vera_d"), stored.pop("vera_b")
         stored["lora_a"], stored["lora_b"] = layer.factors(*vectors, torch.float32)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from qdora.config import QuantConfig, QuantMethod
 from qdora.config.commands import changed, given_options
@@ -13,10 +14,19 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """PEFT's two files."""
 
 
-def write_note(folder: Path, quant: QuantConfig, checkpoint: str | None = None) -> None:
-    """Says beside an adapter what its base was quantised to, and by a digest which checkpoint it is, if it is one's."""
-    values = {**asdict(quant), "method": quant.method.name}
-    note = {"quant": values} | ({"checkpoint": checkpoint} if checkpoint else {})
+def write_note(
+    folder: Path, quant: QuantConfig, base_fingerprint: str | None = None, checkpoint: str | None = None
+) -> None:
+    """Says beside an adapter what it was trained over.
+
+    Args:
+        quant: what its base was quantised to.
+        base_fingerprint: of its base's weights.
+        checkpoint: digest of the checkpoint that it was made of, if it is not a run's end.
+    """
+    note: dict[str, Any] = {"quant": {**asdict(quant), "method": quant.method.name}}
+    note |= {"base_fingerprint": base_fingerprint} if base_fingerprint else {}
+    note |= {"checkpoint": checkpoint} if checkpoint else {}
     write_durably(folder / NOTE, json.dumps(note, indent=2) + "\n")
 
 
@@ -27,6 +37,12 @@ def read_note(folder: Path) -> QuantConfig | None:
         return None if values is None else QuantConfig(**{**values, "method": QuantMethod[values["method"]]})
     except (TypeError, KeyError):
         return None
+
+
+def read_base_fingerprint(folder: Path) -> str | None:
+    """Returns the fingerprint of the weights that an adapter was trained over, where its folder has it."""
+    value = read_json(folder / NOTE).get("base_fingerprint")
+    return value if isinstance(value, str) else None
 
 
 def is_stored_in_4_bits(base: Path) -> bool:

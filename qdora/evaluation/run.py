@@ -28,6 +28,7 @@ from qdora.evaluation.tasks import find_tasks, overall, summary
 from qdora.files import NO_ROOM, lock, read_json, write_durably
 from qdora.model import check_vocabulary, load_tokenizer, model_folder
 from qdora.model.checkpoint_files import CheckpointFiles
+from qdora.model.companions import tokenizer_fingerprint
 from qdora.model.folder import context_length
 from qdora.model.generate import end_tokens
 from qdora.parallel import World
@@ -52,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> int:
     data = _data(config, subject)
     sources = _sources(config, data)
     base = parallel.main_first(world, lambda: model_folder(subject.model))
-    tokenizer = load_tokenizer(base, subject.model)
+    tokenizer = load_tokenizer(base, subject.model, subject.adapter.path)
     check_vocabulary(base, tokenizer)
     # Before the model is loaded: mistakes in the data show within seconds. Rank 0 first, as data is kept tokenised.
     jobs = parallel.main_first(
@@ -60,7 +61,8 @@ def evaluate(config: EvaluateConfig) -> int:
     )
     header = _header(config, subject, list(sources.values()))
     header["identity"] = _identity(config, subject, base, [(name, job.fingerprint) for name, job in jobs.items()])
-    header["notes"] = [*_notes(jobs, context_length(base, subject.model))]
+    other = subject.other_base(base)
+    header["notes"] = [*([other] if other else []), *_notes(jobs, context_length(base, subject.model))]
     if world.is_main:
         for note in header["notes"]:
             print(note, flush=True)
@@ -88,13 +90,18 @@ def _evaluate_by_harness(config: EvaluateConfig, subject: Subject, output: Path,
     manager = parallel.main_first(world, lambda: find_harness_tasks(config))
     _keep_others(parallel.broadcast(world, read_json(output / RESULTS), world.patient_group), output, config, None)
     base = parallel.main_first(world, lambda: model_folder(subject.model))
-    tokenizer = load_tokenizer(base, subject.model)
+    tokenizer = load_tokenizer(base, subject.model, subject.adapter.path)
     check_vocabulary(base, tokenizer)
     said = [
         (file.name, file.read_bytes())
         for file in sorted(base.glob("*"))
         if file.suffix in (".json", ".model", ".jinja")
     ]
+    if subject.adapter.path is not None and (own := tokenizer_fingerprint(Path(subject.adapter.path))) is not None:
+        said.append(("the adapter's", own.encode()))
+    other = subject.other_base(base)
+    if other and world.is_main:
+        print(other, flush=True)
     partial = output / f".scored-{_identity(config, subject, base, said)}"
     with _taken(partial, world), explaining_shortage(lambda: _does_not_fit(config, subject, world)):
         scores = run_harness(subject.load(base, world), tokenizer, config, manager, world, partial)

@@ -12,6 +12,7 @@ from qdora.changes import of_learning, over_time, shown
 from qdora.checkpoint_folder import Manifest
 from qdora.config import MergeBase, QuantMethod, RunConfig
 from qdora.merging.parts import Parts
+from qdora.model.companions import stored_template
 from qdora.model.folder import is_hub_id
 
 SNIPPET = """\
@@ -58,15 +59,26 @@ def model_card(parts: Parts, record: dict[str, Any], verification: dict[str, Any
     """
     kind = str(record["format"])
     lines = [*_front_matter(parts, kind), "", f"# {output.resolve().name}", ""]
-    lines += [f"`{parts.model.path}` fine-tuned with qdora, as {KINDS[kind]}.", ""]
+    lines += [f"{_headline(parts)}, as {KINDS[kind]}.", ""]
     lines += _table(["", ""], _facts(parts, record))
     lines += ["", "## Training", "", *_training(parts), "", "## Verification", "", *_verification(verification)]
     return "\n".join([*lines, "", "## How to load", "", *_loading(parts, record, output), ""])
 
 
+def _headline(parts: Parts) -> str:
+    if parts.named_base is not None:
+        return (
+            f"`{parts.model.path}` with the adapter of `{parts.adapter_folder}`, which names another base, "
+            f"`{parts.named_base}`"
+        )
+    if parts.result is None:
+        return f"`{parts.model.path}` with the adapter of `{parts.adapter_folder}`"
+    return f"`{parts.model.path}` fine-tuned with qdora"
+
+
 def _front_matter(parts: Parts, kind: str) -> list[str]:
     values: dict[str, Any] = {}
-    if is_hub_id(str(parts.model.path)):
+    if is_hub_id(str(parts.model.path)) and parts.named_base is None:
         values["base_model"] = parts.model.path
     if kind != "gguf":
         values["library_name"] = "peft" if kind == "lora" else "transformers"
@@ -83,8 +95,10 @@ def _facts(parts: Parts, record: dict[str, Any]) -> list[list[str]]:
         trained_over += ", embedding and head too"
     if not parts.is_known:
         trained_over = "not known"
+    base = f"`{parts.model.path}`" + (f" at {parts.model.revision}" if parts.model.revision else "")
     rows = [
-        ["Base", f"`{parts.model.path}`" + (f" at {parts.model.revision}" if parts.model.revision else "")],
+        ["Base", base],
+        *([["Base that the adapter names", f"`{parts.named_base}`"]] if parts.named_base else []),
         ["Method", adapter.method.name],
         ["Rank", f"{adapter.rank}"],
         ["Alpha", f"{adapter.alpha:g}" if adapter.alpha is not None else "-"],
@@ -209,20 +223,13 @@ def _loading(parts: Parts, record: dict[str, Any], output: Path) -> list[str]:
             *["", "```sh", command, "```", ""],
             "With PEFT, `model` being the base: `PeftModel.from_pretrained(model, " + json.dumps(str(output)) + ")`.",
         ]
-    chats = _has_chat_template(parts.base)
+    chats = bool(stored_template(parts.adapter_folder) or stored_template(parts.base))
     trusted = ", trust_remote_code=True" if parts.model.trust_remote_code else ""
     snippet = SNIPPET.format(folder=json.dumps(str(output)), prompt=CHAT if chats else PLAIN, trusted=trusted)
     lines = ["With transformers:", "", "```python", *snippet.splitlines(), "```", ""]
     if not chats:
         lines += [f"There is no chat template; qdora puts conversations as {json.dumps(TURNS)}.", ""]
     return [*lines, "With vLLM:", "", "```sh", f"vllm serve {folder}", "```"]
-
-
-def _has_chat_template(base: Path) -> bool:
-    if (base / "chat_template.jinja").exists() or (base / "chat_template.json").exists():
-        return True
-    config = base / "tokenizer_config.json"
-    return config.exists() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

@@ -15,6 +15,7 @@ from qdora.merging.parts import Parts
 from qdora.merging.quantised import quantised_jobs, quantization_config
 from qdora.merging.weights import Weights
 from qdora.model.build import EmptyModel, build_model
+from qdora.model.companions import copy_tokenizer
 from qdora.model.export import write_checkpoint
 from qdora.model.load import base_modules
 from qdora.model.writer import num_workers, write_tensors
@@ -36,6 +37,7 @@ def write(
         write_checkpoint,
         folder,
         base=parts.base,
+        adapter=parts.adapter_folder,
         what=what,
         dtype=dtype,
         max_shard_bytes=int(config.max_shard_gib * 2**30),
@@ -54,11 +56,18 @@ def write(
         jobs = quantised_jobs(weights.jobs(dtype, in_float32=quantised), quantised, dtype)
         save(jobs, quantization=quantization_config(dtype, kept))
     elif config.format is MergeFormat.gguf:
-        layout = gguf_layout(weights.jobs(torch.float32), parts.base, config.gguf.type, Path(str(config.output)).name)
+        layout = gguf_layout(
+            weights.jobs(torch.float32),
+            parts.base,
+            config.gguf.type,
+            Path(str(config.output)).name,
+            parts.adapter_folder,
+        )
         write_tensors(folder, layout, what, workers)
     else:
         rank = lora_rank(parts.adapter, config.lora_rank)
         told |= write_lora(weights, folder, str(parts.model.path), rank, dtype)
+        copy_tokenizer(parts.adapter_folder, folder)
     return told
 
 

@@ -26,6 +26,7 @@ from transformers import AutoConfig
 from qdora.config import GgufType
 from qdora.errors import ModelError
 from qdora.merging.gguf_tokenizer import write_tokenizer
+from qdora.model.companions import copy_companions
 from qdora.model.writer import Job, Layout, Place, Rows
 
 FILE = "model.gguf"
@@ -77,11 +78,12 @@ class _Tensor:
     """Values, where the job's may be bytes."""
 
 
-def gguf_layout(jobs: list[Job], base: Path, kind: GgufType, name: str) -> Layout:
+def gguf_layout(jobs: list[Job], base: Path, kind: GgufType, name: str, adapter: Path | None = None) -> Layout:
     """The file `model.gguf` of a model whose tensors `jobs` give in float32 under their names in the checkpoint `base`.
 
-    Config and tokenizer are those of `base`. A head that is tied there is not written. Prints what is not as asked: a
-    tensor that is kept in f16, a tokenizer that GGUF cannot express.
+    Config and tokenizer are those of `base`, but for a tokenizer that the folder `adapter` has of its own. A head that
+    is tied there is not written. Prints what is not as asked: a tensor that is kept in f16, a tokenizer that GGUF
+    cannot express.
 
     Raises:
         ModelError: a family, an option of its config or a tensor that has no counterpart in llama.cpp.
@@ -98,7 +100,9 @@ def gguf_layout(jobs: list[Job], base: Path, kind: GgufType, name: str) -> Layou
         _write_general(writer, base, kind, name)
         _write_shape(writer, config, family, num_tokens)
         _write_rope(writer, config)
-        write_tokenizer(writer, base, num_tokens)
+        whole = Path(folder) / "companions"
+        copy_companions(base, whole, adapter)
+        write_tokenizer(writer, whole, num_tokens)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -15,6 +15,8 @@ import gguf
 from gguf import TokenType
 from transformers import AutoTokenizer
 
+from qdora.chat_template import turn_ends
+
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SYMBOLS = r" ?[^\s\p{L}\p{N}]+"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -83,6 +85,13 @@ def _read(base: Path, num_tokens: int) -> _Vocabulary:
         id_ = getattr(tokenizer, f"{kind}_token_id")
         if id_ is not None:
             special.special_token_ids[kind] = id_
+    end = _end_of_turn(tokenizer)
+    if end is not None:
+        special.special_token_ids["eot"] = end
+    # As transformers reads it, which may be another than the one in tokenizer_config.json.
+    named = tokenizer.chat_template
+    several = [{"name": name, "template": text} for name, text in named.items()] if isinstance(named, dict) else None
+    special.chat_template = several or named
     ids = tokenizer.encode("a")
     special.add_special_token = {
         "bos": ids[0] == special.special_token_ids.get("bos"),
@@ -104,6 +113,13 @@ def _read(base: Path, num_tokens: int) -> _Vocabulary:
         special=special,
         space_prefix=first.startswith("Ġ" if byte_level else "▁"),
     )
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The token that ends an assistant's turn by the chat template, where that is not the end of sequence."""
+    if not tokenizer.chat_template:
+        return None
+    return min(turn_ends(tokenizer) - {tokenizer.eos_token_id}, default=None)
 
 
 def _is_byte_level(spec: dict[str, Any]) -> bool:

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdora.adapter import peft_format
+from qdora.adapter.peft_config import base_named
 from qdora.adapter.trained_over import find_quant, is_stored_in_4_bits
 from qdora.config import AdapterConfig, DataConfig, MergeConfig, ModelConfig, QuantConfig
 from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
-from qdora.model import model_folder
+from qdora.model import check_vocabulary, load_tokenizer, model_folder
+from qdora.model.companions import has_tokenizer, stored_template
+from qdora.model.folder import other_base
 from qdora.parallel import World
 from qdora.run_folder import RunFolder
 from qdora.run_inputs import check_base
@@ -32,6 +35,8 @@ class Parts:
     """The run's data options, or the usual ones."""
     is_known: bool = True
     """Whether `quant` is known to be what the adapter was trained over."""
+    named_base: str | None = None
+    """The base that the adapter names, where that is another one."""
 
     @property
     def is_stored_in_4_bits(self) -> bool:
@@ -53,9 +58,14 @@ class Parts:
             stored = result.config
             model, quant, data = overlaid(stored.model, config.model), stored.quant, stored.data
             folder = _adapter_folder(result)
-        base, is_known = model_folder(model), True
+        adapter = peft_format.read_config(folder)
+        base, is_known, named = model_folder(model), True, None
         if result is None:
             quant, is_known = find_quant(folder, config.quant, base)
+            told = other_base(folder, model, base)
+            if told is not None:
+                named = base_named(folder)
+                print(told)
         if not is_known:
             print(
                 f"nothing says what the adapter in {folder} was trained over: it is merged into the base as it is "
@@ -67,8 +77,10 @@ class Parts:
             except ConfigError as error:
                 if config.model.path is None:
                     raise
+                named = str(stored.model.path)
                 print(f"{error} (right where that one was stored in 4 bits and this one is what it was made from)")
-        return cls(base, model, quant, folder, peft_format.read_config(folder), result, data, is_known)
+        _check_tokenizer(base, model, folder)
+        return cls(base, model, quant, folder, adapter, result, data, is_known, named)
 
 
 def _adapter_folder(result: RunResult) -> Path:
@@ -81,3 +93,14 @@ def _adapter_folder(result: RunResult) -> Path:
             "needs no merge"
         )
     raise ConfigError(f"run={run.path} trained every weight: model.path={run.model} is an ordinary checkpoint already")
+
+
+def _check_tokenizer(base: Path, model: ModelConfig, adapter: Path) -> None:
+    """Holds a tokenizer that an adapter brings to the base, and says where its chat template replaces another."""
+    if has_tokenizer(adapter):
+        check_vocabulary(base, load_tokenizer(base, model, adapter))
+    own, replaced = stored_template(adapter), stored_template(base)
+    if own is not None and replaced is not None and own != replaced:
+        print(
+            f"the chat template in {adapter} takes the place of that in {base}: it is what the adapter was trained with"
+        )

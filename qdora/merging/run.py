@@ -27,6 +27,7 @@ from qdora.merging.parts import Parts
 from qdora.merging.verification import HeldOut, better_base, find_held_out, verify
 from qdora.model import check_vocabulary, load_tokenizer
 from qdora.model.checkpoint_files import CheckpointFiles
+from qdora.model.companions import tokenizer_fingerprint
 from qdora.model.writer import JOURNAL, finish
 
 RECORD = "merge.json"
@@ -106,6 +107,7 @@ def _wanted(config: MergeConfig, parts: Parts) -> dict[str, Any]:
         "trained_in": parts.model.dtype.name,
         "base_option": config.base.name,
         "adapter": adapter.hexdigest(),
+        "adapter_tokenizer": tokenizer_fingerprint(parts.adapter_folder),
         "format": config.format.name,
         "dtype": config.gguf.type.name if config.format is MergeFormat.gguf else config.dtype.name,
         "lora_rank": lora_rank(parts.adapter, config.lora_rank) if config.format is MergeFormat.lora else None,
@@ -141,7 +143,7 @@ def _quant(parts: Parts, base: str) -> QuantConfig:
 
 
 def _held_out(config: MergeConfig, parts: Parts) -> HeldOut:
-    tokenizer = load_tokenizer(parts.base, parts.model)
+    tokenizer = load_tokenizer(parts.base, parts.model, parts.adapter_folder)
     check_vocabulary(parts.base, tokenizer)
     return find_held_out(parts, config.held_out, tokenizer)
 

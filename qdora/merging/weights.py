@@ -48,7 +48,6 @@ class Weights:
         model = parts.model if as_trained else replace(parts.model, dtype=Dtype.float32)
         empty = build_model(parts.base, model, quant, parts.adapter)
         empty.files.read_once = True
-        peft_format.check(empty.model, parts.adapter_folder)
         peft_format.load_projections(empty.model, parts.adapter_folder)
         return cls(empty, parts.adapter_folder, world, adapted_layers(empty.model))
 

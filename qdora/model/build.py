@@ -94,11 +94,15 @@ def build_model(
     if full:
         _set_dtype(model, torch.float32 if trainable else dtype)
     else:
-        if adapter.path is not None:
-            adapter = peft_format.check_continues(adapter)
-        report.adapted = select(linears, adapter.target_modules)
+        if adapter.path is None:
+            report.adapted = select(linears, adapter.target_modules)
+        else:
+            adapter = peft_format.fitted(peft_format.check_continues(adapter), model, linears, str(config.path))
+            report.adapted = adapter.target_modules
         with torch.device("meta"):
             inject(model, report.adapted, adapter)
+        if adapter.path is not None:
+            peft_format.check(model, Path(adapter.path), str(config.path))
     return EmptyModel(model, blocks, report, dtype, adapter, sources, files)
 
 

@@ -6,11 +6,12 @@ them back, and a rank must never be seen to hold the model.
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 
 from qdora.errors import ModelError
-from qdora.files import forget_cached
+from qdora.files import forget_cached, read_json
 
+logger = logging.getLogger(__name__)
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -80,7 +82,16 @@ class CheckpointFiles:
                     "them once, where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
                 )
             raise ModelError(f"no *.safetensors in {self.folder}")
-        return dict(entry for file in files for entry in _header(file))
+        entries: dict[str, Entry] = {}
+        copies: dict[str, list[str]] = {}
+        for file in files:
+            for name, entry in _header(file):
+                if name in entries:
+                    copies.setdefault(name, [entries[name].file.name]).append(file.name)
+                entries[name] = entry  # of the last file by its name, as transformers does
+        if copies:
+            _tell(_stale(index, copies))
+        return entries
 
     def read_rows(self, name: str, first: int, out: Tensor) -> None:
         """Fills `out` with the rows of `name` from `first` on, converted to its dtype and device.
@@ -161,6 +172,25 @@ def _read_exactly(descriptor: int, view: memoryview, offset: int) -> None:
         if count == 0:
             raise ModelError("a weight file became shorter while it was read")
         view, offset = view[count:], offset + count
+
+
+def _stale(index: Path, copies: dict[str, list[str]]) -> str:
+    """Says which tensors are in several files, and which file counts."""
+    name, files = next(iter(copies.items()))
+    named = read_json(index).get("weight_map", {}).get(name)
+    says = f", {index.name} names {named}" if named is not None else ""
+    more = f"; so are {len(copies) - 1} more tensors" if len(copies) > 1 else ""
+    return (
+        f"{index.parent}: {name} is in {' and in '.join(files)}{says}; the one in {files[-1]} is read, the last file "
+        f"by its name, as transformers does{more}. If that is a stale copy, download the folder anew or take it out"
+    )
+
+
+@lru_cache(maxsize=64)
+def _tell(line: str) -> None:
+    """Warns once a process, on one rank, of what every reader of the files finds."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        logger.warning("%s", line)
 
 
 def _indexed(index: Path) -> list[Path]:

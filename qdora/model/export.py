@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from qdora.chat_template import turn_ends
 from qdora.files import read_json, write_durably
+from qdora.model.companions import copy_companions, write_template
 from qdora.model.load import LoadedModel
 from qdora.model.writer import Job, Rows, finish, safetensors_layout, write_tensors
 from qdora.parallel import World
@@ -21,16 +22,6 @@ from qdora.sharding import gather_rows
 MAX_SHARD_BYTES = 4 * 2**30
 """Size of a safetensors file at most; a single larger tensor gets its own."""
 INDEX = "model.safetensors.index.json"
-_COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
-_SKIPPED = (
-    "*.index.json",
-    "adapter_config.json",
-    "trainer_state.json",
-    "training_args.json",
-    "merge.json",
-    "verification.json",
-    "FAILED_VERIFICATION.txt",
-)
 
 
 def write_checkpoint(
@@ -43,12 +34,16 @@ def write_checkpoint(
     max_shard_bytes: int,
     workers: int,
     quantization: dict[str, Any] | None = None,
+    adapter: Path | None = None,
+    template: str | None = None,
 ) -> None:
     """Writes `jobs` to `folder` as safetensors, with an index where there are several files, and the rest of `base`.
 
     Args:
         what, workers: as `write_tensors` takes them.
         dtype, quantization: what config.json is to say of the weights.
+        adapter: folder of an adapter that may have a tokenizer or a chat template of its own.
+        template: the chat template that was trained with, where `base` has none.
 
     Raises:
         ConfigError: there is no room.
@@ -57,15 +52,14 @@ def write_checkpoint(
     write_tensors(folder, layout, what, workers)
     if len(layout.headers) > 1:
         write_durably(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    _copy_rest(base, folder, dtype, quantization)
+    copy_companions(base, folder, adapter)
+    if template is not None:
+        write_template(folder, template)
+    _describe(folder, dtype, quantization)
 
 
-def _copy_rest(base: Path, output: Path, dtype: torch.dtype, quantization: dict[str, Any] | None) -> None:
-    """Copies config (naming `dtype` and `quantization`), generation config, tokenizer and chat template."""
-    for pattern in _COPIED:
-        for file in base.glob(pattern):
-            if not any(file.match(skipped) for skipped in _SKIPPED):
-                shutil.copyfile(file, output / file.name)
+def _describe(output: Path, dtype: torch.dtype, quantization: dict[str, Any] | None) -> None:
+    """Makes the configs of a folder say what it holds: `dtype`, `quantization`, and what ends an answer."""
     config = output / "config.json"
     values = json.loads(config.read_text(encoding="utf-8"))
     values.pop("quantization_config", None)
@@ -95,8 +89,12 @@ def _name_ends(folder: Path, of_config: int | list[int] | None) -> None:
         file.write_text(json.dumps(values | {"eos_token_id": [*own, *more]}, indent=2) + "\n", encoding="utf-8")
 
 
-def export_model(loaded: LoadedModel, output: Path, base: Path, world: World) -> None:
-    """Writes every weight of a fully fine-tuned model in its compute dtype; replaces `output`. *Collective*."""
+def export_model(loaded: LoadedModel, output: Path, base: Path, world: World, template: str | None = None) -> None:
+    """Writes every weight of a fully fine-tuned model in its compute dtype; replaces `output`. *Collective*.
+
+    Args:
+        template: as `write_checkpoint` takes it.
+    """
 
     def parameter(name: str) -> Tensor:
         module, _, kind = name.rpartition(".")
@@ -118,9 +116,8 @@ def export_model(loaded: LoadedModel, output: Path, base: Path, world: World) ->
     try:
         if world.is_main:
             shutil.rmtree(beside, ignore_errors=True)
-            write_checkpoint(
-                beside, jobs, base, "export", dtype=loaded.dtype, max_shard_bytes=MAX_SHARD_BYTES, workers=1
-            )
+            options: dict[str, Any] = {"dtype": loaded.dtype, "max_shard_bytes": MAX_SHARD_BYTES, "workers": 1}
+            write_checkpoint(beside, jobs, base, "export", **options, template=template)
             shutil.rmtree(output, ignore_errors=True)
             finish(beside, output)
     finally:  # the other ranks gather along to the end

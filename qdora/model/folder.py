@@ -14,12 +14,19 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer
 
+from qdora.adapter.peft_config import base_named
+from qdora.adapter.trained_over import CONFIG, read_base_fingerprint
 from qdora.config import ModelConfig
 from qdora.errors import ModelError, first_line
 from qdora.files import let_others_read
+from qdora.model.companions import DOWNLOADED, has_tokenizer, leaves, stored_template
 
 _COMMIT = re.compile("[0-9a-f]{40}")
-_WITHOUT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+IN_FOLDERS = ["*/*.safetensors"]
+"""Weights of another form (original/, onnx/), which nobody reads."""
+_CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
+_WITHOUT_WEIGHTS = ["*.json", "*.txt", *DOWNLOADED]
+DOWNLOADED_WITH_WEIGHTS = ["*.safetensors", *_WITHOUT_WEIGHTS]
 
 
 def model_folder(config: ModelConfig) -> Path:
@@ -38,7 +45,7 @@ def model_folder(config: ModelConfig) -> Path:
         return path
     if not is_hub_id(given):
         raise ModelError(f"model.path={given}: no such folder, and not a hub id such as org/name")
-    return _download(config, ["*.safetensors", *_WITHOUT_WEIGHTS])
+    return _download(config, DOWNLOADED_WITH_WEIGHTS)
 
 
 def gguf_file(config: ModelConfig) -> Path | None:
@@ -77,7 +84,9 @@ def _download(config: ModelConfig, patterns: list[str]) -> Path:
             f"have read, model.revision=<commit, 40 characters> (given: {config.revision})"
         )
     try:
-        return Path(snapshot_download(given, revision=config.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(given, revision=config.revision, allow_patterns=patterns, ignore_patterns=IN_FOLDERS)
+        )
     except LocalEntryNotFoundError:
         reason = "it is not in the local cache and the hub cannot be reached"
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -88,6 +97,42 @@ def _download(config: ModelConfig, patterns: list[str]) -> Path:
 def is_hub_id(given: str) -> bool:
     """Whether it reads as org/name and no such folder or file is here."""
     return given.count("/") == 1 and not given.startswith(("/", ".", "~")) and not Path(given).exists()
+
+
+def other_base(adapter: Path, config: ModelConfig, base: Path) -> str | None:
+    """Says that an adapter was trained over another base than `config` names; None where nothing says so.
+
+    The weights decide where the adapter's folder has their fingerprint; else the names, of which the last part counts
+    where one of them is a folder.
+
+    Args:
+        base: the folder of the model that `config` names.
+    """
+    from qdora.model.checkpoint_files import CheckpointFiles  # with torch
+
+    known, named, given = read_base_fingerprint(adapter), base_named(adapter), str(config.path)
+    if known is None and (named is None or _same_name(named, given)):
+        return None
+    if known is not None and known == CheckpointFiles(base).fingerprint():
+        return None
+    others = "" if known is None else ", which has other weights"
+    return (
+        f"the adapter in {adapter} names {named} as its base ({CONFIG}), and model.path={given} is given{others}: "
+        "right where that is the same model (moved, or what one stored in 4 bits was made from); over another one the "
+        "result is not what was trained"
+    )
+
+
+def _same_name(named: str, given: str) -> bool:
+    """Whether two names of models may be of the same one."""
+    if Path(named).expanduser().resolve() == Path(given).expanduser().resolve():
+        return True
+    one, other = (
+        "/".join(cached.groups()) if (cached := _CACHED.search(name)) else name.rstrip("/") for name in (named, given)
+    )
+    if is_hub_id(one) and is_hub_id(other):
+        return one.casefold() == other.casefold()
+    return one.casefold().rpartition("/")[2] == other.casefold().rpartition("/")[2]
 
 
 def _converted(file: Path) -> Path:
@@ -171,7 +216,7 @@ def _check_code_is_here(folder: Path) -> None:
     for file in (folder / "config.json", folder / "tokenizer_config.json"):
         found = json.loads(file.read_bytes()) if file.exists() else {}
         named = found.get("auto_map", {}) if isinstance(found, dict) else {}
-        elsewhere = [name for name in _leaves(named) if "--" in str(name)]
+        elsewhere = [name for name in leaves(named) if "--" in str(name)]
         if elsewhere:
             raise ModelError(
                 f"{file} takes its Python code from another repository ({elsewhere[0]}), which no revision pins: put "
@@ -179,23 +224,28 @@ def _check_code_is_here(folder: Path) -> None:
             )
 
 
-def _leaves(value: Any) -> list[Any]:
-    """What is within dictionaries and lists, however deep."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return [value] if inner is None else [leaf for one in inner for leaf in _leaves(one)]
+def load_tokenizer(folder: Path, config: ModelConfig, adapter: str | Path | None = None) -> Any:
+    """Returns the tokenizer of a folder, with a pad token (the end-of-sequence token where the model has none).
 
-
-def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
-    """The tokenizer of a folder, with a pad token (the end-of-sequence token where the model has none).
+    Args:
+        adapter: folder of an adapter, whose own tokenizer or chat template is what it was trained with, where it has
+            one: that is taken instead.
 
     Raises:
         ModelError: there is none that transformers can read.
     """
+    own = None if adapter is None else Path(adapter)
+    template = None if own is None else stored_template(own)
+    if own is not None and has_tokenizer(own):
+        template, folder = template or stored_template(folder), own
     try:
         _check_code_is_here(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        raise ModelError(f"transformers cannot read a tokenizer in {folder}: {error}") from None
+        hint = "; take its files out of the adapter's folder to use the base's" if folder == own else ""
+        raise ModelError(f"transformers cannot read a tokenizer in {folder}: {error}{hint}") from None
+    if template is not None:
+        tokenizer.chat_template = template
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -236,6 +286,7 @@ def check_vocabulary(base: Path, tokenizer: Any) -> None:
     elif beyond:
         highest, some = max(tokenizer.get_vocab().values()), ", ".join(map(repr, sorted(beyond)[:3]))
         raise ModelError(
-            f"the tokenizer in {base} makes token ids up to {highest}, but the model's embedding has {rows} rows: they "
-            f"do not belong together, or tokens were added to the tokenizer alone ({some}); take the model's own"
+            f"the tokenizer in {tokenizer.name_or_path} makes token ids up to {highest}, but the model's embedding has "
+            f"{rows} rows ({base}): they do not belong together, or tokens were added to the tokenizer alone ({some}); "
+            "take the model's own"
         )

@@ -71,7 +71,7 @@ def _whole_run(config: PlanConfig, chosen: Planned) -> dict[str, Any]:
     """What the user's data takes over all epochs; nothing where none is given."""
     if config.data.train is None:
         return {}
-    tokenizer = load_tokenizer(config_folder(config.model), config.model)
+    tokenizer = load_tokenizer(config_folder(config.model), config.model, config.adapter.path)
     dataset = prepare(config.data, config.data.train, tokenizer)
     num_tokens = math.ceil(dataset.report.num_tokens * (config.train.num_epochs or 1.0))
     num_steps = config.train.num_steps or math.ceil(num_tokens / chosen.tokens_per_step)

@@ -61,7 +61,7 @@ def _make(folder: RunFolder, config: RunConfig, count: int) -> list[Answer]:
     world = parallel.start_alone("qdora report")
     subject = find_subject(ChatConfig(run=str(folder.path)), "used", world)
     base = model_folder(config.model)
-    tokenizer = load_tokenizer(base, config.model)
+    tokenizer = load_tokenizer(base, config.model, subject.adapter.path)
     check_vocabulary(base, tokenizer)
     ends = end_tokens(tokenizer, base)
     rows, prompts, form = _prompts(config, tokenizer, count, context_length(base, config.model))

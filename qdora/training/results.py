@@ -12,10 +12,12 @@ from safetensors import SafetensorError
 from qdora import checkpoint_folder, parallel
 from qdora.adapter import peft_format
 from qdora.adapter.trained_over import write_note
-from qdora.config import AdapterMethod, RunConfig
+from qdora.chat_template import DEFAULT_TEMPLATE
+from qdora.config import AdapterMethod, DataFormat, RunConfig
 from qdora.device_memory import memory_gib
 from qdora.errors import CheckpointError
 from qdora.model import LoadedModel
+from qdora.model.companions import copy_tokenizer, stored_template, write_template
 from qdora.model.export import export_model
 from qdora.run_folder import RunFolder
 from qdora.sharding import reshard, weight_bytes
@@ -44,15 +46,17 @@ def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str,
         contents: `run_inputs.inputs` when training began, on rank 0.
     """
     config, world, loaded, folder = trainer.config, trainer.world, trainer.loaded, trainer.folder
+    template = _template_to_write(trainer, base)
     reshard(loaded.model)
     ended = status in ("finished", "completed_without_last_checkpoint")
     with parallel.failing_together(world), _disk_errors_told(folder):
         if ended and config.adapter.method is AdapterMethod.none:
-            export_model(loaded, folder.model, base, world)
+            export_model(loaded, folder.model, base, world, template)
         elif ended:
             peft_format.save(loaded.model, folder.adapter, loaded.adapter, str(config.model.path), loaded.dtype, world)
             if world.is_main:
-                write_note(folder.adapter, config.quant)
+                write_note(folder.adapter, config.quant, contents["model.path"])
+                _write_tokenizer(folder.adapter, base, config.adapter.path, template)
     peaks = parallel.gather(world, memory_gib(world))
     own_bytes, total_bytes = weight_bytes(loaded.model)
     all_bytes = parallel.gather(world, own_bytes)
@@ -96,6 +100,27 @@ def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str,
 
             write_run_figure(folder)
             write_run_page(folder)
+
+
+def _template_to_write(trainer: Trainer, base: Path) -> str | None:
+    """The chat template of a base that has none, where the data went through one."""
+    adapter = trainer.config.adapter.path
+    is_chat = trainer.train_loader.dataset.report.format in (DataFormat.messages.name, DataFormat.instruction.name)
+    has_one = stored_template(base) or (adapter is not None and stored_template(Path(adapter)))
+    return DEFAULT_TEMPLATE if is_chat and not has_one else None
+
+
+def _write_tokenizer(folder: Path, base: Path, before: str | None, template: str | None) -> None:
+    """Writes to an adapter's folder the tokenizer that it was trained with, where that is not the base's.
+
+    Args:
+        before: the folder of the adapter that the run began with.
+    """
+    is_another = before is not None and copy_tokenizer(Path(before), folder)
+    if template is not None:
+        if not is_another:
+            copy_tokenizer(base, folder)
+        write_template(folder, template)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from qdora.interrupt import interrupt
 from qdora.model import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_folder
 from qdora.model.activations import compile_blocks
 from qdora.model.checkpoint_files import CheckpointFiles
+from qdora.model.folder import other_base
 from qdora.model.loss import check_token_loss
 from qdora.optim import state_tensors
 from qdora.parallel import World
@@ -93,7 +94,10 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
         print(f"loading {config.model.path} and {config.data.train}", flush=True)
     base = parallel.main_first(world, lambda: model_folder(config.model))
     with parallel.failing_together(world):
-        tokenizer = load_tokenizer(base, config.model)
+        path = config.adapter.path
+        if path is not None and world.is_main and (other := other_base(Path(path), config.model, base)):
+            print(other, flush=True)
+        tokenizer = load_tokenizer(base, config.model, config.adapter.path)
         check_vocabulary(base, tokenizer)
     paths = [path for path in (config.data.train, config.data.eval) if path is not None]
     train_data, *eval_data = parallel.main_first(

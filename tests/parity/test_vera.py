@@ -320,7 +320,7 @@ def test_training_goes_on_only_from_what_was_asked_for(folder: Path, tmp_path: P
         ("projection_prng_key", "x", "projection_prng_key is 'x'"),
         ("vera_dropout", None, "vera_dropout is None"),
         ("bias", "vera_only", "bias='vera_only'"),
-        ("peft_type", "DVORA", "belongs to another model or method"),
+        ("peft_type", "DVORA", "is of another method than its adapter_config.json says"),
     ],
 )
 def test_config_that_cannot_be_meant_is_refused(

@@ -296,6 +296,40 @@ def test_file_that_is_not_safetensors_is_told(folder: Path, header: bytes) -> No
         load(folder)
 
 
+@pytest.mark.parametrize("stale", ["first", "last"])
+def test_copy_of_a_tensor_in_another_shard_is_told_and_read_as_transformers_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, stale: str
+) -> None:
+    """The file that the index does not name holds it too, before or after the one that it names."""
+    sharded = make_model(tmp_path / stale, "llama", max_shard_size="100KB")
+    load(sharded)
+    assert not caplog.records
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.layers.0.mlp.up_proj.weight"
+    shards = sorted(set(index.values()))
+    other = shards[0 if stale == "first" else -1]
+    assert index[name] != other
+    tensors = load_file(sharded / other)
+    save_file(tensors | {name: torch.zeros(192, 128, dtype=torch.bfloat16)}, sharded / other, {"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(sharded, dtype=torch.float32)
+    loaded = load(sharded)
+    load(sharded)
+    weight = theirs.get_parameter(name)
+    assert torch.equal(loaded.model.get_parameter(name), weight)
+    assert bool(weight.any()) == (stale == "first")
+    (record,) = caplog.records  # once, however often it is read
+    first, last = sorted([other, index[name]])
+    said = record.getMessage()
+    assert (
+        f"{name} is in {first} and in {last}, model.safetensors.index.json names {index[name]}; the one in {last}"
+        in said
+    )
+    monkeypatch.setenv("RANK", "1")
+    moved = sharded.rename(tmp_path / "of another rank")
+    load(moved)
+    assert len(caplog.records) == 1
+
+
 def test_missing_shard_is_told(tmp_path: Path) -> None:
     sharded = make_model(tmp_path / "sharded", "llama", max_shard_size="100KB")
     sorted(sharded.glob("*.safetensors"))[1].unlink()
