@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qdora.config.words import (
+    ASKED_KEYS,
+    ROW_KEYS,
     ActivationCheckpointing,
     AdapterMethod,
     Attention,
@@ -23,7 +25,7 @@ from qdora.config.words import (
     TrackerMode,
     UnknownKeys,
 )
-from qdora.errors import ConfigError
+from qdora.errors import ConfigError, nearest
 
 WARMUP_RATIO = 0.03
 
@@ -138,6 +140,9 @@ class DataConfig:
     """The same, held out: what is evaluated on; null means that training does not evaluate."""
     format: DataFormat = DataFormat.auto
     """`messages`, `instruction` (instruction, input, output), `completion` (prompt, completion) or `text`."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of other names, by the keys that qdora reads: `{prompt: question, completion: answer}`. A file that is
+    not trained on and has none of them is read by its own names."""
     max_length: int = 1024
     """Tokens a sample at most; with packing, tokens a row."""
     overlong: Overlong = Overlong.auto
@@ -160,8 +165,19 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("train", "eval"):
             require(getattr(self, name) != "", f"data.{name} is empty: give a file, a folder or a hub id")
+        _check_columns(self.columns)
         require(self.max_length >= 2, f"data.max_length is {self.max_length}; it must be at least 2")
         require(self.limit is None or self.limit >= 1, f"data.limit is {self.limit}; it must be at least 1 or null")
+
+
+def _check_columns(columns: dict[str, str]) -> None:
+    keys = sorted(ASKED_KEYS.union(*ROW_KEYS.values()))
+    for key, column in columns.items():
+        known = f"there is no key {key!r} of a row{nearest(key, keys)}; there are: {', '.join(keys)}"
+        require(key in keys, f"data.columns={{{key}:{column}}}: {known}")
+        require(bool(column), f"data.columns={{{key}:}}: give the name of the column that has it, or leave it out")
+        others = [other for other in columns if columns[other] == column]
+        require(len(others) == 1, f"data.columns: {column!r} is given to {' and '.join(others)}: a column is one key")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -25,6 +25,7 @@ from qdora.chat_template import (
     with_thoughts_shown,
 )
 from qdora.config import DataConfig, DataFormat
+from qdora.data.columns import form_of, proposed
 from qdora.data.conversation import (
     KEYS,
     LENIENT,
@@ -33,7 +34,6 @@ from qdora.data.conversation import (
     Told,
     check_keys,
     conversation,
-    is_conversational,
     text_of,
     without_ignored,
 )
@@ -48,29 +48,25 @@ class NothingToLearn(DataError):
     """A row whose answer is empty, or excluded, or absent."""
 
 
-def detect(row: Row) -> DataFormat:
-    """The format of a row, by its keys.
+def detect(row: Row, config: DataConfig | None = None) -> DataFormat:
+    """The format of a row: `data.format`, or by the keys that `data.columns` makes, or by all of its keys.
 
     Raises:
         DataError: none of the formats has these keys.
     """
+    if config is not None and config.format is not DataFormat.auto:
+        return config.format
     keys = row.values.keys()
-    for needed, found in (
-        ({"messages"}, DataFormat.messages),
-        ({"conversations"}, DataFormat.messages),
-        ({"instruction", "output"}, DataFormat.instruction),
-        ({"prompt", "completion"}, DataFormat.messages if is_conversational(row) else DataFormat.completion),
-        ({"text"}, DataFormat.text),
-    ):
-        if needed <= keys:
-            return found
+    form = form_of(row, config.columns if config is not None else ()) or form_of(row, keys)
+    if form is not None:
+        return form
     if keys >= PREFERENCES:
         raise DataError(
             f"{row.where} has a chosen and a rejected answer and nothing else: qdora learns from answers, not from "
             "preferences"
         )
     accepted = "; ".join(f"{form.name}: {names}" for form, names in KEYS.items())
-    raise DataError(f"{row.where} has the keys {sorted(keys)}; accepted are {accepted}")
+    raise DataError(f"{row.where} has the keys {sorted(keys)}; accepted are {accepted}{proposed(row)}")
 
 
 def encode(

@@ -18,8 +18,8 @@ from qdora import parallel
 from qdora.adapter import peft_format
 from qdora.config import DataConfig, EvaluateConfig, ParallelConfig, Plan, Protocol, QuantMethod
 from qdora.config.commands import overlaid
-from qdora.data.conversation import without_ignored
-from qdora.data.sources import Row, load_rows
+from qdora.data.columns import read_rows
+from qdora.data.sources import Row
 from qdora.device_memory import explaining_shortage
 from qdora.errors import ConfigError, DataError
 from qdora.evaluation.ranks import score_all
@@ -244,7 +244,7 @@ def _notes(jobs: dict[str, Job], context: int | None) -> Iterator[str]:
 
 
 def _rows(source: str, data: DataConfig) -> list[Row]:
-    rows = [without_ignored(row, data) for row in load_rows(source, data.limit)]
+    rows = [*read_rows(data, source, data.limit)]
     if not rows:
         raise DataError(f"{source} is empty: it has no row")
     return rows

@@ -166,7 +166,7 @@ def likelihood_job(rows: list[Row], data: DataConfig, tokenizer: Any, batch_size
     Raises:
         DataError: a row has no choices, or one without a token of its own.
     """
-    form = detect(rows[0]) if data.format is DataFormat.auto else data.format
+    form = detect(rows[0], data)
     questions, asked = [], []
     for row in rows:
         question = question_of(row)
@@ -205,7 +205,7 @@ def likelihood_job(rows: list[Row], data: DataConfig, tokenizer: Any, batch_size
 
 def generate_job(rows: list[Row], data: DataConfig, tokenizer: Any, max_new_tokens: int, ends: list[int]) -> Job:
     """The greedy answer to each row, and whether it is right."""
-    form = detect(rows[0]) if data.format is DataFormat.auto else data.format
+    form = detect(rows[0], data)
     prompts = [encode_prompt(row, form, tokenizer, data) for row in rows]
     golds = [gold_of(row, form) for row in rows]
     questions = [question_of(row) for row in rows]

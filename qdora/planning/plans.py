@@ -21,7 +21,7 @@ from qdora.config import (
     QuantMethod,
     TrainConfig,
 )
-from qdora.config.commands import changed
+from qdora.config.commands import changed, written
 from qdora.errors import ModelError, QdoraError, first_line
 from qdora.model.build import EmptyModel, build_model
 from qdora.planning.activations import FASTEST_FIRST, Activations, Simulation
@@ -295,6 +295,8 @@ def _word(value: Any) -> str:
         return value.name
     if isinstance(value, list):
         return f"[{','.join(map(repr, value))}]"
+    if isinstance(value, dict):
+        return written(value)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

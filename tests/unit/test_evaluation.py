@@ -65,6 +65,7 @@ def score(
     protocol: Protocol,
     max_length: int = DataConfig().max_length,
     ignore_keys: Sequence[str] = (),
+    columns: dict[str, str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluates `rows` and reads what was written."""
@@ -78,6 +79,7 @@ def score(
             cache_dir=str(tmp_path / "cache"),
             max_length=max_length,
             ignore_keys=[*ignore_keys],
+            columns=columns or {},
         ),
         protocol=protocol,
         output_dir=str(tmp_path / "results"),
@@ -173,6 +175,18 @@ def test_rows_are_asked_without_what_is_ignored(model: Path, tmp_path: Path) -> 
     ]
     assert asked[0] == asked[1]
     assert asked[0] != asked[2]
+
+
+@pytest.mark.parametrize("protocol", [Protocol.loss, Protocol.likelihood, Protocol.generate])
+def test_mapped_columns_are_scored_as_if_they_had_these_names(protocol: Protocol, model: Path, tmp_path: Path) -> None:
+    own = {"prompt": "1 is ", "completion": "odd", "choices": ["even", "odd"], "answer": 1}
+    theirs = {"ask": "1 is ", "say": "odd", "options": ["even", "odd"], "gold": 1}
+    columns = {"prompt": "ask", "completion": "say", "choices": "options", "answer": "gold"}
+    asked = [
+        score(model, [row], tmp_path, protocol, columns=named)["samples"]
+        for row, named in ((own, {}), (theirs, columns), (own, columns))  # the last one by its own names
+    ]
+    assert asked[0] == asked[1] == asked[2]
 
 
 @torch.no_grad()
