@@ -28,6 +28,8 @@ from qdora.config.words import (
 from qdora.errors import ConfigError, nearest
 
 WARMUP_RATIO = 0.03
+ACCUMULATION_STEPS = 8
+"""Micro-batches a rank adds up where neither the user nor the size of the data says otherwise."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -227,11 +229,12 @@ class TrainConfig:
     num_steps: int | None = None
     """Optimiser updates; null means by `num_epochs`."""
     num_epochs: float | None = None
-    """Passes over the data; with `num_steps` null too, one."""
+    """Passes over the data; with `num_steps` null too, one, or as many as make 20 updates."""
     micro_batch_size: int = 1
     """Rows a rank computes at once."""
-    num_accumulation_steps: int = 8
-    """Micro-batches a rank adds up before an update."""
+    num_accumulation_steps: int | None = None
+    """Micro-batches a rank adds up before an update; null means 8, or 4, 2 or 1 where the data has too few rows to make
+    20 updates (and `num_steps` is null)."""
     compile: bool = False
     """torch.compile each block: less memory, for a compilation at the start."""
     cuda_graph: bool = False

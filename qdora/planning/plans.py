@@ -22,6 +22,7 @@ from qdora.config import (
     TrainConfig,
 )
 from qdora.config.commands import changed, written
+from qdora.config.groups import ACCUMULATION_STEPS
 from qdora.errors import ModelError, QdoraError, first_line
 from qdora.model.build import EmptyModel, build_model
 from qdora.planning.activations import FASTEST_FIRST, Activations, Simulation
@@ -73,9 +74,16 @@ class Choice:
     def options(self, task: Task) -> dict[str, Any]:
         """The task's groups of options that it changes, beside `parallel`."""
         rows, batches = self.micro_batch_size, self.num_accumulation_steps
+        train = task.train
+        is_open = train.num_accumulation_steps is None and (train.micro_batch_size, ACCUMULATION_STEPS) == (
+            rows,
+            batches,
+        )
+        if not is_open:
+            train = replace(train, micro_batch_size=rows, num_accumulation_steps=batches)
         return {
             "quant": replace(task.quant, embeddings=self.embeddings),
-            "train": replace(task.train, micro_batch_size=rows, num_accumulation_steps=batches),
+            "train": train,
         }
 
     @property
@@ -150,7 +158,8 @@ class Planner:
 
     def over_rows(self, layouts: Iterable[ParallelConfig], embeddings: bool) -> list[Planned]:
         """Each layout with the rows that a rank has in a step in fewer or more micro-batches."""
-        rows = self.task.train.micro_batch_size * self.task.train.num_accumulation_steps
+        train = self.task.train
+        rows = train.micro_batch_size * (train.num_accumulation_steps or ACCUMULATION_STEPS)
         sizes = [size for size in range(1, min(rows, MOST_ROWS) + 1) if rows % size == 0]
         return [self.plan(Choice(parallel, size, rows // size, embeddings)) for parallel in layouts for size in sizes]
 

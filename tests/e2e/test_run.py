@@ -82,6 +82,25 @@ def test_interrupted_run_saves_says_how_to_go_on_and_does(
     assert losses_of(tmp_path / "run") == losses_of(uninterrupted[nproc])
 
 
+def test_length_that_was_chosen_is_recorded_and_kept(tiny: Path, data: Path, tmp_path: Path) -> None:
+    """48 rows make 24 steps of 2 rows on one rank, and go on as steps of 2 rows on two."""
+    given = [option for option in long_run(tiny, data) if not re.match(r"train\.num_", option)]
+    given += ["data.packing=false", f"output_dir={tmp_path / 'run'}"]
+    done = qdora("train", *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = "train.num_accumulation_steps=2 train.num_epochs=1 by the size of the data, 48 rows"
+    assert f"length: 24 steps; {said}" in done.stdout
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]
+    assert (kept["num_steps"], kept["num_epochs"], kept["num_accumulation_steps"]) == (None, 1, 2)
+    assert summary_of(tmp_path / "run")["steps"] == 24
+    assert "is finished already" in qdora("train", *given, nproc=2).stdout
+    done = qdora("train", *given, "train.num_epochs=2", nproc=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on from step 24 of 48" in done.stdout
+    assert "length:" not in done.stdout
+    assert summary_of(tmp_path / "run")["num_tokens"] == 2 * metrics_of(tmp_path / "run")[23]["num_tokens"]
+
+
 @pytest.mark.parametrize("nproc", [2, *nightly(1)])
 def test_full_fine_tuning_with_evaluations_resumes_bit_for_bit(
     tiny: Path, data: Path, tmp_path: Path, nproc: int
