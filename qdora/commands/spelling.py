@@ -52,7 +52,7 @@ def in_grammar(arguments: list[str], config_class: type, sweep: bool = False) ->
         if equals and kinds.get(option.lstrip("+")) is dict:
             option = option.lstrip("+")
             if sweep and re.search(r"\}\s*,\s*\{", value):  # several of them
-                written.append(argument)
+                written.append(f"++{option}={value}")
             else:
                 named[option] = _by_names(option, value, named.get(option, {}))
             continue
@@ -68,9 +68,7 @@ def in_grammar(arguments: list[str], config_class: type, sweep: bool = False) ->
         else:
             value = _list(value) if kind is list else _text(value)
         written.append(f"{option}={value}")
-    for option, texts in named.items():
-        written.append(f"{option}={{{','.join(f'{name}:{quoted(text)}' for name, text in texts.items())}}}")
-    return written
+    return [*(_mapping(option, texts) for option, texts in named.items()), *written]
 
 
 def without_folders(arguments: list[str], config_class: type, conf: Path) -> tuple[list[str], dict[str, str | None]]:
@@ -94,6 +92,11 @@ def without_folders(arguments: list[str], config_class: type, conf: Path) -> tup
 def quoted(text: str) -> str:
     """Returns a text as Hydra's grammar writes it: quotes around and backslashes before those within."""
     return "'" + re.sub(r"(\\+)(?='|\Z)", r"\1\1", text).replace("'", r"\'") + "'"
+
+
+def _mapping(option: str, texts: dict[str, str]) -> str:
+    """What sets texts by names, also those that are not there yet, which Hydra refuses without the signs."""
+    return f"++{option}={{{','.join(f'{name}:{quoted(text)}' for name, text in texts.items())}}}"
 
 
 def _by_names(option: str, value: str, before: dict[str, str]) -> dict[str, str]:

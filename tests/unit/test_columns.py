@@ -12,14 +12,25 @@ from typing import Any
 import datasets
 import pytest
 
-from qdora.commands import compose, typed
-from qdora.config import DataConfig, DataFormat, ModelConfig, RunConfig, UnknownKeys
+from qdora.commands import compose, run_hydra, typed
+from qdora.commands.spelling import in_grammar
+from qdora.config import (
+    AdapterMethod,
+    DataConfig,
+    DataFormat,
+    MethodConfig,
+    ModelConfig,
+    RunConfig,
+    StudyConfig,
+    UnknownKeys,
+)
 from qdora.data import prepare
 from qdora.data.columns import as_option, form_of, propose, read_rows
 from qdora.data.encode import detect, encode, reference
 from qdora.data.sources import Row
 from qdora.errors import ConfigError, DataError
 from qdora.reporting.answers import _prompts
+from qdora.study.cells import shared_options
 from tests.support.chats import answer, user
 from tests.support.models import make_tokenizer
 
@@ -290,3 +301,21 @@ def test_answers_of_a_report_are_asked_under_mapped_names(tmp_path: Path) -> Non
 def run_of(held_out: str, data: DataConfig) -> RunConfig:
     """A run with held-out data."""
     return RunConfig(model=ModelConfig(path="m"), data=replace(data, eval=held_out))
+
+
+def test_study_hands_columns_on_to_its_runs() -> None:
+    """By Hydra's own command line, as its runs are members of a sweep."""
+    methods = {"lora": MethodConfig(adapter=AdapterMethod.lora, learning_rates=[1e-3])}
+    data = DataConfig(train="d", eval="e", columns={"prompt": "a, b", "completion": "it's"})
+    model = ModelConfig(path="m")
+    config = StudyConfig(model=model, data=data, methods=methods, tasks=["t"], tasks_path="t")
+    composed: list[Any] = []
+    run_hydra("train", ["model.path=m", *shared_options(config)], composed.append)
+    assert composed[0].data.columns == data.columns
+
+
+def test_sweep_takes_columns_and_several_of_them() -> None:
+    both = "data.columns={prompt:a,completion:b},{prompt:c,completion:d}"
+    assert in_grammar([both], RunConfig, sweep=True) == [f"++{both}"]
+    expanded = ["data.columns=prompt:a", "data.columns=completion:b c"]
+    assert in_grammar(expanded, RunConfig, sweep=True) == ["++data.columns={prompt:'a',completion:'b c'}"]
