@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TextIO
 
 from qdora.adapter import peft_format
-from qdora.adapter.trained_over import find_quant
+from qdora.adapter.trained_over import find_quant, read_system
 from qdora.config import (
     AdapterConfig,
     AdapterMethod,
@@ -33,6 +33,12 @@ class Subject:
     adapter: AdapterConfig
     run: RunFolder | None = None
     """The run that decided the rest."""
+
+    @property
+    def system(self) -> str | None:
+        """The system turn that every sample of its training had, where the folder of adapter or model says so."""
+        path = Path(str(self.adapter.path or self.model.path))
+        return read_system(path.parent if path.suffix == ".gguf" else path)
 
     def load(self, base: Path, world: World) -> LoadedModel:
         """The model of the folder `base`, not to be trained, on each rank whole or its shard. *Collective*.

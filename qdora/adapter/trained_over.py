@@ -1,8 +1,12 @@
-"""What an adapter was trained over: a note beside PEFT's two files, which say the base's name and nothing of NF4."""
+"""What an adapter was trained over, and under which system turn: a note beside PEFT's two files, which say neither.
+
+A model that was trained whole, or merged, has the system turn in such a note.
+"""
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from qdora.config import QuantConfig, QuantMethod
 from qdora.config.commands import changed, given_options
@@ -11,10 +15,17 @@ from qdora.files import read_json, write_durably
 NOTE = "trained_over.json"
 
 
-def write_note(folder: Path, quant: QuantConfig) -> None:
-    """Says beside an adapter what its base was quantised to."""
-    values = {**asdict(quant), "method": quant.method.name}
-    write_durably(folder / NOTE, json.dumps({"quant": values}, indent=2) + "\n")
+def write_note(folder: Path, quant: QuantConfig | None, system: str | None = None) -> None:
+    """Says beside an adapter what its base was quantised to, and the system turn that every sample of training had."""
+    note: dict[str, Any] = {} if quant is None else {"quant": {**asdict(quant), "method": quant.method.name}}
+    note |= {} if system is None else {"system": system}
+    write_durably(folder / NOTE, json.dumps(note, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_system(folder: Path) -> str | None:
+    """The system turn that the note of an adapter or a model says; None where there is none."""
+    system = read_json(folder / NOTE).get("system")
+    return system if isinstance(system, str) and system else None
 
 
 def read_note(folder: Path) -> QuantConfig | None:

@@ -86,11 +86,23 @@ class Told:
     """What was seen in the rows of a file that its user should hear of: how often, and first where."""
 
     seen: dict[str, tuple[int, str]] = field(default_factory=dict)
+    systems: set[str | None] = field(default_factory=set)
+    """System turns as samples show them; None of one without. No more are kept than say that there are several."""
 
     def add(self, what: str, where: str) -> None:
         """Counts `what` once more."""
         count, first = self.seen.get(what, (0, where))
         self.seen[what] = (count + 1, first)
+
+    def saw_system(self, text: str | None) -> None:
+        """Notes the system turn of a sample."""
+        if len(self.systems) < 2:
+            self.systems.add(text)
+
+    @property
+    def system(self) -> str | None:
+        """The system turn that all samples have."""
+        return next(iter(self.systems)) if len(self.systems) == 1 else None
 
     def lines(self) -> list[str]:
         """One a kind, for people."""
@@ -138,8 +150,13 @@ def without_ignored(row: Row, config: DataConfig) -> Row:
     return row
 
 
-def check_keys(row: Row, form: DataFormat, config: DataConfig, told: Told) -> None:
+def check_keys(
+    row: Row, form: DataFormat, config: DataConfig, told: Told, asked: Collection[str] = frozenset()
+) -> None:
     """Tells which keys of a row nothing reads.
+
+    Args:
+        asked: keys that are read beside those of the format.
 
     Raises:
         DataError: one of them changes what is learned, and `data.unknown_keys` is `error`.
@@ -149,7 +166,7 @@ def check_keys(row: Row, form: DataFormat, config: DataConfig, told: Told) -> No
             f"{row.where} has a chosen and a rejected answer: these are preferences, and qdora learns from answers. "
             "data.ignore_keys=[chosen,rejected] trains on what else the row has"
         )
-    _check(row.values, ROW_KEYS[form], "", row.where, config, told)
+    _check(row.values, ROW_KEYS[form] | {*asked}, "", row.where, config, told)
 
 
 def conversation(

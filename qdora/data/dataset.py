@@ -22,7 +22,7 @@ from qdora.errors import DataError
 if TYPE_CHECKING:  # torch takes seconds to load, which `qdora show` need not wait for
     from torch import Tensor
 
-CACHE_VERSION = 8
+CACHE_VERSION = 9
 """Counts up when the same data would be tokenised or stored differently."""
 IGNORED = -100
 """Label of a position without a target."""
@@ -45,6 +45,8 @@ class DataReport:
     num_dropped_without_labels: int = 0
     fingerprint: str = ""
     """Of the samples as they are trained on, wherever they came from."""
+    system: str | None = None
+    """The system turn that every sample has and shows."""
     notes: list[str] = field(default_factory=list)
     """What a user should hear of: keys that nothing reads, rows that were left out, what the template does not show."""
 
@@ -207,7 +209,7 @@ def _samples(
         if any(file.samefile(other) for other in held_out):
             told.add("not trained on, as data.eval holds it out", str(file))
     yield from samples_of(source_rows(config, source, told.add), config, tokenizer, report, told, row_lengths)
-    report.notes = told.lines()
+    report.notes, report.system = told.lines(), told.system
 
 
 def samples_of(

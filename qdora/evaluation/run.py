@@ -56,7 +56,8 @@ def evaluate(config: EvaluateConfig) -> int:
     check_vocabulary(base, tokenizer)
     # Before the model is loaded: mistakes in the data show within seconds. Rank 0 first, as data is kept tokenised.
     jobs = parallel.main_first(
-        world, lambda: {name: _job(config, data, source, tokenizer, base) for name, source in sources.items()}
+        world,
+        lambda: {name: _job(config, data, source, tokenizer, base, subject.system) for name, source in sources.items()},
     )
     header = _header(config, subject, list(sources.values()))
     header["identity"] = _identity(config, subject, base, [(name, job.fingerprint) for name, job in jobs.items()])
@@ -224,13 +225,13 @@ def _identity(config: EvaluateConfig, subject: Subject, base: Path, asked: list[
     return digest.hexdigest()[:16]
 
 
-def _job(config: EvaluateConfig, data: DataConfig, source: str, tokenizer: Any, base: Path) -> Job:
+def _job(config: EvaluateConfig, data: DataConfig, source: str, tokenizer: Any, base: Path, system: str | None) -> Job:
     if config.protocol is Protocol.loss:
         return loss_job(data, source, tokenizer, config.batch_size)
     rows, ends = _rows(source, data), end_tokens(tokenizer, base)
     if config.protocol is Protocol.likelihood:
-        return likelihood_job(rows, data, tokenizer, config.batch_size, ends)
-    return generate_job(rows, data, tokenizer, config.max_new_tokens, ends)
+        return likelihood_job(rows, data, tokenizer, config.batch_size, ends, system)
+    return generate_job(rows, data, tokenizer, config.max_new_tokens, ends, system)
 
 
 def _notes(jobs: dict[str, Job], context: int | None) -> Iterator[str]:

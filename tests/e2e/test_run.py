@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from qdora.adapter.trained_over import read_system
 from qdora.commands import compose, typed
 from qdora.config import RunConfig
 from qdora.run_folder import RunFolder, config_values, flatten
@@ -80,6 +81,26 @@ def test_interrupted_run_saves_says_how_to_go_on_and_does(
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"going on from step {stopped_at} of 30" in done.stdout
     assert losses_of(tmp_path / "run") == losses_of(uninterrupted[nproc])
+
+
+@pytest.mark.parametrize("method", ["lora", "none"])
+def test_system_turn_of_every_conversation_stands_beside_what_was_trained(
+    tiny: Path, tmp_path: Path, method: str
+) -> None:
+    """And beside what is merged of it."""
+    rows = [{"instruction": f"{number}?", "output": f"{number}!", "system": "Be brief."} for number in range(4)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "run"
+    given = [*long_run(tiny, data), "adapter.dropout=0", "quant=none", f"adapter={method}", "train.num_steps=1"]
+    done = qdora("train", *given, f"output_dir={output}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    folders = [output / ("model" if method == "none" else "adapter")]
+    if method == "lora":
+        folders.append(tmp_path / "merged")
+        done = qdora("merge", f"run={output}", f"output={folders[-1]}", "verify=false")
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert [read_system(folder) for folder in folders] == ["Be brief."] * len(folders)
 
 
 def test_length_that_was_chosen_is_recorded_and_kept(tiny: Path, data: Path, tmp_path: Path) -> None:
