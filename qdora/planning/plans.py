@@ -73,18 +73,11 @@ class Choice:
 
     def options(self, task: Task) -> dict[str, Any]:
         """The task's groups of options that it changes, beside `parallel`."""
-        rows, batches = self.micro_batch_size, self.num_accumulation_steps
-        train = task.train
-        is_open = train.num_accumulation_steps is None and (train.micro_batch_size, ACCUMULATION_STEPS) == (
-            rows,
-            batches,
-        )
-        if not is_open:
-            train = replace(train, micro_batch_size=rows, num_accumulation_steps=batches)
-        return {
-            "quant": replace(task.quant, embeddings=self.embeddings),
-            "train": train,
-        }
+        train, chosen = task.train, (self.micro_batch_size, self.num_accumulation_steps)
+        # Rows a step that are left open, and as ever, stay so: the size of the data decides when the run starts.
+        if train.num_accumulation_steps is not None or chosen != (train.micro_batch_size, ACCUMULATION_STEPS):
+            train = replace(train, micro_batch_size=chosen[0], num_accumulation_steps=chosen[1])
+        return {"quant": replace(task.quant, embeddings=self.embeddings), "train": train}
 
     @property
     def layout(self) -> str:
