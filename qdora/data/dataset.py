@@ -195,7 +195,7 @@ def source_rows(
         tell: hears of rows that are read under their own names, with their place.
 
     Raises:
-        DataError: nothing there, a file or line that cannot be read, or columns that are not as `data.columns` has them.
+        DataError: nothing there, a line that cannot be read, or columns that are not as `data.columns` has them.
     """
     return read_rows(config, source, config.limit, _held_out(config, source), tell)
 
