@@ -211,7 +211,8 @@ def summary(source: Source, colours: bool) -> Iterator[str]:
     yield from (f"  {visible(note)}" for note in report.notes)
     rows = f"{loader.num_rows:,} row{'s' * (loader.num_rows > 1)}"
     full = f" of {config.data.max_length:,} tokens, {loader.packing_efficiency:.0%} full" if config.data.packing else ""
-    steps = f"{loader.steps_per_epoch:,} step{'s' * (loader.steps_per_epoch > 1)} of {loader.rows_per_step} rows"
+    steps = f"{loader.steps_per_epoch:,} step{'s' * (loader.steps_per_epoch > 1)}"
+    steps += f" of {loader.rows_per_step} row{'s' * (loader.rows_per_step > 1)}"
     of_rank = f"; {steps} on one rank" if source.name == "data.train" else ""
     yield f"  {'an epoch' if of_rank else 'an evaluation'}: {rows}{full}{of_rank}\n"
     numbers = lengths.numbers()
