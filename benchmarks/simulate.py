@@ -37,6 +37,7 @@ from qdora.adapter import dora
 from qdora.adapter.operator import opaque_adapted_linear, opaque_adapted_linear_backward
 from qdora.commands import compose, typed
 from qdora.config import ActivationCheckpointing, RunConfig
+from qdora.config.groups import ACCUMULATION_STEPS
 from qdora.model import loss
 from qdora.model.build import EmptyModel, build_model, ends
 from qdora.model.load import LoadedModel, materialise
@@ -205,7 +206,8 @@ def two_steps(
         phase_peak: the most bytes since it was asked last.
     """
     model, device = loaded.model, world.device
-    rows, length, batches = config.train.micro_batch_size, config.data.max_length, config.train.num_accumulation_steps
+    rows, length = config.train.micro_batch_size, config.data.max_length
+    batches = config.train.num_accumulation_steps or ACCUMULATION_STEPS
     optimizer = build_optimizer(model, config.optim)
     optimizer.register_step_post_hook(lambda *_: loaded.refresh(device))
     model.train()
@@ -232,7 +234,7 @@ def two_steps(
 def plan(folder: Path, config: RunConfig, kind: ActivationCheckpointing, ranks: int) -> dict[str, int]:
     """What the planner counts for the same, by part; without what CUDA and an allocator take."""
     parallel = replace(config.parallel, activation_checkpointing=kind)
-    rows, batches = config.train.micro_batch_size, config.train.num_accumulation_steps
+    rows, batches = config.train.micro_batch_size, config.train.num_accumulation_steps or ACCUMULATION_STEPS
     choice = Choice(parallel, rows, batches, config.quant.embeddings)
     parts = Planner(config, folder, find_hardware(f"{ranks}x24gb")).plan(choice).parts
     return {name: size for name, size in parts.items() if name not in ("allocator", "context")}

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -117,22 +118,27 @@ class Speaker:
         self._ends = end_tokens(self._tokenizer, self._base)
         self._context = context_length(self._base, self._subject.model)
         self._loaded: LoadedModel | None = None
+        self._is_told = False  # that a prompt has the system turn of the training
+        self._system = self._subject.system if config.system is None else config.system
 
     def load(self) -> None:
         """Loads the model."""
         check_vocabulary(self._base, self._tokenizer)
         told = self._subject.other_base(self._base)
         print(*([told] if told else []), f"loading {self.name}", sep="\n", file=sys.stderr, flush=True)
+        if self._is_told:
+            said = textwrap.shorten(str(self._system), 80)
+            print(f"system turn of the training: {said!r} (system=... gives another, system= none)", file=sys.stderr)
         self._loaded = self._subject.load(self._base, self._world)
 
     def encode(self, turns: list[Turn]) -> list[int]:
-        """The prompt that a conversation makes through the chat template, after the system prompt.
+        """The prompt that a conversation makes through the chat template, after the system turn: given, or trained.
 
         Raises:
             ConfigError: it is too long, or the template has no place for a system prompt.
         """
-        system = self._config.system
-        if system is None:
+        system, is_given = self._system, self._config.system is not None
+        if not system:
             return self._fitting(self._through_template(turns))
         try:
             ids, other = (
@@ -142,11 +148,15 @@ class Speaker:
         except DataError:
             self._through_template(turns)  # unless the turns alone do not fit either
             ids = other = []
+        if ids == other and not is_given:
+            self._system = None
+            return self.encode(turns)
         if ids == other:  # refused, or passed over in silence
             raise ConfigError(
                 f"system: the chat template of {self._subject.model.path} has no place for a system prompt: leave it "
                 "out, or say it in the prompt"
             )
+        self._is_told = not is_given
         return self._fitting(ids)
 
     def encode_bare(self, text: str) -> list[int]:

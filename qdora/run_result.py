@@ -126,7 +126,7 @@ def write_adapter(checkpoint: Path, manifest: Manifest, config: RunConfig, folde
         peft_format.write_weights(partial / peft_format.WEIGHTS, stored)
         names = sorted({layer for layer, _ in layers.values()})
         peft_format.write_config(partial, config.adapter, str(config.model.path), names, with_projections=False)
-        write_note(partial, config.quant, manifest.model_fingerprint, digest)
+        write_note(partial, config.quant, base_fingerprint=manifest.model_fingerprint, checkpoint=digest)
         shutil.rmtree(folder, ignore_errors=True)  # of a step that was made again
         partial.rename(folder)
     except (OSError, SafetensorError) as error:

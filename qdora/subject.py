@@ -9,7 +9,7 @@ from torch import nn
 
 from qdora import parallel
 from qdora.adapter import peft_format
-from qdora.adapter.trained_over import find_quant
+from qdora.adapter.trained_over import find_quant, read_system
 from qdora.checkpoint_reader import CheckpointTensors
 from qdora.config import (
     AdapterConfig,
@@ -47,6 +47,12 @@ class Subject:
         if self.result is not None or self.adapter.path is None:
             return None
         return other_base(Path(self.adapter.path), self.model, base)
+
+    @property
+    def system(self) -> str | None:
+        """The system turn that every sample of its training had, where the folder of adapter or model says so."""
+        path = Path(str(self.adapter.path or self.model.path))
+        return read_system(path.parent if path.suffix == ".gguf" else path)
 
     def load(self, base: Path, world: World) -> LoadedModel:
         """The model of the folder `base`, not to be trained, on each rank whole or its shard. *Collective*.

@@ -1,4 +1,7 @@
-"""What an adapter was trained over: a note beside PEFT's two files, which say the base's name and nothing of NF4."""
+"""What an adapter was trained over, and under which system turn: a note beside PEFT's two files, which say neither.
+
+A model that was trained whole, or merged, has the system turn in such a note.
+"""
 
 import json
 from dataclasses import asdict, replace
@@ -15,19 +18,31 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def write_note(
-    folder: Path, quant: QuantConfig, base_fingerprint: str | None = None, checkpoint: str | None = None
+    folder: Path,
+    quant: QuantConfig | None,
+    *,
+    base_fingerprint: str | None = None,
+    checkpoint: str | None = None,
+    system: str | None = None,
 ) -> None:
-    """Says beside an adapter what it was trained over.
+    """Says beside an adapter, or a model, what it was trained over and with.
 
     Args:
-        quant: what its base was quantised to.
+        quant: what its base was quantised to; None of a model.
         base_fingerprint: of its base's weights.
         checkpoint: digest of the checkpoint that it was made of, if it is not a run's end.
+        system: the system turn that every sample of training had.
     """
-    note: dict[str, Any] = {"quant": {**asdict(quant), "method": quant.method.name}}
-    note |= {"base_fingerprint": base_fingerprint} if base_fingerprint else {}
-    note |= {"checkpoint": checkpoint} if checkpoint else {}
-    write_durably(folder / NOTE, json.dumps(note, indent=2) + "\n")
+    note: dict[str, Any] = {} if quant is None else {"quant": {**asdict(quant), "method": quant.method.name}}
+    others = {"base_fingerprint": base_fingerprint, "checkpoint": checkpoint, "system": system}
+    note |= {name: value for name, value in others.items() if value is not None}
+    write_durably(folder / NOTE, json.dumps(note, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_system(folder: Path) -> str | None:
+    """Returns the system turn that the note of an adapter or a model says; None where there is none."""
+    system = read_json(folder / NOTE).get("system")
+    return system if isinstance(system, str) and system else None
 
 
 def read_note(folder: Path) -> QuantConfig | None:

@@ -62,15 +62,15 @@ def option_names(config_class: type, prefix: str = "") -> Iterator[str]:
 
 
 def option_kinds(config_class: type, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Every option with its type: of an optional text `str`, of a list of texts `list`."""
+    """Every option with its type: of an optional text `str`, of a list of texts `list`, of texts by names `dict`."""
     for name, kind in get_type_hints(config_class).items():
         if isinstance(kind, type) and is_dataclass(kind):
             yield from option_kinds(kind, f"{prefix}{name}.")
         elif kind in (str, str | None):
             yield f"{prefix}{name}", str
         else:
-            is_list = get_origin(kind) is list and get_args(kind) == (str,)
-            yield f"{prefix}{name}", list if is_list else kind
+            is_texts = get_origin(kind) in (list, dict) and {*get_args(kind)} == {str}
+            yield f"{prefix}{name}", get_origin(kind) if is_texts else kind
 
 
 def check_known(values: DictConfig, config_class: type, prefix: str = "") -> None:

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -199,13 +200,18 @@ def _is_done(path: Path, config: RunConfig) -> bool:
     """
     if not (path / "summary.json").exists():
         return False
-    # Here: it takes seconds and memory that what only waits for its run can spare.
+    # Here: these take seconds and memory that what only waits for its run can spare.
+    from qdora.planning.length import resumed
     from qdora.run_inputs import replaced
 
     folder = RunFolder(path)
     if not folder.is_finished():
         return False
-    ours, theirs = (flatten(config_values(values)) for values in (config, folder.read_config()))
+    stored = folder.read_config()
+    # What was left open is as the size of the data has made it.
+    then, rows = asdict(stored.train), stored.train.micro_batch_size * (stored.train.num_accumulation_steps or 1)
+    made = replace(config, train=resumed(config.train, then, rows, num_ranks=1))
+    ours, theirs = (flatten(config_values(values)) for values in (made, stored))
     different = differing(ours, theirs, _OWN)
     others = [] if different else replaced(folder, config)
     if others and not config.allow_changes:

@@ -1,7 +1,8 @@
 """Options as users write them, in the grammar of Hydra: `data.train=train(1).jsonl` is a file of that name.
 
 Hydra refuses or changes values with brackets, commas, equals signs or letters beyond ASCII, and reads `1e5` as a
-number. Here the value of each option that is a text, or a list of texts, gets the quotes that Hydra wants.
+number. Here the value of each option that is a text, a list of texts, or texts by names (`data.columns`), gets the
+quotes that Hydra wants.
 """
 
 import re
@@ -14,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from qdora.commands.explain import option_kinds
+from qdora.errors import ConfigError
 
 TEXTS = ("prompt", "system", "find")
 """Options that are taken as they are written, quotes and all: they hold what people say."""
@@ -21,6 +23,7 @@ _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _OF_GRAMMAR = re.compile(rf"""(?s:(?i:null)|\?\?\?|.*\$\{{.*|.*\\[\\()\[\]{{}}:=,\s].*|\s*(?:{_QUOTED})\s*|)\Z""")
 """A value in which Hydra's grammar is meant: nothing, quotes around it, an escape, an interpolation."""
 _PART = re.compile(rf"(?s)\s*({_QUOTED}|[^,]*?)\s*(?:,|\Z)")
+_PAIR = re.compile(rf"(?s)\s*(\w+)\s*:\s*({_QUOTED}|[^,]*?)\s*(?:,|\Z)")
 _CALL = re.compile(r"(?:choice|range|interval|glob|shuffle|sort|tag)\(")
 """Functions of sweeps that make several values."""
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
@@ -29,14 +32,30 @@ _INTERPOLATION = re.compile(r"(\\*)\$\{")
 def in_grammar(arguments: list[str], config_class: type, sweep: bool = False) -> list[str]:
     """Returns the arguments, texts and lists of texts in quotes, unless Hydra's grammar is meant (`${...}`, say).
 
+    Texts by names may come as a shell expands their braces, an argument for each; they are put together.
+
     Args:
         sweep: commas stand between values; only values that Hydra would refuse or change get quotes, as the runs of a
             sweep are named after what is written.
+
+    Raises:
+        ConfigError: texts by names are written otherwise, or a name comes twice.
     """
-    kinds = {option: kind for option, kind in option_kinds(config_class) if kind in (str, list)}
+    kinds = {option: kind for option, kind in option_kinds(config_class) if kind in (str, list, dict)}
     written = []
+    named: dict[str, dict[str, str]] = {}
     for argument in arguments:
         option, equals, value = argument.partition("=")
+        group, _, name = option.lstrip("+").rpartition(".")
+        if equals and kinds.get(group) is dict:
+            option, value = group, f"{name}:{value}"
+        if equals and kinds.get(option.lstrip("+")) is dict:
+            option = option.lstrip("+")
+            if sweep and re.search(r"\}\s*,\s*\{", value):  # several of them
+                written.append(f"++{option}={value}")
+            else:
+                named[option] = _by_names(option, value, named.get(option, {}))
+            continue
         kind = kinds.get(option.lstrip("+") if option.lstrip("+") in TEXTS else option)
         if not equals or kind is None:
             written.append(argument)
@@ -49,7 +68,7 @@ def in_grammar(arguments: list[str], config_class: type, sweep: bool = False) ->
         else:
             value = _list(value) if kind is list else _text(value)
         written.append(f"{option}={value}")
-    return written
+    return [*(_mapping(option, texts) for option, texts in named.items()), *written]
 
 
 def without_folders(arguments: list[str], config_class: type, conf: Path) -> tuple[list[str], dict[str, str | None]]:
@@ -73,6 +92,30 @@ def without_folders(arguments: list[str], config_class: type, conf: Path) -> tup
 def quoted(text: str) -> str:
     """Returns a text as Hydra's grammar writes it: quotes around and backslashes before those within."""
     return "'" + re.sub(r"(\\+)(?='|\Z)", r"\1\1", text).replace("'", r"\'") + "'"
+
+
+def _mapping(option: str, texts: dict[str, str]) -> str:
+    """What sets texts by names, also those that are not there yet, which Hydra refuses without the signs."""
+    return f"++{option}={{{','.join(f'{name}:{quoted(text)}' for name, text in texts.items())}}}"
+
+
+def _by_names(option: str, value: str, before: dict[str, str]) -> dict[str, str]:
+    """The texts of `{name:text,...}`; a pair without braces is added to those before."""
+    value = "{}" if value == "null" else value
+    whole = value.startswith("{") and value.endswith("}")
+    found = {} if whole else dict(before)
+    rest = value[1:-1].strip() if whole else value
+    while rest or not whole:
+        pair = _PAIR.match(rest)
+        if pair is None or not (whole or pair.end() == len(rest)):
+            example = f"'{option}={{prompt: question, completion: answer}}'"
+            raise ConfigError(f"{option}={value}: write names and texts in braces, and quotes around it all: {example}")
+        name, text = pair.groups()
+        if name in found:
+            raise ConfigError(f"{option}: {name} is named twice, for {found[name]!r} and {text!r}")
+        found[name] = re.sub(r"\\(.)", r"\1", text[1:-1]) if text[:1] in ("'", '"') else text
+        rest, whole = rest[pair.end() :], True
+    return found
 
 
 def _text(value: str) -> str:

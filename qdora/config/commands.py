@@ -50,6 +50,8 @@ def written(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
         return f"[{','.join(map(written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{written(item)}' for key, item in value.items())}}}"
     if isinstance(value, Enum):
         return value.name
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" if isinstance(value, str) else repr(value)
@@ -410,7 +412,8 @@ class ChatConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=lambda: QuantConfig(method=QuantMethod.none))
     system: str | None = None
-    """What the model is told first, where its chat template has a place for it."""
+    """What the model is told first, where its chat template has a place for it; null means the system turn that every
+    conversation of its training had, if there was one, and an empty text none."""
     compare: Compare | None = None
     """`base` shows what the model answers without its adapter, too."""
     max_new_tokens: int = 512

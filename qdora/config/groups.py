@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qdora.config.words import (
+    ASKED_KEYS,
+    ROW_KEYS,
     ActivationCheckpointing,
     AdapterMethod,
     Attention,
@@ -23,9 +25,11 @@ from qdora.config.words import (
     TrackerMode,
     UnknownKeys,
 )
-from qdora.errors import ConfigError
+from qdora.errors import ConfigError, nearest
 
 WARMUP_RATIO = 0.03
+ACCUMULATION_STEPS = 8
+"""Micro-batches a rank adds up where neither the user nor the size of the data says otherwise."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -138,6 +142,9 @@ class DataConfig:
     """The same, held out: what is evaluated on; null means that training does not evaluate."""
     format: DataFormat = DataFormat.auto
     """`messages`, `instruction` (instruction, input, output), `completion` (prompt, completion) or `text`."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of other names, by the keys that qdora reads: `{prompt: question, completion: answer}`. A file that is
+    not trained on and has none of them is read by its own names."""
     max_length: int = 1024
     """Tokens a sample at most; with packing, tokens a row."""
     overlong: Overlong = Overlong.auto
@@ -160,8 +167,19 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("train", "eval"):
             require(getattr(self, name) != "", f"data.{name} is empty: give a file, a folder or a hub id")
+        _check_columns(self.columns)
         require(self.max_length >= 2, f"data.max_length is {self.max_length}; it must be at least 2")
         require(self.limit is None or self.limit >= 1, f"data.limit is {self.limit}; it must be at least 1 or null")
+
+
+def _check_columns(columns: dict[str, str]) -> None:
+    keys = sorted(ASKED_KEYS.union(*ROW_KEYS.values()))
+    for key, column in columns.items():
+        known = f"there is no key {key!r} of a row{nearest(key, keys)}; there are: {', '.join(keys)}"
+        require(key in keys, f"data.columns={{{key}:{column}}}: {known}")
+        require(bool(column), f"data.columns={{{key}:}}: give the name of the column that has it, or leave it out")
+        others = [other for other in columns if columns[other] == column]
+        require(len(others) == 1, f"data.columns: {column!r} is given to {' and '.join(others)}: a column is one key")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -211,11 +229,12 @@ class TrainConfig:
     num_steps: int | None = None
     """Optimiser updates; null means by `num_epochs`."""
     num_epochs: float | None = None
-    """Passes over the data; with `num_steps` null too, one."""
+    """Passes over the data; with `num_steps` null too, one, or as many as make 20 updates."""
     micro_batch_size: int = 1
     """Rows a rank computes at once."""
-    num_accumulation_steps: int = 8
-    """Micro-batches a rank adds up before an update."""
+    num_accumulation_steps: int | None = None
+    """Micro-batches a rank adds up before an update; null means 8, or 4, 2 or 1 where the data has too few rows to make
+    20 updates (and `num_steps` is null)."""
     compile: bool = False
     """torch.compile each block: less memory, for a compilation at the start."""
     cuda_graph: bool = False

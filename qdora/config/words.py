@@ -52,6 +52,17 @@ class DataFormat(Enum):
     text = "text"
 
 
+ROW_KEYS = {
+    DataFormat.messages: {"messages", "conversations", "prompt", "completion", "tools", "functions", "system"},
+    DataFormat.instruction: {"instruction", "input", "output", "system", "history"},
+    DataFormat.completion: {"prompt", "completion"},
+    DataFormat.text: {"text"},
+}
+"""Keys of a row that each format reads."""
+ASKED_KEYS = {"answer", "choices"}
+"""Keys of a row that evaluation reads, whatever its format."""
+
+
 class Overlong(Enum):
     auto = "auto"
     split = "split"

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from qdora.config import DataConfig, DataFormat, Reasoning, UnknownKeys
+from qdora.config.words import ROW_KEYS
+from qdora.data.columns import HARMLESS, is_conversational, proposed
 from qdora.data.sources import Row
 from qdora.errors import DataError
 
@@ -32,63 +34,11 @@ _ROLES = {
     "system": "system",
     "tool": "tool",
 }
-_ROW_KEYS = {
-    DataFormat.messages: {"messages", "conversations", "prompt", "completion", "tools", "functions", "system"},
-    DataFormat.instruction: {"instruction", "input", "output", "system", "history"},
-    DataFormat.completion: {"prompt", "completion"},
-    DataFormat.text: {"text"},
-}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _WEIGHTS = ("weight", "train", "training")
 _TURN_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name"}
 _TURN_KEYS |= {*_REASONING, *_WEIGHTS}
 _CALL_KEYS = {"id", "type", "function", "name", "arguments", "index"}
-HARMLESS = frozenset(
-    [
-        "id",
-        "_id",
-        "idx",
-        "index",
-        "uid",
-        "uuid",
-        "row_id",
-        "prompt_id",
-        "conversation_id",
-        "conversation_hash",
-        "message_id",
-        "parent_id",
-        "source",
-        "dataset",
-        "origin",
-        "url",
-        "lang",
-        "language",
-        "category",
-        "task",
-        "topic",
-        "domain",
-        "license",
-        "author",
-        "model",
-        "model_name",
-        "timestamp",
-        "date",
-        "created_at",
-        "meta",
-        "metadata",
-        "tag",
-        "tags",
-        "split",
-        "difficulty",
-        "score",
-        "quality",
-        "token_count",
-        "num_tokens",
-        "num_turns",
-        "answer",
-    ]
-)
-"""Keys that say where a row comes from or what kind it is; `answer` is what an evaluation compares with."""
 CHANGES_LEARNING = frozenset(
     [
         "weight",
@@ -136,11 +86,23 @@ class Told:
     """What was seen in the rows of a file that its user should hear of: how often, and first where."""
 
     seen: dict[str, tuple[int, str]] = field(default_factory=dict)
+    systems: set[str | None] = field(default_factory=set)
+    """System turns as samples show them; None of one without. No more are kept than say that there are several."""
 
     def add(self, what: str, where: str) -> None:
         """Counts `what` once more."""
         count, first = self.seen.get(what, (0, where))
         self.seen[what] = (count + 1, first)
+
+    def saw_system(self, text: str | None) -> None:
+        """Notes the system turn of a sample."""
+        if len(self.systems) < 2:
+            self.systems.add(text)
+
+    @property
+    def system(self) -> str | None:
+        """The system turn that all samples have."""
+        return next(iter(self.systems)) if len(self.systems) == 1 else None
 
     def lines(self) -> list[str]:
         """One a kind, for people."""
@@ -172,7 +134,8 @@ def text_of(row: Row, key: str, form: DataFormat) -> str:
         DataError: there is none, or it is empty or no text.
     """
     if key not in row.values:
-        raise DataError(f"{row.where} has no {key!r}; the format {form.name} wants {KEYS[form]}, found {[*row.values]}")
+        found = f"found {[*row.values]}{proposed(row, form)}"
+        raise DataError(f"{row.where} has no {key!r}; the format {form.name} wants {KEYS[form]}, {found}")
     value = row.values[key]
     if not value or not is_text(value):
         raise DataError(f"{row.where}: {key} must be a text and not empty, this is {value!r:.60}")
@@ -180,19 +143,20 @@ def text_of(row: Row, key: str, form: DataFormat) -> str:
 
 
 def without_ignored(row: Row, config: DataConfig) -> Row:
-    """The row without the keys of `data.ignore_keys`."""
-    if config.ignore_keys and row.values.keys() & {*config.ignore_keys}:
-        return Row({key: value for key, value in row.values.items() if key not in config.ignore_keys}, row.where)
+    """The row without the keys of `data.ignore_keys`, but for those that `data.columns` has put there."""
+    ignored = {*config.ignore_keys} - config.columns.keys()
+    if row.values.keys() & ignored:
+        return Row({key: value for key, value in row.values.items() if key not in ignored}, row.where)
     return row
 
 
-def is_conversational(row: Row) -> bool:
-    """Whether prompt and completion are lists of turns, as TRL writes them."""
-    return isinstance(row.values.get("prompt"), list) and isinstance(row.values.get("completion"), list)
-
-
-def check_keys(row: Row, form: DataFormat, config: DataConfig, told: Told) -> None:
+def check_keys(
+    row: Row, form: DataFormat, config: DataConfig, told: Told, asked: Collection[str] = frozenset()
+) -> None:
     """Tells which keys of a row nothing reads.
+
+    Args:
+        asked: keys that are read beside those of the format.
 
     Raises:
         DataError: one of them changes what is learned, and `data.unknown_keys` is `error`.
@@ -202,7 +166,7 @@ def check_keys(row: Row, form: DataFormat, config: DataConfig, told: Told) -> No
             f"{row.where} has a chosen and a rejected answer: these are preferences, and qdora learns from answers. "
             "data.ignore_keys=[chosen,rejected] trains on what else the row has"
         )
-    _check(row.values, _ROW_KEYS[form], "", row.where, config, told)
+    _check(row.values, ROW_KEYS[form] | {*asked}, "", row.where, config, told)
 
 
 def conversation(
@@ -222,7 +186,8 @@ def conversation(
         given = [*row.values["prompt"], *row.values["completion"]]
     if not isinstance(given, list) or not given:
         if not {"messages", "conversations"} & row.values.keys():
-            raise DataError(f"{row.where} has no messages, as data.format={form.name} wants; it has {[*row.values]}")
+            found = f"it has {[*row.values]}{proposed(row, form)}"
+            raise DataError(f"{row.where} has no messages, as data.format={form.name} wants; {found}")
         given = row.values.get("messages", row.values.get("conversations"))
         raise DataError(f"{row.where}: messages must be a list of turns and not empty, this is {given!r:.60}")
     turns = [_turn(turn, row.where, config, told) for turn in given]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +13,16 @@ import numpy as np
 
 from qdora.chat_template import DEFAULT_TEMPLATE
 from qdora.config import DataConfig, DataFormat, Overlong
-from qdora.data.conversation import Told, without_ignored
+from qdora.data.columns import read_rows
+from qdora.data.conversation import Told
 from qdora.data.encode import NothingToLearn, detect, encode
-from qdora.data.sources import Row, all_files, data_files, fingerprint, folder_of, load_rows
+from qdora.data.sources import Row, all_files, data_files, fingerprint, folder_of
 from qdora.errors import DataError
 
 if TYPE_CHECKING:  # torch takes seconds to load, which `qdora show` need not wait for
     from torch import Tensor
 
-CACHE_VERSION = 8
+CACHE_VERSION = 9
 """Counts up when the same data would be tokenised or stored differently."""
 IGNORED = -100
 """Label of a position without a target."""
@@ -44,6 +45,8 @@ class DataReport:
     num_dropped_without_labels: int = 0
     fingerprint: str = ""
     """Of the samples as they are trained on, wherever they came from."""
+    system: str | None = None
+    """The system turn that every sample has and shows."""
     notes: list[str] = field(default_factory=list)
     """What a user should hear of: keys that nothing reads, rows that were left out, what the template does not show."""
 
@@ -172,6 +175,8 @@ def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
         config.reasoning.name,
         config.unknown_keys.name,
         sorted(config.ignore_keys),
+        # What is not trained on may be read by its own names.
+        (sorted(config.columns.items()), source == config.train) if config.columns else (),
         config.limit,
         vocabulary,
         tokenizer.chat_template or DEFAULT_TEMPLATE,
@@ -181,13 +186,18 @@ def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def source_rows(config: DataConfig, source: str) -> Iterator[Row]:
+def source_rows(
+    config: DataConfig, source: str, tell: Callable[[str, str], None] = lambda what, where: None
+) -> Iterator[Row]:
     """The rows of `source` that are used: not those that `data.eval` holds out, and `data.limit` at most.
 
+    Args:
+        tell: hears of rows that are read under their own names, with their place.
+
     Raises:
-        DataError: nothing there, or a file or line that cannot be read.
+        DataError: nothing there, a line that cannot be read, or columns that are not as `data.columns` has them.
     """
-    return load_rows(source, config.limit, _held_out(config, source))
+    return read_rows(config, source, config.limit, _held_out(config, source), tell)
 
 
 def _samples(
@@ -198,8 +208,8 @@ def _samples(
     for file in all_files(source) if held_out else []:
         if any(file.samefile(other) for other in held_out):
             told.add("not trained on, as data.eval holds it out", str(file))
-    yield from samples_of(source_rows(config, source), config, tokenizer, report, told, row_lengths)
-    report.notes = told.lines()
+    yield from samples_of(source_rows(config, source, told.add), config, tokenizer, report, told, row_lengths)
+    report.notes, report.system = told.lines(), told.system
 
 
 def samples_of(
@@ -216,10 +226,9 @@ def samples_of(
         DataError: a row is not as its format wants it.
     """
     form = config.format
-    for given in rows:
-        row = without_ignored(given, config)
+    for row in rows:
         if form is DataFormat.auto:
-            form = detect(row)
+            form = detect(row, config)
             report.format = form.name
         report.num_rows += 1
         try:

@@ -14,6 +14,7 @@ characters an assistant said, and the tokenizer's offsets which tokens those are
 """
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from qdora.chat_template import (
@@ -25,6 +26,7 @@ from qdora.chat_template import (
     with_thoughts_shown,
 )
 from qdora.config import DataConfig, DataFormat
+from qdora.data.columns import form_of, proposed
 from qdora.data.conversation import (
     KEYS,
     LENIENT,
@@ -33,7 +35,6 @@ from qdora.data.conversation import (
     Told,
     check_keys,
     conversation,
-    is_conversational,
     text_of,
     without_ignored,
 )
@@ -48,29 +49,25 @@ class NothingToLearn(DataError):
     """A row whose answer is empty, or excluded, or absent."""
 
 
-def detect(row: Row) -> DataFormat:
-    """The format of a row, by its keys.
+def detect(row: Row, config: DataConfig | None = None) -> DataFormat:
+    """The format of a row: `data.format`, or by the keys that `data.columns` makes, or by all of its keys.
 
     Raises:
         DataError: none of the formats has these keys.
     """
+    if config is not None and config.format is not DataFormat.auto:
+        return config.format
     keys = row.values.keys()
-    for needed, found in (
-        ({"messages"}, DataFormat.messages),
-        ({"conversations"}, DataFormat.messages),
-        ({"instruction", "output"}, DataFormat.instruction),
-        ({"prompt", "completion"}, DataFormat.messages if is_conversational(row) else DataFormat.completion),
-        ({"text"}, DataFormat.text),
-    ):
-        if needed <= keys:
-            return found
+    form = form_of(row, config.columns if config is not None else ()) or form_of(row, keys)
+    if form is not None:
+        return form
     if keys >= PREFERENCES:
         raise DataError(
             f"{row.where} has a chosen and a rejected answer and nothing else: qdora learns from answers, not from "
             "preferences"
         )
     accepted = "; ".join(f"{form.name}: {names}" for form, names in KEYS.items())
-    raise DataError(f"{row.where} has the keys {sorted(keys)}; accepted are {accepted}")
+    raise DataError(f"{row.where} has the keys {sorted(keys)}; accepted are {accepted}{proposed(row)}")
 
 
 def encode(
@@ -96,6 +93,7 @@ def encode(
         if answer is None or (isinstance(answer, str) and not answer.strip()):
             raise NothingToLearn(f"{row.where}: {learned} must be a text and not empty, this is {answer!r}")
         prompt = "".join(text_of(row, key, form) for key in prompts)
+        told.saw_system(None)
         return _encode_plain(prompt, text_of(row, learned, form), tokenizer, row.where, told)
     given = conversation(row, form, config, told)
     if not any(message["role"] == "assistant" for message in given.messages):
@@ -162,13 +160,16 @@ def _encode_chat(given: Conversation, tokenizer: Any, where: str, told: Told) ->
                 "the model a template that does (chat_template.jinja in its folder), or leave such rows out"
             )
     whole, spans = assistant_spans(messages, given.learned, given.tools, tokenizer, where)
-    _tell_what_is_not_shown(given, whole, where, told)
+    missing = _tell_what_is_not_shown(given, whole, where, told)
+    system = given.messages[0]["content"] if given.messages[0]["role"] == "system" else None
+    told.saw_system(None if "a system turn" in missing else system)
     if not all(ends_with_a_token(whole[:end], tokenizer) for _, end in spans):
         told.add("no token ends a turn in the model's chat template, so an answer is not taught to end", where)
     return _tokenize(whole, spans, tokenizer, special_tokens=False)
 
 
-def _tell_what_is_not_shown(given: Conversation, whole: str, where: str, told: Told) -> None:
+def _tell_what_is_not_shown(given: Conversation, whole: str, where: str, told: Told) -> Collection[str]:
+    """Tells, and returns, which kinds of turns and the like the chat template leaves out."""
     missing: dict[str, None] = {}  # each once a row, as what is not there is searched in all of it
     position = 0
     for message in given.messages:
@@ -186,6 +187,7 @@ def _tell_what_is_not_shown(given: Conversation, whole: str, where: str, told: T
         missing["the tools"] = None
     for what in missing:
         told.add(f"the model's chat template does not show {what}", where)
+    return missing
 
 
 def _place(text: str, whole: str, after: int) -> int | None:

@@ -69,6 +69,11 @@ def pack(lengths: np.ndarray, order: np.ndarray, max_length: int) -> list[list[i
     return rows
 
 
+def num_rows(lengths: np.ndarray, packing: bool, max_length: int) -> int:
+    """Rows of an epoch, on all ranks."""
+    return len(pack(lengths, np.arange(len(lengths)), max_length)) if packing else len(lengths)
+
+
 class BatchLoader:
     """Micro-batches of one rank, epoch after epoch; every sample once an epoch over all ranks.
 

@@ -4,7 +4,8 @@ A folder that `datasets` has saved is read, too. What begins with a dot, and fil
 several splits (`train.jsonl`, `test.jsonl`) one is to be named. A .json file may hold a row a line, and a .jsonl file a
 list.
 
-The cells of a csv are texts, whatever they look like; an empty or missing one is an empty text.
+The cells of a csv are texts, whatever they look like; an empty or missing one is an empty text. Texts are UTF-8, with
+or without a byte order mark, or UTF-16 or 32 by their first bytes, as spreadsheets and Windows write them.
 A row keeps where it came from, so that an error can say which line of which file to look at. Parquet and the hub import
 what they need when it is needed, as it takes every rank most of a second.
 """
@@ -177,11 +178,28 @@ def _open(file: Path) -> Any:
     return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
 
 
+def _open_text(file: Path) -> Any:
+    """The bytes of a text as UTF-8; one in UTF-16 or 32, by its first bytes, is converted in memory.
+
+    Raises:
+        DataError: it is not what they say.
+    """
+    stream = _open(file)
+    encoding = json.detect_encoding(stream.peek(4)[:4])
+    if encoding.startswith("utf-8"):
+        return stream
+    with stream:
+        try:
+            return io.BytesIO(stream.read().decode(encoding).encode())
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} begins as {encoding} and is something else: {error}. Save it as UTF-8") from None
+
+
 def _is_a_list(file: Path, kind: str) -> bool:
     """Whether JSON is one value, not a row a line, by its beginning."""
     if kind not in (".json", ".jsonl"):
         return False
-    with _open(file) as stream:
+    with _open_text(file) as stream:
         lines = (line for line in stream if line.strip())
         first, is_alone = next(lines, b""), next(lines, None) is None
     if kind == ".json" and is_alone:
@@ -208,7 +226,7 @@ def _is_row(values: dict[str, Any]) -> bool:
 
 
 def _jsonl_rows(file: Path) -> Iterator[Row]:
-    with _open(file) as stream:
+    with _open_text(file) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 where = f"{file} line {number}"
@@ -216,7 +234,7 @@ def _jsonl_rows(file: Path) -> Iterator[Row]:
 
 
 def _csv_rows(file: Path) -> Iterator[Row]:
-    with _open(file) as stream:
+    with _open_text(file) as stream:
         reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
         try:
             keys = next(reader, [])
@@ -230,7 +248,7 @@ def _csv_rows(file: Path) -> Iterator[Row]:
         except csv.Error as error:
             raise DataError(f"{file} line {reader.line_num} is not csv: {error}") from None
         except UnicodeDecodeError as error:
-            raise DataError(f"{file} is not UTF-8: {error}") from None
+            raise DataError(f"{file} is not UTF-8: {error}. Save it as UTF-8 (iconv converts it)") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
@@ -252,7 +270,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 
 
 def _list_rows(file: Path) -> Iterator[Row]:
-    with _open(file) as stream:
+    with _open_text(file) as stream:
         content = stream.read()
     try:
         loaded = json.loads(content)
@@ -277,7 +295,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8: {error}") from None
+        raise DataError(f"{where} is not UTF-8: {error}. Save it as UTF-8 (iconv converts it)") from None
     except (ValueError, RecursionError) as error:  # digits, or brackets, without end
         raise DataError(f"{where} cannot be read: {error}") from None
     if not isinstance(values, dict):

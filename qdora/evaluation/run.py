@@ -18,8 +18,8 @@ from qdora import parallel
 from qdora.adapter import peft_format
 from qdora.config import DataConfig, EvaluateConfig, ParallelConfig, Plan, Protocol, QuantMethod
 from qdora.config.commands import overlaid
-from qdora.data.conversation import without_ignored
-from qdora.data.sources import Row, load_rows
+from qdora.data.columns import read_rows
+from qdora.data.sources import Row
 from qdora.device_memory import explaining_shortage
 from qdora.errors import ConfigError, DataError
 from qdora.evaluation.ranks import score_all
@@ -57,7 +57,8 @@ def evaluate(config: EvaluateConfig) -> int:
     check_vocabulary(base, tokenizer)
     # Before the model is loaded: mistakes in the data show within seconds. Rank 0 first, as data is kept tokenised.
     jobs = parallel.main_first(
-        world, lambda: {name: _job(config, data, source, tokenizer, base) for name, source in sources.items()}
+        world,
+        lambda: {name: _job(config, data, source, tokenizer, base, subject.system) for name, source in sources.items()},
     )
     header = _header(config, subject, list(sources.values()))
     header["identity"] = _identity(config, subject, base, [(name, job.fingerprint) for name, job in jobs.items()])
@@ -240,13 +241,13 @@ def _identity(config: EvaluateConfig, subject: Subject, base: Path, asked: list[
     return digest.hexdigest()[:16]
 
 
-def _job(config: EvaluateConfig, data: DataConfig, source: str, tokenizer: Any, base: Path) -> Job:
+def _job(config: EvaluateConfig, data: DataConfig, source: str, tokenizer: Any, base: Path, system: str | None) -> Job:
     if config.protocol is Protocol.loss:
         return loss_job(data, source, tokenizer, config.batch_size)
     rows, ends = _rows(source, data), end_tokens(tokenizer, base)
     if config.protocol is Protocol.likelihood:
-        return likelihood_job(rows, data, tokenizer, config.batch_size, ends)
-    return generate_job(rows, data, tokenizer, config.max_new_tokens, ends)
+        return likelihood_job(rows, data, tokenizer, config.batch_size, ends, system)
+    return generate_job(rows, data, tokenizer, config.max_new_tokens, ends, system)
 
 
 def _notes(jobs: dict[str, Job], context: int | None) -> Iterator[str]:
@@ -260,7 +261,7 @@ def _notes(jobs: dict[str, Job], context: int | None) -> Iterator[str]:
 
 
 def _rows(source: str, data: DataConfig) -> list[Row]:
-    rows = [without_ignored(row, data) for row in load_rows(source, data.limit)]
+    rows = [*read_rows(data, source, data.limit)]
     if not rows:
         raise DataError(f"{source} is empty: it has no row")
     return rows

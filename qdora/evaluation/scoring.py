@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from qdora.config import DataConfig, DataFormat, UnknownKeys
+from qdora.config.words import ASKED_KEYS
 from qdora.data import prepare
+from qdora.data.conversation import Told, check_keys, conversation
 from qdora.data.encode import Encoded, detect, encode, encode_prompt, reference, with_answer
 from qdora.data.sources import Row
 from qdora.errors import DataError, ModelError
@@ -157,7 +159,28 @@ def _judged(question: Question, each: list[list[float]], lengths: list[int]) -> 
     }
 
 
-def likelihood_job(rows: list[Row], data: DataConfig, tokenizer: Any, batch_size: int, ends: list[int]) -> Job:
+def _told(rows: list[Row], form: DataFormat, data: DataConfig, system: str | None) -> str:
+    """What a reader of the scores should know of the rows.
+
+    Args:
+        system: the system turn that every sample of training had.
+
+    Raises:
+        DataError: a row has a key that may change what is asked and that nothing reads.
+    """
+    told = Told()
+    for row in rows:
+        check_keys(row, form, data, told, ASKED_KEYS)
+        if form in (DataFormat.messages, DataFormat.instruction):
+            given = conversation(row, form, data, told)
+            if system is not None and given.messages[0]["role"] != "system":
+                told.add("asked without a system turn, which every sample of training had", row.where)
+    return "\n".join(told.lines())
+
+
+def likelihood_job(
+    rows: list[Row], data: DataConfig, tokenizer: Any, batch_size: int, ends: list[int], system: str | None = None
+) -> Job:
     """The log-probability of each choice of each row.
 
     Args:
@@ -166,7 +189,8 @@ def likelihood_job(rows: list[Row], data: DataConfig, tokenizer: Any, batch_size
     Raises:
         DataError: a row has no choices, or one without a token of its own.
     """
-    form = detect(rows[0]) if data.format is DataFormat.auto else data.format
+    form = detect(rows[0], data)
+    note = _told(rows, form, data, system)
     questions, asked = [], []
     for row in rows:
         question = question_of(row)
@@ -200,12 +224,15 @@ def likelihood_job(rows: list[Row], data: DataConfig, tokenizer: Any, batch_size
         return records
 
     lengths = [max(len(ids) for ids, _, _ in candidates) for candidates in asked]
-    return Job(lengths, _hash(asked, questions), score)
+    return Job(lengths, _hash(asked, questions), score, note)
 
 
-def generate_job(rows: list[Row], data: DataConfig, tokenizer: Any, max_new_tokens: int, ends: list[int]) -> Job:
+def generate_job(
+    rows: list[Row], data: DataConfig, tokenizer: Any, max_new_tokens: int, ends: list[int], system: str | None = None
+) -> Job:
     """The greedy answer to each row, and whether it is right."""
-    form = detect(rows[0]) if data.format is DataFormat.auto else data.format
+    form = detect(rows[0], data)
+    note = _told(rows, form, data, system)
     prompts = [encode_prompt(row, form, tokenizer, data) for row in rows]
     golds = [gold_of(row, form) for row in rows]
     questions = [question_of(row) for row in rows]
@@ -227,7 +254,7 @@ def generate_job(rows: list[Row], data: DataConfig, tokenizer: Any, max_new_toke
 
     named = ["answer" in row.values for row in rows]
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    return Job(lengths, _hash(prompts, golds, questions, named, ends, max_new_tokens), score)
+    return Job(lengths, _hash(prompts, golds, questions, named, ends, max_new_tokens), score, note)
 
 
 def _hash(*parts: Any) -> str:

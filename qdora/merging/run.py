@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from qdora import parallel
 from qdora.adapter import peft_format
+from qdora.adapter.trained_over import read_system, write_note
 from qdora.config import MergeBase, MergeConfig, MergeFormat, QuantConfig, QuantMethod
 from qdora.errors import EXIT_NOT_VERIFIED, ConfigError
 from qdora.files import NO_ROOM, lock, write_durably
@@ -173,6 +174,9 @@ def _write_rest(
         if verification["failed"]:  # before what says that it was verified
             write_durably(folder / MARK, "\n".join(verification["failed"]) + "\n")
         write_durably(folder / VERIFICATION, json.dumps(verification, indent=2) + "\n")
+    system = read_system(parts.adapter_folder)
+    if system is not None:
+        write_note(folder, None, system=system)
     write_durably(folder / CARD, model_card(parts, record, verification, output))
     write_durably(folder / RECORD, json.dumps(record, indent=2) + "\n")
 

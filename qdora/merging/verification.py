@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from qdora.adapter.dora import switched_off
-from qdora.config import DataFormat, MergeBase, MergeFormat, ParallelConfig, Plan, QuantConfig, QuantMethod
+from qdora.config import DataConfig, DataFormat, MergeBase, MergeFormat, ParallelConfig, Plan, QuantConfig, QuantMethod
+from qdora.data.columns import read_rows
 from qdora.data.encode import NothingToLearn, detect, encode
-from qdora.data.sources import Row, load_rows
+from qdora.data.sources import Row
 from qdora.errors import DataError, ModelError
 from qdora.merging.parts import Parts
 from qdora.model import load_model
@@ -96,23 +97,24 @@ def find_held_out(parts: Parts, given: str | None, tokenizer: Any) -> HeldOut:
         DataError: `given` cannot be read, or has nothing to learn.
     """
     if given is not None:
-        return _samples(load_rows(given), parts.data.format, given, parts, tokenizer)
+        return _samples(read_rows(parts.data, given), parts.data, given, parts, tokenizer)
     source = parts.data.eval
     if source is not None:
         try:
-            return _samples(load_rows(source, parts.data.limit), parts.data.format, source, parts, tokenizer)
+            return _samples(read_rows(parts.data, source, parts.data.limit), parts.data, source, parts, tokenizer)
         except DataError as error:
             print(f"data.eval={source} cannot be used any more, a text of qdora's own takes its place: {error}")
     paragraphs = BUILT_IN.read_text(encoding="utf-8").split("\n\n")
     rows = (Row({"text": text}, f"{BUILT_IN.name} paragraph {index}") for index, text in enumerate(paragraphs, 1))
-    return _samples(rows, DataFormat.text, "qdora's own text", parts, tokenizer)
+    as_text = replace(parts.data, format=DataFormat.text)
+    return _samples(rows, as_text, "qdora's own text", parts, tokenizer)
 
 
-def _samples(rows: Iterable[Row], form: DataFormat, source: str, parts: Parts, tokenizer: Any) -> HeldOut:
+def _samples(rows: Iterable[Row], data: DataConfig, source: str, parts: Parts, tokenizer: Any) -> HeldOut:
     samples: list[Sample] = []
-    left = MAX_TOKENS
+    form, left = DataFormat.auto, MAX_TOKENS
     for row in islice(rows, MAX_ROWS):
-        form = detect(row) if form is DataFormat.auto else form
+        form = detect(row, data) if form is DataFormat.auto else form
         try:
             ids, learned = encode(row, form, tokenizer, parts.data)
         except NothingToLearn:

@@ -21,7 +21,8 @@ from qdora.config import (
     QuantMethod,
     TrainConfig,
 )
-from qdora.config.commands import changed
+from qdora.config.commands import changed, written
+from qdora.config.groups import ACCUMULATION_STEPS
 from qdora.errors import ModelError, QdoraError, first_line
 from qdora.model.build import EmptyModel, build_model
 from qdora.planning.activations import FASTEST_FIRST, Activations, Simulation
@@ -72,11 +73,11 @@ class Choice:
 
     def options(self, task: Task) -> dict[str, Any]:
         """The task's groups of options that it changes, beside `parallel`."""
-        rows, batches = self.micro_batch_size, self.num_accumulation_steps
-        return {
-            "quant": replace(task.quant, embeddings=self.embeddings),
-            "train": replace(task.train, micro_batch_size=rows, num_accumulation_steps=batches),
-        }
+        train, chosen = task.train, (self.micro_batch_size, self.num_accumulation_steps)
+        # Rows a step that are left open, and as ever, stay so: the size of the data decides when the run starts.
+        if train.num_accumulation_steps is not None or chosen != (train.micro_batch_size, ACCUMULATION_STEPS):
+            train = replace(train, micro_batch_size=chosen[0], num_accumulation_steps=chosen[1])
+        return {"quant": replace(task.quant, embeddings=self.embeddings), "train": train}
 
     @property
     def layout(self) -> str:
@@ -150,7 +151,8 @@ class Planner:
 
     def over_rows(self, layouts: Iterable[ParallelConfig], embeddings: bool) -> list[Planned]:
         """Each layout with the rows that a rank has in a step in fewer or more micro-batches."""
-        rows = self.task.train.micro_batch_size * self.task.train.num_accumulation_steps
+        train = self.task.train
+        rows = train.micro_batch_size * (train.num_accumulation_steps or ACCUMULATION_STEPS)
         sizes = [size for size in range(1, min(rows, MOST_ROWS) + 1) if rows % size == 0]
         return [self.plan(Choice(parallel, size, rows // size, embeddings)) for parallel in layouts for size in sizes]
 
@@ -295,6 +297,8 @@ def _word(value: Any) -> str:
         return value.name
     if isinstance(value, list):
         return f"[{','.join(map(repr, value))}]"
+    if isinstance(value, dict):
+        return written(value)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

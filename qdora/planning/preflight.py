@@ -8,6 +8,7 @@ import torch
 from qdora import parallel
 from qdora.config import ActivationCheckpointing, OnExceed, ParallelConfig, Plan, QuantMethod, RunConfig
 from qdora.config.commands import changed
+from qdora.config.groups import ACCUMULATION_STEPS
 from qdora.device_memory import free_host_memory, free_memory
 from qdora.errors import ConfigError, ModelError
 from qdora.parallel import World
@@ -92,7 +93,8 @@ def _plan_all(config: RunConfig, planner: Planner, tight: bool = False) -> list[
     """Each layout with as little recomputation as fits, or with every kind where none does."""
     train, considered = config.train, list[Planned]()
     for given in planner.layouts(config.parallel, tight):
-        choice = Choice(given, train.micro_batch_size, train.num_accumulation_steps, config.quant.embeddings)
+        batches = train.num_accumulation_steps or ACCUMULATION_STEPS
+        choice = Choice(given, train.micro_batch_size, batches, config.quant.embeddings)
         if not any(planned.fits and planned.choice.layout == choice.layout for planned in considered):
             considered.append(planner.plan(choice))
     return considered

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,30 @@ from rich.console import Console
 
 from qdora.config import PlanConfig, Report
 from qdora.data import prepare
+from qdora.data.loader import num_rows
 from qdora.errors import ConfigError
 from qdora.files import output_may_close
 from qdora.model import load_tokenizer
 from qdora.model.folder import config_folder
 from qdora.planning.hardware import find_hardware
+from qdora.planning.length import fitted, steps_of
 from qdora.planning.plans import Planned, Planner, fastest
 from qdora.planning.report import as_json, draw, show
 
 LEAST_WIDTH = 96
 """Columns of the table; a narrower terminal wraps its lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The size of the user's data."""
+
+    num_rows: int
+    """Of an epoch."""
+    num_tokens: int
+    """Of an epoch."""
+    num_steps: int
+    """Of the run."""
 
 
 def plan(config: PlanConfig) -> int:
@@ -28,10 +43,11 @@ def plan(config: PlanConfig) -> int:
         QdoraError: the model's config, the hardware or the data cannot be read, or the figure not be written.
     """
     hardware = find_hardware(config.hardware)
+    config, data = _with_data(config, hardware.num_ranks)
     planner = Planner(config, config_folder(config.model), hardware)
     plans = planner.plans()
     chosen = fastest(plans)
-    more = _whole_run(config, chosen) if chosen else {}
+    more = _whole_run(config, data, chosen) if data and chosen else {}
     with output_may_close():
         if config.report is Report.json:
             print(as_json(planner, plans, more))
@@ -67,14 +83,21 @@ def _tell(config: PlanConfig, planner: Planner, plans: list[Planned], more: dict
         print("Nothing fits: lower data.max_length or adapter.rank, or take quant=nf4, a smaller model, or more cards")
 
 
-def _whole_run(config: PlanConfig, chosen: Planned) -> dict[str, Any]:
-    """What the user's data takes over all epochs; nothing where none is given."""
+def _with_data(config: PlanConfig, num_ranks: int) -> tuple[PlanConfig, Data | None]:
+    """The config with what training would choose by the size of the data, and that; as given where there is none."""
     if config.data.train is None:
-        return {}
+        return config, None
     tokenizer = load_tokenizer(config_folder(config.model), config.model, config.adapter.path)
     dataset = prepare(config.data, config.data.train, tokenizer)
-    num_tokens = math.ceil(dataset.report.num_tokens * (config.train.num_epochs or 1.0))
-    num_steps = config.train.num_steps or math.ceil(num_tokens / chosen.tokens_per_step)
-    hours = num_steps * chosen.time.seconds / 3600
+    rows = num_rows(dataset.lengths, config.data.packing, config.data.max_length)
+    train = fitted(config.train, rows, num_ranks)
+    return replace(config, train=train), Data(rows, dataset.report.num_tokens, steps_of(train, rows, num_ranks))
+
+
+def _whole_run(config: PlanConfig, data: Data, chosen: Planned) -> dict[str, Any]:
+    """What the user's data takes over all epochs."""
+    epochs = config.train.num_epochs or 1.0
+    hours = data.num_steps * chosen.time.seconds / 3600
     price = {} if config.price_per_hour is None else {"price": hours * config.price_per_hour}
-    return {"num_tokens": num_tokens, "num_steps": num_steps, "hours": hours, **price}
+    num_tokens = math.ceil(data.num_tokens * epochs)
+    return {"num_tokens": num_tokens, "num_steps": data.num_steps, "hours": hours, **price}

@@ -10,9 +10,10 @@ from qdora import parallel
 from qdora.adapter import peft_format
 from qdora.adapter.dora import switched_off
 from qdora.config import AdapterConfig, AdapterMethod, ChatConfig, DataFormat, QuantConfig, QuantMethod, RunConfig
+from qdora.data.columns import read_rows
 from qdora.data.conversation import conversation
 from qdora.data.encode import detect, encode_prompt, reference
-from qdora.data.sources import Row, load_rows
+from qdora.data.sources import Row
 from qdora.errors import QdoraError
 from qdora.files import read_json, write_durably
 from qdora.model import check_vocabulary, load_tokenizer, model_folder
@@ -91,11 +92,10 @@ def _make(folder: RunFolder, config: RunConfig, count: int) -> list[Answer]:
 def _prompts(
     config: RunConfig, tokenizer: Any, count: int, context: int | None
 ) -> tuple[list[Row], list[list[int]], DataFormat]:
-    form = config.data.format
+    form = DataFormat.auto
     found: list[tuple[Row, list[int]]] = []
-    rows = load_rows(str(config.data.eval))
-    for row in rows:
-        form = detect(row) if form is DataFormat.auto else form
+    for row in read_rows(config.data, str(config.data.eval)):
+        form = detect(row, config.data) if form is DataFormat.auto else form
         prompt = encode_prompt(row, form, tokenizer, config.data)
         if context is None or len(prompt) + MAX_NEW_TOKENS <= context:
             found.append((row, prompt))

@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from qdora.config import DataFormat, Pick, Report, ShowConfig
+from qdora.config.groups import ACCUMULATION_STEPS
 from qdora.data import BatchLoader, DataReport, TokenDataset, prepare
 from qdora.data.conversation import Told
 from qdora.data.dataset import IGNORED, Integers, samples_of, source_rows
+from qdora.data.loader import num_rows
 from qdora.errors import ConfigError
 from qdora.files import output_may_close
+from qdora.planning.length import fitted
 from qdora.show.lengths import Lengths, draw, histogram
 from qdora.show.spelling import Spelling
 from qdora.show.terminal import bold, painted, token_lines, visible, wants_colours
@@ -56,10 +59,12 @@ class Source:
         self.data: TokenDataset = prepare(config.data, self.path, tokenizer)
         self.report: DataReport = self.data.report
         is_trained = name == "data.train"
+        rows = num_rows(self.data.lengths, config.data.packing, config.data.max_length)
+        batches = fitted(config.train, rows, num_ranks=1).num_accumulation_steps or ACCUMULATION_STEPS
         self.loader = BatchLoader(
             self.data,
             micro_batch_size=config.train.micro_batch_size,
-            num_accumulation_steps=config.train.num_accumulation_steps if is_trained else 1,
+            num_accumulation_steps=batches if is_trained else 1,
             max_length=config.data.max_length,
             packing=config.data.packing,
             rank=0,
@@ -206,7 +211,8 @@ def summary(source: Source, colours: bool) -> Iterator[str]:
     yield from (f"  {visible(note)}" for note in report.notes)
     rows = f"{loader.num_rows:,} row{'s' * (loader.num_rows > 1)}"
     full = f" of {config.data.max_length:,} tokens, {loader.packing_efficiency:.0%} full" if config.data.packing else ""
-    steps = f"{loader.steps_per_epoch:,} step{'s' * (loader.steps_per_epoch > 1)} of {loader.rows_per_step} rows"
+    steps = f"{loader.steps_per_epoch:,} step{'s' * (loader.steps_per_epoch > 1)}"
+    steps += f" of {loader.rows_per_step} row{'s' * (loader.rows_per_step > 1)}"
     of_rank = f"; {steps} on one rank" if source.name == "data.train" else ""
     yield f"  {'an epoch' if of_rank else 'an evaluation'}: {rows}{full}{of_rank}\n"
     numbers = lengths.numbers()

@@ -88,7 +88,9 @@ def group_options(config: StudyConfig, group: str, but: Collection[str] = ()) ->
     """Options of a group as the command line takes them: what differs from the defaults, except `but`."""
     given = getattr(config, group)
     pairs = changed(given, type(given)()).items()
-    return [f"{group}.{name}={written(value)}" for name, value in pairs if name not in but]
+    # Hydra refuses names that are not there yet, of data.columns, without the signs.
+    signs = {name: "++" if isinstance(value, dict) else "" for name, value in pairs}
+    return [f"{signs[name]}{group}.{name}={written(value)}" for name, value in pairs if name not in but]
 
 
 def shared_options(config: StudyConfig) -> list[str]:

@@ -48,14 +48,17 @@ def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str,
     config, world, loaded, folder = trainer.config, trainer.world, trainer.loaded, trainer.folder
     template = _template_to_write(trainer, base)
     reshard(loaded.model)
+    system = trainer.train_loader.dataset.report.system
     ended = status in ("finished", "completed_without_last_checkpoint")
     with parallel.failing_together(world), _disk_errors_told(folder):
         if ended and config.adapter.method is AdapterMethod.none:
             export_model(loaded, folder.model, base, world, template)
+            if world.is_main and system is not None:
+                write_note(folder.model, None, system=system)
         elif ended:
             peft_format.save(loaded.model, folder.adapter, loaded.adapter, str(config.model.path), loaded.dtype, world)
             if world.is_main:
-                write_note(folder.adapter, config.quant, contents["model.path"])
+                write_note(folder.adapter, config.quant, base_fingerprint=contents["model.path"], system=system)
                 _write_tokenizer(folder.adapter, base, config.adapter.path, template)
     peaks = parallel.gather(world, memory_gib(world))
     own_bytes, total_bytes = weight_bytes(loaded.model)

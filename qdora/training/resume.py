@@ -18,6 +18,7 @@ from qdora.checkpoint_folder import Manifest
 from qdora.config import RunConfig
 from qdora.config.values import option
 from qdora.errors import CheckpointError, ConfigError
+from qdora.planning.length import resumed
 from qdora.run_folder import RunFolder
 
 
@@ -36,6 +37,7 @@ def check_early(config: RunConfig) -> None:
     found = folder.find_checkpoint(config, in_full=False)
     if found is None:
         return
+    config = as_it_was(config, num_ranks, found[1])
     keep_rows_per_step(config, num_ranks, found[1])
     if config.train.num_steps is not None and not folder.is_finished():
         check_num_steps(config, *found, config.train.num_steps)
@@ -48,6 +50,12 @@ def new_run_id() -> str:
     agent = psutil.Process(os.getppid())
     letters = hashlib.sha256(f"{agent.pid} {agent.create_time()}".encode()).hexdigest()[:4]
     return time.strftime("%Y%m%d-%H%M%S-", time.localtime(agent.create_time())) + letters
+
+
+def as_it_was(config: RunConfig, num_ranks: int, manifest: Manifest) -> RunConfig:
+    """Returns `config` with the length that it leaves open as the run had it."""
+    then, rows = manifest.config["train"], manifest.rows_per_step
+    return replace(config, train=resumed(config.train, then, rows, num_ranks))
 
 
 def keep_rows_per_step(config: RunConfig, num_ranks: int, manifest: Manifest) -> RunConfig:

@@ -1,6 +1,5 @@
 """A run from start to end: data, model, resume, training, and what it leaves in its folder."""
 
-import math
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from qdora.config import (
     PreflightConfig,
     RunConfig,
 )
+from qdora.config.groups import ACCUMULATION_STEPS
 from qdora.config.values import config_from_values, config_values
 from qdora.data import BatchLoader, TokenDataset, prepare
 from qdora.device_memory import explaining_shortage, free_memory
@@ -34,6 +34,7 @@ from qdora.model.folder import other_base
 from qdora.model.loss import check_token_loss
 from qdora.optim import state_tensors
 from qdora.parallel import World
+from qdora.planning.length import describe, few_steps, fitted, steps_of
 from qdora.planning.preflight import Settled, settle
 from qdora.rates import Rates, measure_rates
 from qdora.run_folder import CHANGES, RunFolder
@@ -43,8 +44,8 @@ from qdora.tracking import make_tracker
 from qdora.training.graph import check_device, check_model
 from qdora.training.memory import StepBytes, choose_recomputation, remedies, step_bytes
 from qdora.training.results import conclude, num_trainable, versions, write_results
-from qdora.training.resume import check_fingerprints, check_num_steps, keep_rows_per_step, new_run_id
-from qdora.training.trainer import CHANGED, Trainer, num_steps
+from qdora.training.resume import as_it_was, check_fingerprints, check_num_steps, keep_rows_per_step, new_run_id
+from qdora.training.trainer import CHANGED, Trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +55,6 @@ class Recomputation:
     kind: ActivationCheckpointing
     need: StepBytes
     told: str
-
-
-FEW_STEPS = 20
-"""Updates with which a run begins to learn."""
 
 
 def train(config: RunConfig) -> int:
@@ -87,6 +84,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     run_id = new_id if found is None or config.run_id else found[1].run_id
     given = config = replace(config, run_id=run_id, output_dir=str(folder.path))
     if found is not None:
+        given = as_it_was(given, world.size, found[1])
         config = keep_rows_per_step(given, world.size, found[1])
     torch.manual_seed(config.seed * 1000 + world.rank)  # dropout; every rank its own
 
@@ -104,15 +102,21 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
         world, lambda: [prepare(config.data, path, tokenizer) for path in paths]
     )
     train_loader = _loader(config, world, train_data, tokenizer.pad_token_id, shuffle=True)
+    said, (given, config) = config.train, _with_length(given, config, train_loader.num_rows, world.size)
+    length = [describe(said, config.train, train_loader.num_rows, world.size)]
+    length += [few_steps(said, train_loader.num_rows, world.size)]
+    if train_loader.num_accumulation_steps != config.train.num_accumulation_steps:
+        train_loader = _loader(config, world, train_data, tokenizer.pad_token_id, shuffle=True)
+    num_steps = steps_of(config.train, train_loader.num_rows, world.size)
     with parallel.failing_together(world):
         fingerprints = {"data": train_data.fingerprint, "model": CheckpointFiles(base).fingerprint()}
     if found is not None:
         check_fingerprints(config, *found, fingerprints)
-        if found[1].step >= num_steps(config, train_loader) and parallel.broadcast(world, folder.is_finished()):
+        if found[1].step >= num_steps and parallel.broadcast(world, folder.is_finished()):
             if world.is_main:
                 _say_finished(folder, _changes(given, world, found[1], fingerprints))
             return 0
-        check_num_steps(config, *found, num_steps(config, train_loader))
+        check_num_steps(config, *found, num_steps)
     eval_loader = None
     if eval_data:
         eval_loader = partial(_loader, config, world, eval_data[0], tokenizer.pad_token_id, shuffle=False)
@@ -158,7 +162,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     for record in folder.read_metrics():  # what a killed run had not sent; the tracker knows what it has
         trainer.tracker.log({name: value for name, value in record.items() if name != CHANGED}, record["step"])
     if world.is_main:
-        _announce(config, world, loaded, [train_data, *eval_data], trainer)
+        _announce(config, world, loaded, [train_data, *eval_data], trainer, length)
         if not settled.exceeds:
             print(settled.told)
         print(recomputation.told)
@@ -323,7 +327,7 @@ def _loader(config: RunConfig, world: World, data: TokenDataset, pad_token_id: i
     return BatchLoader(
         data,
         micro_batch_size=config.train.micro_batch_size,
-        num_accumulation_steps=config.train.num_accumulation_steps if shuffle else 1,
+        num_accumulation_steps=(config.train.num_accumulation_steps or ACCUMULATION_STEPS) if shuffle else 1,
         max_length=config.data.max_length,
         packing=config.data.packing,
         rank=world.rank,
@@ -343,36 +347,22 @@ def _resume(trainer: Trainer, path: Path, manifest: Manifest) -> None:
     trainer.guard.load_state_dict(manifest.guard)
 
 
-def few_steps(config: RunConfig, num_rows: int, num_ranks: int) -> str | None:
-    """Says so where a run has too few updates to learn much, with what gives it more; None where it has enough.
-
-    Nothing is said of a run whose length the user has set.
-
-    Args:
-        num_rows: of an epoch, on all ranks.
-    """
-    train = config.train
-    epochs = train.num_epochs or 1.0
-
-    def steps(num_batches: int, epochs: float) -> int:
-        return max(1, math.ceil(epochs * math.ceil(num_rows / (num_ranks * train.micro_batch_size * num_batches))))
-
-    now = steps(train.num_accumulation_steps, epochs)
-    if now >= FEW_STEPS or train.num_steps is not None:
-        return None
-    smaller = [number for number in range(1, train.num_accumulation_steps + 1) if steps(number, epochs) >= FEW_STEPS]
-    num_batches, more_epochs = max(smaller, default=1), epochs
-    while steps(num_batches, more_epochs) < FEW_STEPS:
-        more_epochs += epochs
-    options = [f"train.num_accumulation_steps={num_batches}"] if num_batches != train.num_accumulation_steps else []
-    options += [f"train.num_epochs={more_epochs:g}"] if more_epochs != epochs else []
-    return (
-        f"{now} step{'s' if now > 1 else ''} for {epochs:g} pass{'es' if epochs > 1 else ''} over the data: few to "
-        f"learn from; {' '.join(options)} gives {steps(num_batches, more_epochs)}"
-    )
+def _with_length(given: RunConfig, config: RunConfig, num_rows: int, num_ranks: int) -> tuple[RunConfig, RunConfig]:
+    """Both with what they leave open of the run's length; `config` is `given` with the rows a step of a resumed run."""
+    made = fitted(config.train, num_rows, num_ranks)
+    names = ("num_accumulation_steps", "num_epochs")
+    chosen = {name: getattr(made, name) for name in names if getattr(config.train, name) is None}
+    return replace(given, train=replace(given.train, **chosen)), replace(config, train=made)
 
 
-def _announce(config: RunConfig, world: World, loaded: LoadedModel, data: list[TokenDataset], trainer: Trainer) -> None:
+def _announce(
+    config: RunConfig,
+    world: World,
+    loaded: LoadedModel,
+    data: list[TokenDataset],
+    trainer: Trainer,
+    length: list[str | None],
+) -> None:
     trainable = num_trainable(loaded)
     plan = config.parallel.plan_on(world.size).name
     print(f"model: {config.model.path}, {'; '.join(loaded.report.lines())}; {trainable:,} trainable parameters")
@@ -382,9 +372,8 @@ def _announce(config: RunConfig, world: World, loaded: LoadedModel, data: list[T
     packed = f"; rows {trainer.train_loader.packing_efficiency:.0%} full" if config.data.packing else ""
     for name, dataset, more in zip(("train:", "eval: "), data, (packed, ""), strict=False):
         print(f"{name} {dataset.report.describe(more)}")
-    few = few_steps(config, trainer.train_loader.num_rows, world.size)
-    if few:
-        print(few)
+    for line in filter(None, length):
+        print(line)
     if trainer.tracker.notice:
         print(trainer.tracker.notice)
     if trainer.step:

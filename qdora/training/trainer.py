@@ -23,6 +23,7 @@ from qdora.model import LoadedModel
 from qdora.model.loss import Rows, backward, batch_loss, mean_loss
 from qdora.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate, state_tensors
 from qdora.parallel import World, all_sum, arm_watchdog, disarm_watchdog, gather, summed
+from qdora.planning.length import steps_of
 from qdora.rates import Rates
 from qdora.run_folder import RunFolder
 from qdora.sharding import average_gradients, reshard, set_gradient_sync
@@ -80,7 +81,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optim)
         # DoRA's row norms, and the rounded factors, follow the weights here and nowhere else in training.
         self.optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
-        self.num_steps = num_steps(config, train_loader)
+        self.num_steps = steps_of(config.train, train_loader.num_rows, world.size)
         self.checkpoints = Checkpoints(folder.checkpoints, world, config.train.keep_checkpoints)
         self.guard = StepGuard(config.train.on_bad_step, config.train.spike_deviations)
         self.step = 0
@@ -318,11 +319,3 @@ def accumulate_gradients(
         total += add(batch, num_label_tokens)
     average_gradients(model, world)
     return torch.cat([summed(world, total), counts])
-
-
-def num_steps(config: RunConfig, loader: BatchLoader) -> int:
-    """Optimiser updates of the whole run."""
-    if config.train.num_steps is not None:
-        return config.train.num_steps
-    epochs = 1.0 if config.train.num_epochs is None else config.train.num_epochs
-    return max(1, math.ceil(epochs * loader.steps_per_epoch))

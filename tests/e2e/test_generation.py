@@ -309,6 +309,33 @@ def test_chat_keeps_the_conversation_until_it_is_started_over(
     assert len(capsys.readouterr().out.splitlines()) >= 3
 
 
+def test_system_turn_of_the_training_is_used_told_replaced_and_left_out(
+    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the note of an adapter, and of a model that was merged or trained whole."""
+    adapter, model = tmp_path / "adapter", tmp_path / "model"
+    shutil.copytree(RunFolder(run).adapter, adapter)
+    shutil.copytree(tiny, model)
+    write_note(adapter, QuantConfig(), system="be kind")
+    write_note(model, None, system="be kind")
+    of_adapter = {"adapter": str(adapter), "model": model_of(tiny)}
+    for options in (of_adapter, {"model": model_of(model)}):
+        capsys.readouterr()
+        (prompt,) = converse(monkeypatch, "first\n", tiny, **options)
+        assert prompt == "<s>### System:\nbe kind\n\n### User:\nfirst\n\n### Assistant:\n"
+        assert (
+            "system turn of the training: 'be kind' (system=... gives another, system= none)" in capsys.readouterr().err
+        )
+        (prompt,) = converse(monkeypatch, "first\n", tiny, **options, system="be brief")
+        assert prompt.startswith("<s>### System:\nbe brief\n\n")
+        (prompt,) = converse(monkeypatch, "first\n", tiny, **options, system="")
+        assert prompt.startswith("<s>### User:")
+        assert "system turn" not in capsys.readouterr().err.partition("loading")[2].partition("loading")[2]
+    make_tokenizer(PLAIN_TEMPLATE).save_pretrained(model)  # has no place for it
+    (prompt,) = converse(monkeypatch, "first\n", model, model=model_of(model))
+    assert "be kind" not in prompt
+
+
 def test_chat_over_a_pipe_answers_as_transformers_does(smollm2: Path, theirs: Any) -> None:
     """As a user runs it; the first answer is read while the command waits for the second line."""
     count = 10

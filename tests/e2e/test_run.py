@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from qdora.adapter.trained_over import read_system
 from qdora.commands import compose, typed
 from qdora.config import RunConfig
 from qdora.config.values import config_values, flatten
@@ -81,6 +82,45 @@ def test_interrupted_run_saves_says_how_to_go_on_and_does(
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"going on from step {stopped_at} of 30" in done.stdout
     assert losses_of(tmp_path / "run") == losses_of(uninterrupted[nproc])
+
+
+@pytest.mark.parametrize("method", ["lora", "none"])
+def test_system_turn_of_every_conversation_stands_beside_what_was_trained(
+    tiny: Path, tmp_path: Path, method: str
+) -> None:
+    """And beside what is merged of it."""
+    rows = [{"instruction": f"{number}?", "output": f"{number}!", "system": "Be brief."} for number in range(4)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "run"
+    given = [*long_run(tiny, data), "adapter.dropout=0", "quant=none", f"adapter={method}", "train.num_steps=1"]
+    done = qdora("train", *given, f"output_dir={output}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    folders = [output / ("model" if method == "none" else "adapter")]
+    if method == "lora":
+        folders.append(tmp_path / "merged")
+        done = qdora("merge", f"run={output}", f"output={folders[-1]}", "verify=false")
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert [read_system(folder) for folder in folders] == ["Be brief."] * len(folders)
+
+
+def test_length_that_was_chosen_is_recorded_and_kept(tiny: Path, data: Path, tmp_path: Path) -> None:
+    """48 rows make 24 steps of 2 rows on one rank, and go on as steps of 2 rows on two."""
+    given = [option for option in long_run(tiny, data) if not re.match(r"train\.num_", option)]
+    given += ["data.packing=false", f"output_dir={tmp_path / 'run'}"]
+    done = qdora("train", *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = "train.num_accumulation_steps=2 train.num_epochs=1 by the size of the data, 48 rows"
+    assert f"length: 24 steps; {said}" in done.stdout
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]
+    assert (kept["num_steps"], kept["num_epochs"], kept["num_accumulation_steps"]) == (None, 1, 2)
+    assert summary_of(tmp_path / "run")["steps"] == 24
+    assert "is finished already" in qdora("train", *given, nproc=2).stdout
+    done = qdora("train", *given, "train.num_epochs=2", nproc=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on from step 24 of 48" in done.stdout
+    assert "length:" not in done.stdout
+    assert summary_of(tmp_path / "run")["num_tokens"] == 2 * metrics_of(tmp_path / "run")[23]["num_tokens"]
 
 
 @pytest.mark.parametrize("nproc", [2, *nightly(1)])

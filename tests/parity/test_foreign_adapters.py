@@ -349,7 +349,7 @@ def named(folder: Path, base: str | None, fingerprint: str | None = None) -> Pat
     (folder / peft_format.CONFIG).write_text(json.dumps({"base_model_name_or_path": base}))
     (folder / NOTE).unlink(missing_ok=True)
     if fingerprint is not None:
-        write_note(folder, QuantConfig(), fingerprint)
+        write_note(folder, QuantConfig(), base_fingerprint=fingerprint)
     return folder
 
 

@@ -359,6 +359,8 @@ def test_held_out_comes_from_what_is_given_then_the_run_then_qdora(
     assert samples[0].learned == [False] * 12 + [True] * 2
     found = find_held_out(parts, None, make_tokenizer())
     assert (found.source, found.samples[0].learned) == (str(own), [True] * 14)
+    mapped = replace(parts, data=replace(parts.data, columns={"completion": "prompt", "prompt": "completion"}))
+    assert find_held_out(mapped, str(given), make_tokenizer()).samples[0].learned == [False] + [True] * 13
     own.unlink()
     assert find_held_out(parts, None, make_tokenizer()).source == "qdora's own text"
     assert f"data.eval={own} cannot be used any more" in capsys.readouterr().out

@@ -33,7 +33,9 @@ from tests.support import ROOT
 
 def run_config(**groups: object) -> RunConfig:
     values = {"model": ModelConfig(path="model"), "data": DataConfig(train="data.jsonl"), **groups}
-    return RunConfig(**values)  # type: ignore[arg-type]
+    config = RunConfig(**values)  # type: ignore[arg-type]
+    batches = config.train.num_accumulation_steps or 8  # as the size of the data would settle it
+    return replace(config, train=replace(config.train, num_accumulation_steps=batches))
 
 
 def manifest_of(config: RunConfig, step: int, changes: list[Change] | None = None) -> Manifest:

@@ -428,3 +428,24 @@ def test_long_conversations_take_time_in_proportion() -> None:
         encode(row, DataFormat.messages, tokenizer)
         seconds.append(time.process_time() - started)
     assert seconds[1] < 10 * seconds[0], "four times the turns"
+
+
+@pytest.mark.parametrize(
+    ("systems", "template", "expected"),
+    [
+        (["Be brief.", "Be brief."], None, "Be brief."),
+        (["Be brief.", "Be kind."], None, None),
+        (["Be brief.", None], None, None),
+        ([None, None], None, None),
+        (["Be brief.", "Be brief."], "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", None),
+    ],
+)
+def test_system_turn_is_known_where_every_sample_has_and_shows_it(
+    systems: list[str | None], template: str | None, expected: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.jsonl"
+    rows = [{"messages": TURNS} | ({} if system is None else {"system": system}) for system in systems]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(train=str(file), cache_dir=str(tmp_path / "cache"))
+    for _ in range(2):  # tokenised, and from the cache
+        assert prepare(config, str(file), make_tokenizer(template)).report.system == expected

@@ -237,3 +237,30 @@ def test_splits_of_a_folder_are_held_out_by_name(tmp_path: Path) -> None:
     report = prepare(config, f"{folder}#all", make_tokenizer()).report
     assert report.num_rows == 1
     assert report.notes == [f"not trained on, as data.eval holds it out (1 time, first in {folder}/test.jsonl)"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+def test_text_in_another_unicode_encoding_is_read(tmp_path: Path, encoding: str, name: str) -> None:
+    rows = [{"prompt": "größer\u2028?", "completion": "ਊ😀"}, {"prompt": "b", "completion": "c\u0a0d"}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    if name == "a.json":
+        text = json.dumps(rows, ensure_ascii=False)
+    if name == "a.csv":
+        text = "\r\n".join(["prompt,completion", *(",".join(row.values()) for row in rows)])
+    content = text.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert [row.values for row in load_rows(str(tmp_path / name))] == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}'.encode("utf-16")[:-1], "begins as utf-16 and is something else: .* Save it as UTF-8"),
+        ('{"text": "größer"}'.encode("latin-1"), "line 1 is not UTF-8: .* Save it as UTF-8"),
+    ],
+)
+def test_text_that_is_not_unicode_is_told_with_what_to_do(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(load_rows(str(tmp_path / "a.jsonl")))

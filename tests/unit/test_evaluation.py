@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qdora.adapter import peft_format
 from qdora.adapter.dora import adapted_layers
+from qdora.adapter.trained_over import write_note
 from qdora.config import (
     AdapterConfig,
     AdapterMethod,
@@ -65,6 +66,7 @@ def score(
     protocol: Protocol,
     max_length: int = DataConfig().max_length,
     ignore_keys: Sequence[str] = (),
+    columns: dict[str, str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluates `rows` and reads what was written."""
@@ -78,6 +80,7 @@ def score(
             cache_dir=str(tmp_path / "cache"),
             max_length=max_length,
             ignore_keys=[*ignore_keys],
+            columns=columns or {},
         ),
         protocol=protocol,
         output_dir=str(tmp_path / "results"),
@@ -173,6 +176,50 @@ def test_rows_are_asked_without_what_is_ignored(model: Path, tmp_path: Path) -> 
     ]
     assert asked[0] == asked[1]
     assert asked[0] != asked[2]
+
+
+@pytest.mark.parametrize("protocol", [Protocol.likelihood, Protocol.generate])
+def test_keys_that_nothing_reads_are_told_or_refused_as_in_training(
+    protocol: Protocol, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"role": "user", "content": "a or b?"}, {"role": "assistant", "content": "a"}]
+    row = {"messages": turns, "choices": ["a", "b"], "answer": "a", "id": 3}
+    score(model, [row], tmp_path, protocol)
+    assert "is not read" not in capsys.readouterr().out
+    score(model, [row | {"mood": "good"}], tmp_path, protocol)
+    assert "mood is not read (data.ignore_keys=[mood] silences this) (1 time, first in" in capsys.readouterr().out
+    for more in ({"label": False}, {"messages": [turns[0] | {"loss_mask": [1]}, turns[1]]}):
+        with pytest.raises(DataError, match="is not read, and it may change what is to be learned"):
+            score(model, [row | more], tmp_path, protocol)
+
+
+def test_rows_are_asked_without_the_system_turn_of_the_training_and_that_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = tmp_path / "trained"
+    shutil.copytree(model, trained)
+    rows = [
+        {"instruction": "a or b?", "output": "a", "answer": "a"},
+        {"instruction": "b?", "output": "b", "system": "x"},
+    ]
+    plain = score(trained, rows, tmp_path, Protocol.generate)
+    (tmp_path / "results" / "results.json").unlink()
+    write_note(trained, None, system="be kind")
+    told = score(trained, rows, tmp_path, Protocol.generate)
+    assert told["samples"] == plain["samples"]
+    assert "asked without a system turn, which every sample of training had (1 time, first" in told["notes"][0]
+
+
+@pytest.mark.parametrize("protocol", [Protocol.loss, Protocol.likelihood, Protocol.generate])
+def test_mapped_columns_are_scored_as_if_they_had_these_names(protocol: Protocol, model: Path, tmp_path: Path) -> None:
+    own = {"prompt": "1 is ", "completion": "odd", "choices": ["even", "odd"], "answer": 1}
+    theirs = {"ask": "1 is ", "say": "odd", "options": ["even", "odd"], "gold": 1}
+    columns = {"prompt": "ask", "completion": "say", "choices": "options", "answer": "gold"}
+    asked = [
+        score(model, [row], tmp_path, protocol, columns=named)["samples"]
+        for row, named in ((own, {}), (theirs, columns), (own, columns))  # the last one by its own names
+    ]
+    assert asked[0] == asked[1] == asked[2]
 
 
 @torch.no_grad()

@@ -53,6 +53,8 @@ def test_every_option_can_be_overridden(option: str) -> None:
         value = str(not now).lower()
     elif isinstance(now, list):
         value = "[other]"
+    elif isinstance(now, dict):
+        value = "{prompt:other}"
     else:
         value = "3" if "int" in str(hint) else "0.5" if "float" in str(hint) else "other"
     extra = {

@@ -1,7 +1,6 @@
 """`qdora plan`: what is chosen for a machine, and the three ways to tell it."""
 
 import json
-import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -142,7 +141,7 @@ def test_printed_command_is_the_run_that_was_planned() -> None:
     for shape, hardware, task in tasks:
         task = replace(task, model=replace(task.model, path=str(SHAPES / shape)))
         planner = planner_of(task, SHAPES / shape, find_hardware(hardware))
-        rows = task.train.micro_batch_size * task.train.num_accumulation_steps
+        rows = task.train.micro_batch_size * (task.train.num_accumulation_steps or 8)
         auto = ParallelConfig(plan=Plan.auto)
         choices = [Choice(parallel, 2, rows // 2) for parallel in planner.layouts(auto)]
         tight = [Choice(parallel, 2, rows // 2, embeddings=True) for parallel in planner.layouts(auto, tight=True)]
@@ -180,9 +179,23 @@ def test_time_and_price_of_the_users_data(tmp_path: Path, capsys: pytest.Capture
     assert run(["plan", *given, "train.num_epochs=2"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["num_tokens"] == 2 * 50 * (len("some words to learn") + 1)
-    assert told["num_steps"] == math.ceil(told["num_tokens"] / told["fastest"]["tokens_per_step"])
+    assert told["num_steps"] == 2  # a row of 1024 tokens a rank and step
     assert told["hours"] == pytest.approx(told["num_steps"] * told["fastest"]["seconds_per_step"] / 3600)
     assert told["price"] == pytest.approx(3.5 * told["hours"])
+
+
+def test_length_is_chosen_as_training_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The printed command says it, and says nothing of it where the data is not known."""
+    folder = make_model(tmp_path / "model", "llama")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "some words to learn"}\n' * 50)
+    given = [f"model.path={folder}", "hardware=1x24gb"]
+    assert run(["plan", *given, f"data.train={data}"]) == 0
+    told = capsys.readouterr().out
+    assert f"{20 * 50 * 20:,} tokens in 20 steps" in told
+    assert " train.num_epochs=20.0 train.num_accumulation_steps=1 parallel=none" in told
+    assert run(["plan", *given, "train.micro_batch_size=1"]) == 0
+    assert "train.num_epochs" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from qdora.commands import COMMANDS, compose, conf_folder, run, typed
 from qdora.config import DataConfig, DataFormat, ModelConfig, RunConfig
 from qdora.data import prepare
 from qdora.data.encode import encode
-from qdora.data.loader import Batch
+from qdora.data.loader import Batch, num_rows
 from qdora.data.sources import Row
 from qdora.model import load_tokenizer, model_folder
 from qdora.model.folder import load_tokenizer_alone
 from qdora.parallel import start_alone
+from qdora.planning.length import fitted
 from qdora.show.lengths import Lengths, histogram
 from qdora.show.run import numbers_of
 from qdora.show.spelling import Run, Spelling
@@ -289,7 +290,9 @@ def test_what_is_shown_is_what_is_trained_on(
     tokenizer = load_tokenizer(model_folder(config.model), config.model)
     for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         dataset = prepare(config.data, str(path), tokenizer)
-        loader = _loader(config, start_alone("test"), dataset, tokenizer.pad_token_id, shuffle=name == "data.train")
+        num_rows_an_epoch = num_rows(dataset.lengths, config.data.packing, config.data.max_length)
+        run = replace(config, train=fitted(config.train, num_rows_an_epoch, num_ranks=1))
+        loader = _loader(run, start_alone("test"), dataset, tokenizer.pad_token_id, shuffle=name == "data.train")
         assert values[name]["report"] == asdict(dataset.report)
         assert values[name]["steps_per_epoch"] == loader.steps_per_epoch
         steps = iter(loader)
@@ -482,7 +485,7 @@ def test_yaml_file_of_a_run_can_be_shown(told: Callable[..., str], tmp_path: Pat
     write(tmp_path / "conf" / "mine.yaml").write_text(own)
     text = told("at=3", "--config-dir", str(tmp_path / "conf"), "--config-name", "mine")
     assert text.startswith(f"{file}:3  sample 2 of 2: ")
-    assert "1 step of 24 rows on one rank" in text
+    assert "1 step of 3 rows on one rank" in text
     assert typed(compose("train", ["model.path=m", "data.train=d"]), RunConfig).__class__ is RunConfig  # type: ignore[arg-type]
 
 
