@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from qdora.commands.explain import option_kinds
+from qdora.config.commands import quoted
 from qdora.errors import ConfigError
 
 TEXTS = ("prompt", "system", "find")
@@ -87,11 +88,6 @@ def without_folders(arguments: list[str], config_class: type, conf: Path) -> tup
         else:
             kept.append(argument)
     return kept, folders
-
-
-def quoted(text: str) -> str:
-    """Returns a text as Hydra's grammar writes it: quotes around and backslashes before those within."""
-    return "'" + re.sub(r"(\\+)(?='|\Z)", r"\1\1", text).replace("'", r"\'") + "'"
 
 
 def _mapping(option: str, texts: dict[str, str]) -> str:

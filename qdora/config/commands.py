@@ -54,7 +54,12 @@ def written(value: Any) -> str:
         return f"{{{','.join(f'{key}:{written(item)}' for key, item in value.items())}}}"
     if isinstance(value, Enum):
         return value.name
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" if isinstance(value, str) else repr(value)
+    return quoted(value) if isinstance(value, str) else repr(value)
+
+
+def quoted(text: str) -> str:
+    """Returns a text as Hydra's grammar writes it: quotes around and backslashes before those within."""
+    return "'" + re.sub(r"(\\+)(?='|\Z)", r"\1\1", text).replace("'", r"\'") + "'"
 
 
 _GROUPS = {ModelConfig: "model", QuantConfig: "quant", DataConfig: "data"}

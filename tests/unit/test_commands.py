@@ -16,8 +16,9 @@ from qdora import commands
 from qdora.commands import compose, run, typed
 from qdora.commands.explain import _OTHER_WORDS, option_names
 from qdora.commands.help import field_docs
-from qdora.commands.spelling import in_grammar, quoted
+from qdora.commands.spelling import in_grammar
 from qdora.config import OptimConfig, RunConfig
+from qdora.config.commands import quoted
 from tests.support.processes import run as run_process
 
 
