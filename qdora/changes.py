@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable
 from typing import Any
 
 from qdora.checkpoint_folder import Change, Manifest
-from qdora.config import Attention, RunConfig
+from qdora.config import Attention, DataConfig, ModelConfig, RunConfig
 from qdora.config.values import as_word, config_values, flatten, option
 from qdora.errors import ConfigError
 
@@ -45,8 +45,14 @@ def differing(ours: dict[str, Any], theirs: dict[str, Any], but: Container[str])
 
 def _both(config: RunConfig, stored: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the flat options of `config` and of an older one; an option unknown then was as it is by default."""
-    usual = flatten(config_values(RunConfig(model=config.model, data=config.data)))
-    return flatten(config_values(config)), usual | flatten(stored)
+    usual = flatten(config_values(RunConfig(model=ModelConfig(path="-"), data=DataConfig(train="-"))))
+    return flatten(config_values(config)), usual | with_one_epoch(flatten(stored))
+
+
+def with_one_epoch(stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns the flat options of a run with the epoch that one of an earlier commit made where it gave no length."""
+    has_length = stored.get("train.num_steps") is not None or stored.get("train.num_epochs") is not None
+    return stored if has_length else stored | {"train.num_epochs": 1.0}
 
 
 def check_identity(config: RunConfig, stored: dict[str, Any], where: str) -> None:

@@ -64,7 +64,8 @@ class Subject:
         """
         checkpoint = None if self.result is None else self.result.checkpoint
         if self.result is not None and (self.adapter.path is not None or checkpoint is not None):
-            check_base(self.result.run, base)
+            with parallel.failing_together(world):
+                check_base(self.result.run, base)
         plan = ParallelConfig(plan=world.plan)
         loaded = load_model(base, self.model, self.quant, self.adapter, plan, world, seed=0, trainable=False)
         if checkpoint is not None and self.adapter.path is None:

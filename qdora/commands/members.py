@@ -28,7 +28,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from qdora.changes import differing
+from qdora.changes import differing, with_one_epoch
 from qdora.changes import shown as shown_changes
 from qdora.commands import run_hydra, typed
 from qdora.commands.sweep_results import RECORDS, Member, bare, short
@@ -211,7 +211,7 @@ def _is_done(path: Path, config: RunConfig) -> bool:
     # What was left open is as the size of the data has made it.
     then, rows = asdict(stored.train), stored.train.micro_batch_size * (stored.train.num_accumulation_steps or 1)
     made = replace(config, train=resumed(config.train, then, rows, num_ranks=1))
-    ours, theirs = (flatten(config_values(values)) for values in (made, stored))
+    ours, theirs = flatten(config_values(made)), with_one_epoch(flatten(config_values(stored)))
     different = differing(ours, theirs, _OWN)
     others = [] if different else replaced(folder, config)
     if others and not config.allow_changes:

@@ -52,12 +52,17 @@ def config_from_values(kind: type[T], values: dict[str, Any]) -> T:
     return kind(**typed)
 
 
+_MAPPINGS = {"data.columns"}
+"""Options whose value is a mapping and no group."""
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested groups as dotted options."""
+    """Returns nested groups as dotted options."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        is_group = isinstance(value, dict) and name not in _MAPPINGS
+        flat |= flatten(value, f"{name}.") if is_group else {name: value}
     return flat
 
 

@@ -61,7 +61,9 @@ def evaluate(config: EvaluateConfig) -> int:
         lambda: {name: _job(config, data, source, tokenizer, base, subject.system) for name, source in sources.items()},
     )
     header = _header(config, subject, list(sources.values()))
-    header["identity"] = _identity(config, subject, base, [(name, job.fingerprint) for name, job in jobs.items()])
+    asked = [(name, job.fingerprint) for name, job in jobs.items()]
+    # Rank 0's, as all go on with what is kept or none: machines may have copies of the data.
+    header["identity"] = parallel.broadcast(world, _identity(config, subject, base, asked))
     other = subject.other_base(base)
     header["notes"] = [*([other] if other else []), *_notes(jobs, context_length(base, subject.model))]
     if world.is_main:
@@ -103,7 +105,7 @@ def _evaluate_by_harness(config: EvaluateConfig, subject: Subject, output: Path,
     other = subject.other_base(base)
     if other and world.is_main:
         print(other, flush=True)
-    partial = output / f".scored-{_identity(config, subject, base, said)}"
+    partial = output / f".scored-{parallel.broadcast(world, _identity(config, subject, base, said))}"
     with _taken(partial, world), explaining_shortage(lambda: _does_not_fit(config, subject, world)):
         scores = run_harness(subject.load(base, world), tokenizer, config, manager, world, partial)
         if world.is_main:

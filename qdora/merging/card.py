@@ -31,7 +31,7 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 PLAIN = """\
 inputs = tokenizer("Once upon a time", return_tensors="pt")"""
 TURNS = "### User:\n...\n\n### Assistant:\n"
-"""A question in `qdora.data.encode.DEFAULT_TEMPLATE`."""
+"""A question in `qdora.chat_template.DEFAULT_TEMPLATE`."""
 KINDS = {
     "hf": "an ordinary transformers checkpoint",
     "nf4": "a transformers checkpoint whose linear layers bitsandbytes holds in NF4",

@@ -72,11 +72,15 @@ def resumed(train: TrainConfig, then: dict[str, Any], rows_per_step: int, num_ra
 def describe(given: TrainConfig, made: TrainConfig, num_rows: int, num_ranks: int) -> str | None:
     """The line that says what was chosen; None where all was given."""
     names = [name for name in ("num_accumulation_steps", "num_epochs") if getattr(given, name) != getattr(made, name)]
-    if not names:
+    if not names or given.num_steps is not None:  # then the size of the data decides nothing
         return None
-    chosen = " ".join(f"train.{name}={getattr(made, name):g}" for name in names)
+    chosen = " ".join(f"train.{name}={_number(getattr(made, name))}" for name in names)
     rows = f"{num_rows:,} row{'s' if num_rows > 1 else ''}"
     return f"length: {steps_of(made, num_rows, num_ranks):,} steps; {chosen} by the size of the data, {rows}"
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else repr(value)
 
 
 def few_steps(given: TrainConfig, num_rows: int, num_ranks: int) -> str | None:
@@ -96,9 +100,9 @@ def few_steps(given: TrainConfig, num_rows: int, num_ranks: int) -> str | None:
     else:
         longer = _longer(replace(given, num_epochs=max(1.0, epochs)), num_rows, num_ranks)
     options = [
-        f"train.{name}={getattr(longer, name):g}"
+        f"train.{name}={_number(value)}"
         for name in ("num_steps", "num_accumulation_steps", "num_epochs")
-        if getattr(longer, name) != getattr(given, name)
+        if (value := getattr(longer, name)) != getattr(given, name)
     ]
     why = "few to learn from" if epochs >= 1 else "part of the data is not seen"
     return (

@@ -19,7 +19,7 @@ from qdora.errors import CheckpointError
 from qdora.model import LoadedModel
 from qdora.model.companions import copy_tokenizer, stored_template, write_template
 from qdora.model.export import export_model
-from qdora.run_folder import RunFolder
+from qdora.run_folder import ENDED, RunFolder
 from qdora.sharding import reshard, weight_bytes
 from qdora.training.progress import summary_table
 from qdora.training.trainer import Trainer
@@ -49,7 +49,7 @@ def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str,
     template = _template_to_write(trainer, base)
     reshard(loaded.model)
     system = trainer.train_loader.dataset.report.system
-    ended = status in ("finished", "completed_without_last_checkpoint")
+    ended = status in ENDED
     with parallel.failing_together(world), _disk_errors_told(folder):
         if ended and config.adapter.method is AdapterMethod.none:
             export_model(loaded, folder.model, base, world, template)

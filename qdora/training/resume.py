@@ -92,7 +92,10 @@ def check_num_steps(config: RunConfig, path: Path, manifest: Manifest, num_steps
         return
     earlier = [one for one in checkpoint_folder.complete(path.parent) if one.name <= f"step-{num_steps:08d}"]
     back = f"train.num_steps={manifest.step} or more"
-    back += f", or {option('resume', str(earlier[-1]))} (the later ones are set aside)," if earlier else ""
+    if config.train.num_steps is None:
+        back = f"train.num_epochs=null {back}"
+    if earlier and str(earlier[-1]) != config.resume:
+        back += f", or {option('resume', str(earlier[-1]))} (the later ones are set aside),"
     way = ways_out(config, back, forward=None)
     raise ConfigError(f"{path} is of step {manifest.step}, and the run is to have {num_steps}. {way}")
 

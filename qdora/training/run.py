@@ -25,7 +25,7 @@ from qdora.config.groups import ACCUMULATION_STEPS
 from qdora.config.values import config_from_values, config_values
 from qdora.data import BatchLoader, TokenDataset, prepare
 from qdora.device_memory import explaining_shortage, free_memory
-from qdora.errors import EXIT_PREEMPTED, ConfigError, TrainingError
+from qdora.errors import EXIT_PREEMPTED, ConfigError, DataError, TrainingError
 from qdora.interrupt import interrupt
 from qdora.model import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_folder
 from qdora.model.activations import compile_blocks
@@ -55,6 +55,19 @@ class Recomputation:
     kind: ActivationCheckpointing
     need: StepBytes
     told: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What a run trains on and from."""
+
+    base: Path
+    """Folder of the base model."""
+    pad_token_id: int
+    train: TokenDataset
+    eval: TokenDataset | None
+    fingerprints: dict[str, str]
+    """By content, of `data` and `model`."""
 
 
 def train(config: RunConfig) -> int:
@@ -88,28 +101,17 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
         config = keep_rows_per_step(given, world.size, found[1])
     torch.manual_seed(config.seed * 1000 + world.rank)  # dropout; every rank its own
 
-    if world.is_main:
-        print(f"loading {config.model.path} and {config.data.train}", flush=True)
-    base = parallel.main_first(world, lambda: model_folder(config.model))
-    with parallel.failing_together(world):
-        path = config.adapter.path
-        if path is not None and world.is_main and (other := other_base(Path(path), config.model, base)):
-            print(other, flush=True)
-        tokenizer = load_tokenizer(base, config.model, config.adapter.path)
-        check_vocabulary(base, tokenizer)
-    paths = [path for path in (config.data.train, config.data.eval) if path is not None]
-    train_data, *eval_data = parallel.main_first(
-        world, lambda: [prepare(config.data, path, tokenizer) for path in paths]
-    )
-    train_loader = _loader(config, world, train_data, tokenizer.pad_token_id, shuffle=True)
-    said, (given, config) = config.train, _with_length(given, config, train_loader.num_rows, world.size)
-    length = [describe(said, config.train, train_loader.num_rows, world.size)]
-    length += [few_steps(said, train_loader.num_rows, world.size)]
+    sources = _read_sources(config, world)
+    base, fingerprints = sources.base, sources.fingerprints
+    train_loader = _loader(config, world, sources.train, sources.pad_token_id, shuffle=True)
+    open_length, num_rows = config.train, train_loader.num_rows
+    given, config = _with_length(given, config, num_rows, world.size)
+    length = [describe(open_length, config.train, num_rows, world.size)]
+    if found is None:  # else the rows of a step are what they were
+        length.append(few_steps(open_length, num_rows, world.size))
     if train_loader.num_accumulation_steps != config.train.num_accumulation_steps:
-        train_loader = _loader(config, world, train_data, tokenizer.pad_token_id, shuffle=True)
-    num_steps = steps_of(config.train, train_loader.num_rows, world.size)
-    with parallel.failing_together(world):
-        fingerprints = {"data": train_data.fingerprint, "model": CheckpointFiles(base).fingerprint()}
+        train_loader = _loader(config, world, sources.train, sources.pad_token_id, shuffle=True)
+    num_steps = steps_of(config.train, num_rows, world.size)
     if found is not None:
         check_fingerprints(config, *found, fingerprints)
         if found[1].step >= num_steps and parallel.broadcast(world, folder.is_finished()):
@@ -118,8 +120,8 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
             return 0
         check_num_steps(config, *found, num_steps)
     eval_loader = None
-    if eval_data:
-        eval_loader = partial(_loader, config, world, eval_data[0], tokenizer.pad_token_id, shuffle=False)
+    if sources.eval is not None:
+        eval_loader = partial(_loader, config, world, sources.eval, sources.pad_token_id, shuffle=False)
 
     world, settled, rates = _settle(config, base, world, found[1] if found else None)
     config, given = (replace(some, parallel=settled.parallel) for some in (config, given))
@@ -162,7 +164,8 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     for record in folder.read_metrics():  # what a killed run had not sent; the tracker knows what it has
         trainer.tracker.log({name: value for name, value in record.items() if name != CHANGED}, record["step"])
     if world.is_main:
-        _announce(config, world, loaded, [train_data, *eval_data], trainer, length)
+        data = [sources.train, *([sources.eval] if sources.eval else [])]
+        _announce(config, world, loaded, data, trainer, length)
         if not settled.exceeds:
             print(settled.told)
         print(recomputation.told)
@@ -210,7 +213,8 @@ def _settings(config: RunConfig, changes: list[Change]) -> dict[str, object]:
 
 def _say_finished(folder: RunFolder, changes: list[Change]) -> None:
     print(f"{folder.path} is finished already; raise train.num_steps (or train.num_epochs) to go on")
-    pairs = ", ".join(shown_change(change) for change in of_learning(changes) if change.option != RANKS)
+    passed_over = {RANKS, "data.train", "model.path"}  # moved, they are the same, unless a fingerprint is another
+    pairs = ", ".join(shown_change(change) for change in of_learning(changes) if change.option not in passed_over)
     if pairs:
         print(f"it was not trained with what is given now ({pairs}): output_dir=ANOTHER begins a run that is")
 
@@ -226,6 +230,38 @@ def _check_is_shared(folder: RunFolder, world: World) -> None:
     finally:
         if world.is_main:
             mark.unlink()
+
+
+def _read_sources(config: RunConfig, world: World) -> Sources:
+    """Finds the model and reads its tokenizer and the data. *Collective*.
+
+    Raises:
+        DataError: they are not the same on every rank.
+    """
+    if world.is_main:
+        print(f"loading {config.model.path} and {config.data.train}", flush=True)
+    base = parallel.main_first(world, lambda: model_folder(config.model))
+    with parallel.failing_together(world):
+        path = config.adapter.path
+        if path is not None and world.is_main and (other := other_base(Path(path), config.model, base)):
+            print(other, flush=True)
+        tokenizer = load_tokenizer(base, config.model, path)
+        check_vocabulary(base, tokenizer)
+    paths = [path for path in (config.data.train, config.data.eval) if path is not None]
+    train_data, *eval_data = parallel.main_first(
+        world, lambda: [prepare(config.data, path, tokenizer) for path in paths]
+    )
+    with parallel.failing_together(world):
+        fingerprints = {"data": train_data.fingerprint, "model": CheckpointFiles(base).fingerprint()}
+    of_ranks = parallel.gather(world, fingerprints)
+    for what, option in (("data", "data.train"), ("model", "model.path")):
+        others = [rank for rank, one in enumerate(of_ranks) if one[what] != of_ranks[0][what]]
+        if others:
+            raise DataError(
+                f"{option} is not the same on every machine: rank {others[0]} has another {what} than rank 0. Copy one "
+                "to all, or give a folder that they share"
+            )
+    return Sources(base, tokenizer.pad_token_id, train_data, eval_data[0] if eval_data else None, fingerprints)
 
 
 def _find_checkpoint(config: RunConfig, folder: RunFolder, world: World) -> tuple[Path, Manifest] | None:

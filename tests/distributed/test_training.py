@@ -32,7 +32,7 @@ from qdora.config import (
     TrackerKind,
     TrainConfig,
 )
-from qdora.errors import ConfigError
+from qdora.errors import ConfigError, DataError
 from qdora.parallel import arm_watchdog
 from qdora.sharding import gather_rows, own_rows
 from qdora.training.run import train
@@ -250,3 +250,27 @@ def test_folder_of_each_machine_is_refused_before_the_first_step(
     for told in pool.run(train_apart, model, data, tmp_path, nproc=2):
         assert told.startswith("output_dir=outputs/apart is not the same folder on every machine")
     assert (tmp_path / "0/outputs/apart/metrics.jsonl").read_text() == ""
+
+
+def train_on_own_data(model: Path, folder: Path) -> str:
+    """Starts a run on a rank whose machine has a data file of its own; returns the mistake that ends it."""
+    own = folder / os.environ["RANK"]
+    own.mkdir()
+    os.chdir(own)
+    rows = ({"prompt": f"{os.environ['RANK']} + {n}", "completion": "x"} for n in range(4))
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = RunConfig(
+        model=ModelConfig(path=str(model)),
+        data=DataConfig(train="rows.jsonl", cache_dir=str(folder / "cache")),
+        train=TrainConfig(num_steps=1, report=False),
+        tracker=TrackerConfig(kind=TrackerKind.none),
+        output_dir=str(folder / "run"),
+    )
+    with pytest.raises(DataError) as mistake:
+        train(config)
+    return str(mistake.value)
+
+
+def test_other_data_on_another_machine_is_refused_on_every_rank(pool: RankPool, model: Path, tmp_path: Path) -> None:
+    for told in pool.run(train_on_own_data, model, tmp_path, nproc=2):
+        assert told.startswith("data.train is not the same on every machine: rank 1 has another data than rank 0")

@@ -26,16 +26,16 @@ from qdora.config import (
 )
 from qdora.config.values import config_values
 from qdora.errors import ConfigError
+from qdora.planning.length import fitted
 from qdora.run_folder import RunFolder
-from qdora.training.resume import check_early
+from qdora.training.resume import as_it_was, check_early, check_num_steps
 from tests.support import ROOT
 
 
 def run_config(**groups: object) -> RunConfig:
     values = {"model": ModelConfig(path="model"), "data": DataConfig(train="data.jsonl"), **groups}
     config = RunConfig(**values)  # type: ignore[arg-type]
-    batches = config.train.num_accumulation_steps or 8  # as the size of the data would settle it
-    return replace(config, train=replace(config.train, num_accumulation_steps=batches))
+    return replace(config, train=fitted(config.train, num_rows=1000, num_ranks=1))  # as after the data are read
 
 
 def manifest_of(config: RunConfig, step: int, changes: list[Change] | None = None) -> Manifest:
@@ -72,7 +72,7 @@ def test_changes_have_both_values_and_the_step_from_which_they_hold() -> None:
     changes = changes_since(run_config(optim=optim, train=TrainConfig(num_steps=9)), 2, before)
     assert shown(changes) == [
         "from step 5: ranks 1 -> 2, optim.learning_rate 0.01 -> 0.001, optim.schedule cosine -> linear, "
-        "optim.weight_decay 0.0 -> 0.1, train.num_steps null -> 9"
+        "optim.weight_decay 0.0 -> 0.1, train.num_steps null -> 9, train.num_epochs 1.0 -> null"
     ]
 
 
@@ -83,6 +83,27 @@ def test_another_start_of_the_same_run_is_no_change() -> None:
     again = replace(run_config(), run_id="other", output_dir="elsewhere", resume="a/step-00000004", allow_changes=True)
     assert changes_since(again, 1, before) == []
     assert [change.option for change in changes_since(again, 1, before, {"data": ("a", "b")})] == ["data"]
+
+
+def test_run_of_an_earlier_commit_that_goes_on_has_not_changed() -> None:
+    """It gave no length, and had one epoch."""
+    before = manifest_of(run_config(), step=4)
+    before.config["train"]["num_epochs"] = None
+    again = replace(run_config(), train=TrainConfig())
+    assert changes_since(as_it_was(again, 1, before), 1, before) == []
+
+
+@pytest.mark.parametrize("stored", [{}, {"prompt": "q", "completion": "a"}, None])
+def test_other_columns_are_another_run(stored: dict[str, str] | None) -> None:
+    """None: of a commit that had no such option."""
+    data = DataConfig(train="data.jsonl", columns={"prompt": "question", "completion": "answer"})
+    values = config_values(run_config(data=DataConfig(train="data.jsonl", columns=stored or {})))
+    if stored is None:
+        del values["data"]["columns"]
+    with pytest.raises(ConfigError, match=r"it has data\.columns=") as refused:
+        check_identity(run_config(data=data), values, "run")
+    assert "(now {prompt:question,completion:answer})" in str(refused.value).replace("'", "")
+    check_identity(run_config(data=data), config_values(run_config(data=data)), "run")
 
 
 def test_value_that_comes_back_keeps_its_history() -> None:
@@ -200,6 +221,19 @@ def test_early_check_needs_the_manifest_alone(tmp_path: Path, now: dict[str, obj
     without = f"; output_dir=ANOTHER, without resume={newest}, begins a new run"
     with pytest.raises(ConfigError, match=f"{words}.*{without}"):
         check_early(elsewhere)
+
+
+def test_steps_beyond_the_end_name_ways_that_can_be_gone(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, manifest_of(run_config(), 2))
+    late = save_checkpoint(tmp_path, manifest_of(run_config(), 6))
+    by_epochs = run_config(train=TrainConfig(num_epochs=1))
+    for config, way in ((by_epochs, "train.num_epochs=null train.num_steps=6"), (run_config(), "train.num_steps=6")):
+        with pytest.raises(ConfigError, match=f" {way} or more, or resume=.*step-00000002 "):
+            check_num_steps(config, late, read_manifest(late), 3)
+    again = replace(by_epochs, resume=str(late.with_name("step-00000002")))
+    with pytest.raises(ConfigError) as refused:
+        check_num_steps(again, late, read_manifest(late), 3)
+    assert "(the later ones are set aside)" not in str(refused.value)
 
 
 def test_early_check_leaves_to_the_full_one_what_it_cannot_know(

@@ -400,6 +400,7 @@ def test_reading_says_what_differs_and_what_limits_it(study: dict[str, Any]) -> 
         {"adapter": AdapterConfig(method=AdapterMethod.none), "quant": QuantConfig(method=QuantMethod.none)},
         {"data": DataConfig(train="name:sub#train[:5]", eval='it\'s a "file".jsonl'), "optim": OptimConfig(beta2=0.95)},
         {"model": ModelConfig(path="null"), "optim": OptimConfig(learning_rate=1e-5, warmup_steps=2)},
+        {"data": DataConfig(train="a.jsonl", columns={"prompt": "the question", "completion": "答え"})},
     ],
 )
 def test_train_command_makes_the_same_config(changes: dict[str, Any], tmp_path: Path) -> None:
@@ -416,6 +417,7 @@ def test_train_command_makes_the_same_config(changes: dict[str, Any], tmp_path: 
 def test_study_command_makes_the_same_config(study: dict[str, Any]) -> None:
     study["config"]["launcher"] = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     study["config"]["output_dir"] = "outputs/a study"
+    study["config"]["data"]["columns"] = {"prompt": "the question", "completion": "a"}
     words = shlex.split(study_command(study["config"]).replace("\\\n", " "))
     values = compose("study", words[2:])
     assert values is not None

@@ -78,8 +78,14 @@ def test_choice_is_told_with_its_values_and_what_is_given_is_not() -> None:
     assert told.startswith(
         "length: 20 steps; train.num_accumulation_steps=1 train.num_epochs=10 by the size of the data"
     )
-    given = TrainConfig(num_epochs=3, num_accumulation_steps=2)
-    assert describe(given, fitted(given, 2, 1), 2, 1) is None
+    for given in (TrainConfig(num_epochs=3, num_accumulation_steps=2), TrainConfig(num_steps=30)):
+        assert describe(given, fitted(given, 2, 1), 2, 1) is None
+
+
+def test_proposed_number_is_written_as_the_option_takes_it() -> None:
+    told = few_steps(TrainConfig(num_steps=1_000_000, num_accumulation_steps=1), 1_234_567, 1)
+    assert told is not None
+    assert "train.num_steps=1234567 " in told
 
 
 @pytest.mark.parametrize("now", [{}, {"num_steps": 40}, {"num_epochs": 12}, {"micro_batch_size": 2}])
