@@ -109,9 +109,14 @@ def _by_names(option: str, value: str, before: dict[str, str]) -> dict[str, str]
         name, text = pair.groups()
         if name in found:
             raise ConfigError(f"{option}: {name} is named twice, for {found[name]!r} and {text!r}")
-        found[name] = re.sub(r"\\(.)", r"\1", text[1:-1]) if text[:1] in ("'", '"') else text
+        found[name] = _unquoted(text) if text[:1] in ("'", '"') else text
         rest, whole = rest[pair.end() :], True
     return found
+
+
+def _unquoted(text: str) -> str:
+    """Returns what Hydra's grammar reads between quotes: a backslash is one, unless a quote follows, or the end."""
+    return re.sub(rf"(\\+)(?={text[0]}|\Z)", lambda match: match[1][: len(match[1]) // 2], text[1:-1])
 
 
 def _text(value: str) -> str:
