@@ -26,14 +26,12 @@ LEAST_WIDTH = 96
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """The size of the user's data."""
+    """What of the user's data the run computes."""
 
-    num_rows: int
-    """Of an epoch."""
     num_tokens: int
-    """Of an epoch."""
+    """Tokens of all the run's passes over the data."""
     num_steps: int
-    """Of the run."""
+    """Optimiser updates of the run."""
 
 
 def plan(config: PlanConfig) -> int:
@@ -91,13 +89,13 @@ def _with_data(config: PlanConfig, num_ranks: int) -> tuple[PlanConfig, Data | N
     dataset = prepare(config.data, config.data.train, tokenizer)
     rows = num_rows(dataset.lengths, config.data.packing, config.data.max_length)
     train = fitted(config.train, rows, num_ranks)
-    return replace(config, train=train), Data(rows, dataset.report.num_tokens, steps_of(train, rows, num_ranks))
+    num_steps = steps_of(train, rows, num_ranks)
+    passes = num_steps / steps_of(replace(train, num_steps=None, num_epochs=1.0), rows, num_ranks)
+    return replace(config, train=train), Data(math.ceil(passes * dataset.report.num_tokens), num_steps)
 
 
 def _whole_run(config: PlanConfig, data: Data, chosen: Planned) -> dict[str, Any]:
-    """What the user's data takes over all epochs."""
-    epochs = config.train.num_epochs or 1.0
+    """Returns what the run takes: tokens, steps, hours, and the price where one is given."""
     hours = data.num_steps * chosen.time.seconds / 3600
     price = {} if config.price_per_hour is None else {"price": hours * config.price_per_hour}
-    num_tokens = math.ceil(data.num_tokens * epochs)
-    return {"num_tokens": num_tokens, "num_steps": data.num_steps, "hours": hours, **price}
+    return {"num_tokens": data.num_tokens, "num_steps": data.num_steps, "hours": hours, **price}

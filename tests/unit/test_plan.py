@@ -184,6 +184,20 @@ def test_time_and_price_of_the_users_data(tmp_path: Path, capsys: pytest.Capture
     assert told["price"] == pytest.approx(3.5 * told["hours"])
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_tokens_of_a_run_follow_its_steps(num_steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a part of the data, and of several passes over it."""
+    folder, data = make_model(tmp_path / "model", "llama"), tmp_path / "data.jsonl"
+    data.write_text('{"text": "some words to learn"}\n' * 200)
+    given = ["train.micro_batch_size=1", "train.num_accumulation_steps=1", "hardware=2x24gb", "report=json"]
+    given += [f"model.path={folder}", f"data.train={data}", f"train.num_steps={num_steps}"]
+    assert run(["plan", *given]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["num_steps"] == num_steps
+    # 4,000 tokens are 4 rows of 1024, of which a step takes 2.
+    assert told["num_tokens"] == num_steps * 200 * (len("some words to learn") + 1) // 2
+
+
 def test_length_is_chosen_as_training_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The printed command says it, and says nothing of it where the data is not known."""
     folder = make_model(tmp_path / "model", "llama")
