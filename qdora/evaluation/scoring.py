@@ -60,7 +60,7 @@ class Scored:
 
 @torch.no_grad()
 def _log_likelihoods(loaded: LoadedModel, some: list[Scored], batch_size: int, padding: int) -> list[list[float]]:
-    """Of what each sequence wants, computed `batch_size` sequences at a time."""
+    """Returns the log-probabilities of the tokens that each sequence wants; computes `batch_size` of them at a time."""
     device = next(loaded.model.parameters()).device
     found: list[list[float]] = []
     for batch in chunks(some, batch_size):
@@ -124,7 +124,7 @@ Candidate = tuple[tuple[int, ...], list[tuple[int, int]], int]
 def _candidates(
     row: Row, form: DataFormat, question: Question, tokenizer: Any, ends: set[int], data: DataConfig
 ) -> list[Candidate]:
-    """Of each choice of a row.
+    """Returns what is asked of the model for each choice of a row.
 
     Raises:
         DataError: one has no token of its own.

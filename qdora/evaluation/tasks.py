@@ -78,7 +78,7 @@ class Question:
 
     @property
     def place(self) -> int:
-        """Of the gold one among the choices."""
+        """Returns the index of the gold choice."""
         return self.choices.index(self.gold)
 
 
@@ -173,7 +173,7 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def overall(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Of several tasks the mean, whatever their size (as published), with its standard error; counts add up."""
+    """Returns the mean over tasks, whatever their size (as published), with its standard error; counts add up."""
     some = list(tasks.values())
     names = [name for name in some[0] if all(name in scores for scores in some)]
     result = {}

@@ -41,7 +41,7 @@ class BlockBytes:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Of a whole model, for one micro-batch and one kind of recomputation."""
+    """Bytes of a model's activations, for one micro-batch and one kind of activation checkpointing."""
 
     blocks: list[BlockBytes]
     outside: int
@@ -50,7 +50,7 @@ class Activations:
     """One hidden state (rows, length, hidden size)."""
 
     def extended(self, two: "Activations", rows: int) -> "Activations":
-        """Of `rows` rows, from those of one (self) and of two: what a weight takes does not grow with them."""
+        """Returns those of `rows` rows, from one row (self) and two: what a weight takes does not grow with them."""
         blocks = [
             BlockBytes(_line(a.kept, b.kept, rows), _line(a.backward, b.backward, rows))
             for a, b in zip(self.blocks, two.blocks, strict=True)
@@ -127,7 +127,7 @@ class Simulation:
                 _fake(module, self.dtype, wrapped)
 
     def run(self, rows: int, kind: ActivationCheckpointing) -> Activations:
-        """Of a micro-batch (rows, length) under one kind of recomputation."""
+        """Measures a micro-batch (rows, length) under one kind of activation checkpointing."""
         if self._is_replaced:
             _use_mask(self.model, (rows, 1, self.length, self.length) if self._has_mask else None)
         found: list[BlockBytes] = []

@@ -68,7 +68,7 @@ class Choice:
 
     @property
     def kind(self) -> ActivationCheckpointing:
-        """Of recomputation."""
+        """Returns the kind of activation checkpointing."""
         return self.parallel.activation_checkpointing
 
     def options(self, task: Task) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Planned:
 
     @property
     def tensor_bytes(self) -> int:
-        """Of the peak what is counted, without what is assumed of the allocator and the context."""
+        """Returns the bytes of the peak that are counted, without what is assumed of the allocator and the context."""
         return self.peak_bytes - self.parts["allocator"] - self.parts["context"]
 
     @property

@@ -22,7 +22,10 @@ COLOURS = (
 
 
 def best_of(plans: list[Planned]) -> list[Planned]:
-    """Of each layout and recomputation the fastest that fits, or else the smallest; the fastest of all is one."""
+    """Returns the fastest plan that fits, else the smallest, of each layout and kind of activation checkpointing.
+
+    The fastest of all is among them.
+    """
     chosen = fastest(plans)
     groups: dict[tuple[str, str], list[Planned]] = {}
     for planned in plans:

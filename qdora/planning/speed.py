@@ -27,7 +27,7 @@ NOT_HIDDEN = 0.1
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Of one optimiser step."""
+    """Seconds of one optimiser step, and what they are made of."""
 
     seconds: float
     flops_per_token: float
@@ -36,7 +36,7 @@ class StepTime:
     from_host_bytes: float
 
     def tokens_per_second(self, tokens: int) -> float:
-        """Of all ranks; `tokens` of a step."""
+        """Returns the tokens a second of all ranks, from the tokens of a step."""
         return tokens / self.seconds
 
 
@@ -49,7 +49,7 @@ def step_time(
     tokens: int,
     num_batches: int,
 ) -> StepTime:
-    """Of `num_batches` micro-batches of `tokens` tokens in rows of `length`."""
+    """Returns the time of a step of `num_batches` micro-batches, each of `tokens` tokens in rows of `length`."""
     trained = sum(group.trained() for group in tensors.groups)
     full_training = sharing.reduces_each
     passes = 3 if kind is ActivationCheckpointing.full else 2

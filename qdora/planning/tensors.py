@@ -45,7 +45,7 @@ class Group:
 
     @cache  # noqa: B019  asked for every plan
     def gathered_bytes(self, num_shards: int) -> int:
-        """Of the whole group as it is gathered, padding included."""
+        """Returns the bytes of the whole group as it is gathered, padding included."""
         return sum(tensor.own(num_shards) * num_shards * tensor.gathered for tensor in self.tensors)
 
     @cache  # noqa: B019

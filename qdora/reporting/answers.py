@@ -48,7 +48,7 @@ def sample_answers(folder: RunFolder, config: RunConfig, count: int) -> list[Ans
 
 
 def _identity(folder: RunFolder, config: RunConfig, count: int) -> str:
-    """Of the weights and what they are asked; neither base nor data need to be there for a second report."""
+    """Hashes the weights and what they are asked; a second report needs neither base nor data."""
     said = [count, MAX_NEW_TOKENS, config.data.eval, config.data.format.name, config.model.path]
     digest = hashlib.sha256(repr(said).encode())
     if config.adapter.method is AdapterMethod.none:

@@ -266,7 +266,7 @@ def numbers_of(at: str) -> list[tuple[str, int]]:
 
 
 def _absent(config: ShowConfig, sources: Sequence[Source]) -> list[str]:
-    """Of what `at` names, why it gave no sample.
+    """Returns why rows that `at` names gave no sample.
 
     Raises:
         ConfigError: there is no such row.

@@ -37,7 +37,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Returns the name of its folder."""
         rank = "" if self.arm.rank is None else f"-rank-{self.arm.rank}"
         return f"{self.arm.method}{rank}-rate-{self.learning_rate:g}-seed-{self.seed}"
 
@@ -58,7 +58,7 @@ def start_of(config: StudyConfig, method: str) -> str:
 
 
 def starts(config: StudyConfig) -> list[str]:
-    """Of all methods."""
+    """Returns the weights that the methods start from, each once."""
     return sorted({start_of(config, method) for method in config.methods})
 
 
@@ -94,12 +94,16 @@ def group_options(config: StudyConfig, group: str, but: Collection[str] = ()) ->
 
 
 def shared_options(config: StudyConfig) -> list[str]:
-    """Of all runs, as `qdora train` takes them, but for the base."""
+    """Returns the options that all runs share, as `qdora train` takes them, but for the base."""
     return [option for group in SHARED for option in group_options(config, group, {"path"} if group == "model" else ())]
 
 
 def own_options(config: StudyConfig, cell: Cell, dequantised: Path) -> list[str]:
-    """Of one run. `dequantised` is the base as NF4 has it."""
+    """Returns the options of one run alone.
+
+    Args:
+        dequantised: the folder of the base as NF4 has it.
+    """
     method = config.methods[cell.arm.method]
     options = [f"adapter.method={method.adapter.name}", f"quant.method={method.quant.name}"]
     options += [] if cell.arm.rank is None else [f"adapter.rank={cell.arm.rank}"]
