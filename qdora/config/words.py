@@ -59,6 +59,14 @@ ROW_KEYS = {
     DataFormat.text: {"text"},
 }
 """Keys of a row that each format reads."""
+NEEDED_KEYS = (
+    (frozenset({"messages"}), DataFormat.messages),
+    (frozenset({"conversations"}), DataFormat.messages),
+    (frozenset({"instruction", "output"}), DataFormat.instruction),
+    (frozenset({"prompt", "completion"}), DataFormat.completion),
+    (frozenset({"text"}), DataFormat.text),
+)
+"""Keys that a row of each format must have; of several formats whose keys a row has, the first is taken."""
 ASKED_KEYS = {"answer", "choices"}
 """Keys of a row that evaluation reads, whatever its format."""
 

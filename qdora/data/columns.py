@@ -9,12 +9,11 @@ import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from qdora.config import DataConfig, DataFormat
 from qdora.config.commands import written
-from qdora.config.words import ASKED_KEYS
-from qdora.data.sources import Row, load_rows
+from qdora.config.words import ASKED_KEYS, NEEDED_KEYS
+from qdora.data.sources import Row, is_turns, load_rows
 from qdora.errors import DataError
 
 HARMLESS = frozenset(
@@ -64,13 +63,6 @@ HARMLESS = frozenset(
 )
 """Keys that say where a row comes from or what kind it is; `answer` is what an evaluation compares with."""
 
-_NEEDED = (
-    ({"messages"}, DataFormat.messages),
-    ({"conversations"}, DataFormat.messages),
-    ({"instruction", "output"}, DataFormat.instruction),
-    ({"prompt", "completion"}, DataFormat.completion),
-    ({"text"}, DataFormat.text),
-)
 _OPTIONAL = {"input", "system", "history", "tools", "functions", *ASKED_KEYS}
 """Keys that some rows of a file may lack."""
 _QUESTION = ("question", "query", "input", "user", "human", "problem", "request")
@@ -90,7 +82,7 @@ _WORDS = {
 
 def form_of(row: Row, keys: Collection[str]) -> DataFormat | None:
     """The first format that has all it needs among some keys of a row."""
-    form = next((form for needed, form in _NEEDED if needed <= {*keys}), None)
+    form = next((form for needed, form in NEEDED_KEYS if needed <= {*keys}), None)
     return DataFormat.messages if form is DataFormat.completion and is_conversational(row) else form
 
 
@@ -115,8 +107,9 @@ def read_rows(
         DataError: nothing there, a line that cannot be read, or a column of `data.columns` that is not there or whose
             key the row has already.
     """
-    rows: Iterator[Row] = (_without(row, config.ignore_keys) for row in load_rows(source, limit, without))
     columns = config.columns
+    loaded = load_rows(source, limit, without, columns)
+    rows: Iterator[Row] = (_without(row, config.ignore_keys) for row in loaded)
     for first in islice(rows, 1):
         own_names = source != config.train and not {*columns.values()} & first.values.keys()
         if columns and own_names and form_of(first, first.values):
@@ -178,7 +171,7 @@ def proposed(row: Row, form: DataFormat = DataFormat.auto) -> str:
 def propose(row: Row, form: DataFormat = DataFormat.auto) -> dict[str, str]:
     """The columns that most likely hold what a format needs; nothing where no column can."""
     wanted = [form] if form is not DataFormat.auto else [one for one in DataFormat if one is not form]
-    turns = [key for key, value in row.values.items() if _is_turns(value)]
+    turns = [key for key, value in row.values.items() if is_turns(value)]
     texts = [key for key, value in row.values.items() if isinstance(value, str)]
     for one in wanted:
         if one is DataFormat.messages:
@@ -193,11 +186,6 @@ def propose(row: Row, form: DataFormat = DataFormat.auto) -> dict[str, str]:
         if found:
             return {key: column for key, column in found.items() if key != column}
     return {}
-
-
-def _is_turns(value: Any) -> bool:
-    first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, dict) and bool({"role", "from"} & first.keys())
 
 
 def _filled(needed: Sequence[str], optional: Sequence[str], columns: list[str]) -> dict[str, str]:

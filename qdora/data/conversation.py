@@ -142,14 +142,6 @@ def text_of(row: Row, key: str, form: DataFormat) -> str:
     return value
 
 
-def without_ignored(row: Row, config: DataConfig) -> Row:
-    """The row without the keys of `data.ignore_keys`, but for those that `data.columns` has put there."""
-    ignored = {*config.ignore_keys} - config.columns.keys()
-    if row.values.keys() & ignored:
-        return Row({key: value for key, value in row.values.items() if key not in ignored}, row.where)
-    return row
-
-
 def check_keys(
     row: Row, form: DataFormat, config: DataConfig, told: Told, asked: Collection[str] = frozenset()
 ) -> None:

@@ -36,7 +36,6 @@ from qdora.data.conversation import (
     check_keys,
     conversation,
     text_of,
-    without_ignored,
 )
 from qdora.data.sources import Row
 from qdora.errors import DataError
@@ -50,7 +49,7 @@ class NothingToLearn(DataError):
 
 
 def detect(row: Row, config: DataConfig | None = None) -> DataFormat:
-    """The format of a row: `data.format`, or by the keys that `data.columns` makes, or by all of its keys.
+    """Returns the format of a row: `data.format`, or by those of its keys that `data.columns` makes, or by all of them.
 
     Raises:
         DataError: none of the formats has these keys.
@@ -58,7 +57,8 @@ def detect(row: Row, config: DataConfig | None = None) -> DataFormat:
     if config is not None and config.format is not DataFormat.auto:
         return config.format
     keys = row.values.keys()
-    form = form_of(row, config.columns if config is not None else ()) or form_of(row, keys)
+    mapped = keys & config.columns.keys() if config is not None else ()  # none of a row that is read by its own names
+    form = form_of(row, mapped) or form_of(row, keys)
     if form is not None:
         return form
     if keys >= PREFERENCES:
@@ -73,10 +73,10 @@ def detect(row: Row, config: DataConfig | None = None) -> DataFormat:
 def encode(
     row: Row, form: DataFormat, tokenizer: Any, config: DataConfig | None = None, told: Told | None = None
 ) -> Encoded:
-    """The whole sample.
+    """Returns the whole sample of a row that `read_rows` gave, without the keys of `data.ignore_keys`.
 
     Args:
-        config: for its `reasoning`, `unknown_keys` and `ignore_keys`; without one no key is refused.
+        config: for its `reasoning`, `unknown_keys` and the `ignore_keys` of turns; without one no key is refused.
         told: counts what a user should hear of.
 
     Raises:
@@ -85,7 +85,6 @@ def encode(
             that nothing reads, or does not fit the chat template.
     """
     config, told = config or LENIENT, told or Told()
-    row = without_ignored(row, config)
     check_keys(row, form, config, told)
     if form in (DataFormat.text, DataFormat.completion):
         *prompts, learned = ("text",) if form is DataFormat.text else ("prompt", "completion")
@@ -113,7 +112,7 @@ def encode_prompt(row: Row, form: DataFormat, tokenizer: Any, config: DataConfig
         end = [tokenizer.eos_token_id]
         # Some tokenizers end every text, and after an end nothing would come.
         return ids[:-1] if ids[-1:] == end != plain[-1:] else ids
-    given = conversation(row if config is None else without_ignored(row, config), form, config)
+    given = conversation(row, form, config)
     messages = with_thoughts_shown(given.messages, tokenizer)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()

@@ -18,12 +18,14 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from qdora.config import DataFormat
+from qdora.config.words import NEEDED_KEYS
 from qdora.data.splits import ALL, of_split
 from qdora.errors import DataError
 from qdora.files import read_json
@@ -132,7 +134,7 @@ def content(source: str) -> str | None:
 
 
 def _digest(file: Path) -> bytes:
-    """Of the bytes of a file, which are read once as long as it is not written to."""
+    """Returns a hash of the bytes of a file, which are read once as long as it is not written to."""
     try:
         state = file.stat()
         return _digest_of(file, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
@@ -146,14 +148,19 @@ def _digest_of(file: Path, *_: int) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
-def load_rows(source: str, limit: int | None = None, without: Collection[Path] = ()) -> Iterator[Row]:
-    """The rows of `source`, at most `limit`; of a folder without some of its files.
+def load_rows(
+    source: str, limit: int | None = None, without: Collection[Path] = (), columns: Mapping[str, str] | None = None
+) -> Iterator[Row]:
+    """Yields the rows of `source` as they are, at most `limit`; of a folder without some of its files.
+
+    Args:
+        columns: `data.columns`, to know a row by that is alone in a .json file.
 
     Raises:
         DataError: nothing there, or a file or line that cannot be read.
     """
     files = data_files(source, without)
-    rows = (row for file in files for row in _file_rows(file)) if files else _hub_rows(source)
+    rows = (row for file in files for row in _file_rows(file, columns or {})) if files else _hub_rows(source)
     for index, row in enumerate(rows):
         if limit is not None and index >= limit:
             return
@@ -165,11 +172,14 @@ def _kind(path: Path) -> str:
     return suffix if suffix in (*SUFFIXES, _SAVED) else ""
 
 
-def _file_rows(file: Path) -> Iterator[Row]:
+def _file_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     kind = _kind(file)
     readers = {".parquet": _parquet_rows, ".csv": _csv_rows, _SAVED: _saved_rows}
     try:
-        yield from readers.get(kind, _list_rows if _is_a_list(file, kind) else _jsonl_rows)(file)
+        if _is_a_list(file, kind):
+            yield from _list_rows(file, columns)
+        else:
+            yield from readers.get(kind, _jsonl_rows)(file)
     except _UNREADABLE as error:
         raise DataError(f"{file} cannot be read: {error}") from None
 
@@ -216,13 +226,20 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _is_row(values: dict[str, Any]) -> bool:
-    """Whether an object is a row, and not one that holds a list of rows."""
-    for key in ("messages", "conversations"):
-        turns = values.get(key)
-        if isinstance(turns, list) and turns and isinstance(turns[0], dict) and {"role", "from"} & turns[0].keys():
+def is_turns(value: Any) -> bool:
+    """Returns whether a value is a list of turns, by the first of them."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and bool({"role", "from"} & first.keys())
+
+
+def _is_row(values: dict[str, Any], columns: Mapping[str, str]) -> bool:
+    """Returns whether an object is a row, also by the keys of `data.columns`, and not one that holds a list of rows."""
+    mapped = values | {key: values[column] for key, column in columns.items() if column in values}
+    for needed, form in NEEDED_KEYS:
+        is_one = form is not DataFormat.messages or all(is_turns(mapped.get(key)) for key in needed)
+        if is_one and needed <= mapped.keys():
             return True
-    return any(needed <= values.keys() for needed in ({"instruction", "output"}, {"prompt", "completion"}, {"text"}))
+    return False
 
 
 def _jsonl_rows(file: Path) -> Iterator[Row]:
@@ -269,14 +286,14 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
             raise DataError(f"{file} cannot be read as parquet: {error}") from None
 
 
-def _list_rows(file: Path) -> Iterator[Row]:
+def _list_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     with _open_text(file) as stream:
         content = stream.read()
     try:
         loaded = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from None
-    if isinstance(loaded, dict) and _is_row(loaded):
+    if isinstance(loaded, dict) and _is_row(loaded, columns):
         loaded = [loaded]
     elif isinstance(loaded, dict):
         lists = [value for value in loaded.values() if isinstance(value, list)]

@@ -19,7 +19,7 @@ from qdora.adapter import peft_format
 from qdora.config import DataConfig, EvaluateConfig, ParallelConfig, Plan, Protocol, QuantMethod
 from qdora.config.commands import overlaid
 from qdora.data.columns import read_rows
-from qdora.data.sources import Row
+from qdora.data.conversation import Told
 from qdora.device_memory import explaining_shortage
 from qdora.errors import ConfigError, DataError
 from qdora.evaluation.ranks import score_all
@@ -228,7 +228,7 @@ def _checkpoint(subject: Subject) -> dict[str, Any]:
 
 
 def _identity(config: EvaluateConfig, subject: Subject, base: Path, asked: list[Any]) -> str:
-    """Of all that a score depends on: the weights, what is asked of them token by token, and what computes together."""
+    """Hashes what a score depends on: the weights, what is asked of them token by token, and what computes together."""
     said: list[Any] = [VERSION, config.protocol.name, config.batch_size]
     said += [CheckpointFiles(base).fingerprint(), subject.model.dtype.name, subject.model.attention.untrained.name]
     said += [subject.quant.method.name, subject.quant.double_quant, subject.quant.embeddings]
@@ -246,10 +246,15 @@ def _identity(config: EvaluateConfig, subject: Subject, base: Path, asked: list[
 def _job(config: EvaluateConfig, data: DataConfig, source: str, tokenizer: Any, base: Path, system: str | None) -> Job:
     if config.protocol is Protocol.loss:
         return loss_job(data, source, tokenizer, config.batch_size)
-    rows, ends = _rows(source, data), end_tokens(tokenizer, base)
+    told, ends = Told(), end_tokens(tokenizer, base)
+    rows = [*read_rows(data, source, data.limit, tell=told.add)]
+    if not rows:
+        raise DataError(f"{source} is empty: it has no row")
     if config.protocol is Protocol.likelihood:
-        return likelihood_job(rows, data, tokenizer, config.batch_size, ends, system)
-    return generate_job(rows, data, tokenizer, config.max_new_tokens, ends, system)
+        job = likelihood_job(rows, data, tokenizer, config.batch_size, ends, system)
+    else:
+        job = generate_job(rows, data, tokenizer, config.max_new_tokens, ends, system)
+    return replace(job, note="\n".join(filter(None, [*told.lines(), job.note])))
 
 
 def _notes(jobs: dict[str, Job], context: int | None) -> Iterator[str]:
@@ -260,13 +265,6 @@ def _notes(jobs: dict[str, Job], context: int | None) -> Iterator[str]:
         if context and (longer := sum(length > context for length in job.lengths)):
             count = f"{longer} of {len(job.lengths)} samples"
             yield f"{name}: {count} are longer than the model's context of {context} tokens"
-
-
-def _rows(source: str, data: DataConfig) -> list[Row]:
-    rows = [*read_rows(data, source, data.limit)]
-    if not rows:
-        raise DataError(f"{source} is empty: it has no row")
-    return rows
 
 
 def _write(output: Path, results: dict[str, Any]) -> None:

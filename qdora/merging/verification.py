@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -97,36 +97,37 @@ def find_held_out(parts: Parts, given: str | None, tokenizer: Any) -> HeldOut:
         DataError: `given` cannot be read, or has nothing to learn.
     """
     if given is not None:
-        return _samples(read_rows(parts.data, given), parts.data, given, parts, tokenizer)
+        return _samples(read_rows(parts.data, given), parts.data, given, tokenizer)
     source = parts.data.eval
     if source is not None:
         try:
-            return _samples(read_rows(parts.data, source, parts.data.limit), parts.data, source, parts, tokenizer)
+            return _samples(read_rows(parts.data, source, parts.data.limit), parts.data, source, tokenizer)
         except DataError as error:
             print(f"data.eval={source} cannot be used any more, a text of qdora's own takes its place: {error}")
     paragraphs = BUILT_IN.read_text(encoding="utf-8").split("\n\n")
     rows = (Row({"text": text}, f"{BUILT_IN.name} paragraph {index}") for index, text in enumerate(paragraphs, 1))
-    as_text = replace(parts.data, format=DataFormat.text)
-    return _samples(rows, as_text, "qdora's own text", parts, tokenizer)
+    # Not the run's other options: the keys that it ignores or renames are those of its own data.
+    as_text = DataConfig(format=DataFormat.text, max_length=parts.data.max_length)
+    return _samples(rows, as_text, "qdora's own text", tokenizer)
 
 
-def _samples(rows: Iterable[Row], data: DataConfig, source: str, parts: Parts, tokenizer: Any) -> HeldOut:
+def _samples(rows: Iterable[Row], data: DataConfig, source: str, tokenizer: Any) -> HeldOut:
     samples: list[Sample] = []
     form, left = DataFormat.auto, MAX_TOKENS
     for row in islice(rows, MAX_ROWS):
         form = detect(row, data) if form is DataFormat.auto else form
         try:
-            ids, learned = encode(row, form, tokenizer, parts.data)
+            ids, learned = encode(row, form, tokenizer, data)
         except NothingToLearn:
             continue
-        length = min(left, parts.data.max_length)
+        length = min(left, data.max_length)
         if any(learned[1:length]):
             samples.append(Sample(ids[:length], learned[:length]))
             left -= len(samples[-1].ids)
         if left < 2 or len(samples) == MAX_SAMPLES:
             break
     if not samples:
-        limit = min(MAX_TOKENS, parts.data.max_length)
+        limit = min(MAX_TOKENS, data.max_length)
         raise DataError(f"{source} has no row with a token to learn among its first {limit} tokens")
     return HeldOut(source, samples)
 

@@ -417,3 +417,9 @@ def test_second_process_imports_nothing_of_qdora(root: Path) -> None:
     modules += [f"{'.' * node.level}{node.module}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert {module.partition(".")[0] for module in modules} <= {*sys.stdlib_module_names, *LIBRARIES} - {"importlib"}
     assert "__import__" not in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+@pytest.mark.parametrize("data", [{"ignore_keys": ["text"]}, {"columns": {"text": "body"}}])
+def test_built_in_texts_are_compared_whatever_the_run_ignores_or_renames(trained: Case, data: dict[str, Any]) -> None:
+    parts = replace(trained.parts, data=DataConfig(max_length=256, **data))
+    assert find_held_out(parts, None, make_tokenizer()) == trained.held_out

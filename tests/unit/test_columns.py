@@ -243,6 +243,39 @@ def test_held_out_file_is_read_by_its_own_names_and_one_of_training_is_not(tmp_p
 
 
 @pytest.mark.parametrize(
+    ("columns", "values", "form"),
+    [
+        (COLUMNS, {"messages": [user("a"), answer("b")]}, "messages"),
+        (COLUMNS, {"instruction": "a", "output": "b"}, "instruction"),
+        ({"messages": "chat"}, {"instruction": "a", "output": "b"}, "instruction"),
+        ({"instruction": "question", "output": "answer"}, {"text": "a b"}, "text"),
+        ({"text": "body"}, {"prompt": "a", "completion": "b"}, "completion"),
+    ],
+)
+def test_held_out_file_of_another_format_is_learned_as_it_is_without_columns(
+    tmp_path: Path, columns: dict[str, str], values: dict[str, Any], form: str
+) -> None:
+    own, cache = written(tmp_path, "own.jsonl", [values]), str(tmp_path / "cache")
+    held_out = prepare(DataConfig(train="theirs", eval=own, columns=columns, cache_dir=cache), own, make_tokenizer())
+    assert held_out.report.format == form
+    assert held_out.fingerprint == prepare(DataConfig(eval=own, cache_dir=cache), own, make_tokenizer()).fingerprint
+
+
+def test_object_alone_in_a_file_is_a_row_by_mapped_names(tmp_path: Path) -> None:
+    """Also where it holds a list, which could be one of rows."""
+    chat = {"chat": [user("a"), answer("b")]}
+    cases = (({**ROWS[0], "tags": ["x", "y"]}, COLUMNS, "completion"), (chat, {"messages": "chat"}, "messages"))
+    for index, (values, columns, form) in enumerate(cases):
+        file = tmp_path / f"{index}.json"
+        file.write_text(json.dumps(values, indent=1))
+        (row,) = read_rows(DataConfig(train=str(file), columns=columns), str(file))
+        assert detect(row, DataConfig(columns=columns)).name == form
+    holder = tmp_path / "holder.json"
+    holder.write_text(json.dumps({"chat": ROWS}, indent=1))
+    assert len([*read_rows(DataConfig(train=str(holder), columns=COLUMNS), str(holder))]) == len(ROWS)
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         ["data.columns={prompt:question,completion:answer}"],
@@ -257,7 +290,8 @@ def test_columns_are_given_in_each_way_that_people_write(overrides: list[str]) -
 
 
 @pytest.mark.parametrize(
-    "column", ["问题", "Frage (kurz)", "a, b", "it's", 'say "x"', "a:b", "{x}", "back\\slash", "7"]
+    "column",
+    ["问题", "Frage (kurz)", "a, b", "it's", 'say "x"', "a:b", "{x}", "back\\slash", "at the end\\", "\\'\\\\", "7"],
 )
 def test_names_of_columns_are_taken_as_they_are_written(column: str) -> None:
     option = as_option({"prompt": column, "completion": "b"})

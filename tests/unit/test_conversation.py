@@ -11,6 +11,7 @@ import pytest
 from qdora.chat_template import turn_ends
 from qdora.config import DataConfig, DataFormat, Reasoning, UnknownKeys
 from qdora.data import prepare
+from qdora.data.columns import read_rows
 from qdora.data.conversation import CHANGES_LEARNING, HARMLESS, Told, conversation
 from qdora.data.encode import NothingToLearn, detect, encode
 from qdora.data.sources import Row, load_rows
@@ -145,21 +146,26 @@ def test_key_that_changes_what_is_learned_is_refused_or_told(values: dict[str, A
     assert told(values, ignore_keys=[key]) == []
 
 
-def test_preferences_are_refused_but_beside_other_answers() -> None:
+def test_preferences_are_refused_but_beside_other_answers(tmp_path: Path) -> None:
     values = {"messages": TURNS, "chosen": [], "rejected": []}
     with pytest.raises(DataError, match=r"data\.ignore_keys=\[chosen,rejected\] trains on what else the row has"):
         learned(values)
-    assert learned(values, ignore_keys=["chosen", "rejected"]) == "4<|im_end|>"
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(values) + "\n")
+    (row,) = read_rows(DataConfig(train=str(file), ignore_keys=["chosen", "rejected"]), str(file))
+    assert learned(row.values) == "4<|im_end|>"
     with pytest.raises(DataError, match="learns from answers, not from preferences"):
         detect(Row({"prompt": "a", "chosen": "b", "rejected": "c"}, WHERE))
 
 
 def test_ignored_keys_are_left_out_also_where_they_would_be_read(tmp_path: Path) -> None:
     values = {"messages": [user("2 + 2?"), answer("4", weight=0)], "system": "Be brief."}
-    row, tokenizer = Row(values, WHERE), tokenizer_of("qwen2_5")
-    ids, _ = encode(row, DataFormat.messages, tokenizer, DataConfig(ignore_keys=["system", "weight"]))
-    assert ids == encode(Row({"messages": TURNS}, WHERE), DataFormat.messages, tokenizer)[0]
-    file = tmp_path / "a.jsonl"
+    file, tokenizer = tmp_path / "a.jsonl", tokenizer_of("qwen2_5")
+    file.write_text(json.dumps(values) + "\n")
+    config = DataConfig(train=str(file), ignore_keys=["system", "weight"])
+    (row,) = read_rows(config, str(file))
+    plain = encode(Row({"messages": TURNS}, WHERE), DataFormat.messages, tokenizer)
+    assert encode(row, DataFormat.messages, tokenizer, config) == plain
     file.write_text(json.dumps({"messages": TURNS, "text": "a"}) + "\n")
     config = DataConfig(train=str(file), ignore_keys=["messages"], cache_dir=str(tmp_path / "cache"))
     assert prepare(config, str(file), make_tokenizer()).report.format == "text"

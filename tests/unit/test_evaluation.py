@@ -178,6 +178,19 @@ def test_rows_are_asked_without_what_is_ignored(model: Path, tmp_path: Path) -> 
     assert asked[0] != asked[2]
 
 
+@pytest.mark.parametrize("columns", [{"prompt": "question", "completion": "reply"}, {"messages": "chat"}])
+def test_task_of_another_format_is_asked_by_its_own_names(
+    columns: dict[str, str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a training whose columns had other names."""
+    row = {"instruction": "Even?\n\nAnswer format: true/false", "output": "the answer is true", "answer": "true"}
+    for protocol in (Protocol.likelihood, Protocol.generate):
+        plain, mapped = (score(model, [row], tmp_path, protocol, columns=one)["samples"] for one in ({}, columns))
+        assert mapped == plain
+        told = capsys.readouterr().out
+        assert told.count("has no column of data.columns, and is read by its own names (1 time, first in") == 1
+
+
 @pytest.mark.parametrize("protocol", [Protocol.likelihood, Protocol.generate])
 def test_keys_that_nothing_reads_are_told_or_refused_as_in_training(
     protocol: Protocol, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
