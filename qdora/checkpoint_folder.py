@@ -14,9 +14,9 @@ from qdora.errors import CheckpointError, first_line
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-SCHEMA_VERSION = 4
-READABLE_VERSIONS = (3, 4)
-"""3 had no `changes`."""
+SCHEMA_VERSION = 5
+READABLE_VERSIONS = (3, 4, 5)
+"""3 had no `changes`, 4 neither `system` nor `template`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +54,10 @@ class Manifest:
     """Every other file's SHA-256."""
     changes: list[Change] = field(default_factory=list)
     """All up to this step, oldest first."""
+    system: str | None = None
+    """The system turn that every sample of the training has."""
+    template: str | None = None
+    """The chat template that the run's end writes: that of the training, where neither base nor adapter has one."""
 
     def __post_init__(self) -> None:
         self.changes = [Change(**change) if isinstance(change, dict) else change for change in self.changes]
@@ -182,7 +186,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST} cannot be read: {first_line(error)}") from None
     if version not in READABLE_VERSIONS:
-        known = " and ".join(map(str, READABLE_VERSIONS))
+        known = ", ".join(map(str, READABLE_VERSIONS))
         raise CheckpointError(f"{checkpoint} has schema version {version}, this qdora reads {known}")
     if digest != _digest(values):
         raise DamagedError(f"{MANIFEST} is not what was written")

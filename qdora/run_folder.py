@@ -138,8 +138,12 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def see(self, mark: Path) -> None:
+    def see(self, mark: Path, option: str, use: str) -> None:
         """Waits for a file that another machine has made there.
+
+        Args:
+            option: what the folder was given as.
+            use: what the ranks do in the folder, for the message.
 
         Raises:
             ConfigError: it does not come: the folder is not the same one on each machine.
@@ -148,8 +152,8 @@ class RunFolder:
         while not mark.exists():
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"output_dir={self.path} is not the same folder on every machine, and each rank writes its part of "
-                    "a checkpoint there: put it on a file system that they share"
+                    f"{option}={self.path} is not the same folder on every machine, and {use}: put it on a file system "
+                    "that they share"
                 )
             time.sleep(0.2)
 

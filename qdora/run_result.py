@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -19,13 +20,18 @@ from qdora.checkpoint_folder import Change, Manifest
 from qdora.checkpoint_reader import CheckpointTensors
 from qdora.config import AdapterMethod, RunConfig
 from qdora.config.values import config_from_values
-from qdora.errors import ConfigError
+from qdora.errors import ConfigError, ModelError
 from qdora.files import read_json
+from qdora.model.companions import write_tokenizer
+from qdora.model.folder import config_folder
 from qdora.parallel import World
 from qdora.run_folder import RunFolder
 
 FOLDER = "adapters"
 """Within a run's: the adapters of checkpoints that were asked for, as PEFT reads them."""
+WRITTEN_AS = 2
+"""Goes up with what `write_adapter` writes, so that what was written otherwise before is written anew; 1 had no
+tokenizer and no system turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +82,9 @@ def find_result(run: RunFolder, world: World, notes: TextIO | None = None) -> Ru
     adapter = run.path / FOLDER / checkpoint.name
     with parallel.failing_together(world, world.patient_group):
         if world.is_main:
-            write_adapter(checkpoint, manifest, config, adapter)
-        run.see(adapter / NOTE)
+            write_adapter(checkpoint, manifest, config, adapter, notes)
+    with parallel.failing_together(world, world.patient_group):  # not before: the wait is for a file that is there
+        run.see(adapter / NOTE, "run", "each rank reads there the adapter that rank 0 has written of its checkpoint")
     return RunResult(run, config, manifest.changes, adapter, checkpoint, manifest)
 
 
@@ -100,11 +107,19 @@ def _newest(run: RunFolder, notes: TextIO | None) -> tuple[Path, Manifest]:
 
 
 def _digest(manifest: Manifest) -> str:
-    return hashlib.sha256(json.dumps(manifest.checksums, sort_keys=True).encode()).hexdigest()
+    values = [WRITTEN_AS, manifest.checksums, manifest.system, manifest.template]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def write_adapter(checkpoint: Path, manifest: Manifest, config: RunConfig, folder: Path) -> None:
+def write_adapter(
+    checkpoint: Path, manifest: Manifest, config: RunConfig, folder: Path, notes: TextIO | None = None
+) -> None:
     """Writes the adapter of a checkpoint to `folder` as it would be at the end of the run, unless it is there.
+
+    Removes those beside it whose checkpoint is gone.
+
+    Args:
+        notes: where it says that the adapter with which the run began is gone; standard output by default.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -126,9 +141,20 @@ def write_adapter(checkpoint: Path, manifest: Manifest, config: RunConfig, folde
         peft_format.write_weights(partial / peft_format.WEIGHTS, stored)
         names = sorted({layer for layer, _ in layers.values()})
         peft_format.write_config(partial, config.adapter, str(config.model.path), names, with_projections=False)
-        write_note(partial, config.quant, base_fingerprint=manifest.model_fingerprint, checkpoint=digest)
+        is_whole = _write_tokenizer(partial, manifest, config, notes)
+        write_note(
+            partial,
+            config.quant,
+            base_fingerprint=manifest.model_fingerprint,
+            checkpoint=digest if is_whole else None,  # None: written anew the next time
+            system=manifest.system,
+        )
         shutil.rmtree(folder, ignore_errors=True)  # of a step that was made again
         partial.rename(folder)
+        there = {path.name for path in checkpoint_folder.complete(checkpoint.parent)}
+        for other in checkpoint_folder.complete(folder.parent):
+            if other.name not in there:
+                shutil.rmtree(other, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         if read_json(folder / NOTE).get("checkpoint") != digest:  # another process may have been first
             raise ConfigError(
@@ -137,3 +163,21 @@ def write_adapter(checkpoint: Path, manifest: Manifest, config: RunConfig, folde
             ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tokenizer(folder: Path, manifest: Manifest, config: RunConfig, notes: TextIO | None) -> bool:
+    """Writes the tokenizer of the training as a run's end does; returns whether all that it comes from was there."""
+    before, base = config.adapter.path, None
+    if manifest.template is not None:
+        with suppress(ModelError):  # moved: another model.path may be given
+            base = config_folder(config.model)
+    write_tokenizer(folder, base, before, manifest.template)
+    is_whole = before is None or Path(before).is_dir()
+    if not is_whole:
+        print(
+            f"adapter.path={before}, with which the run began, is not there: the tokenizer of the base is taken; if "
+            "that folder had its own, put it back",
+            file=notes,
+            flush=True,
+        )
+    return is_whole

@@ -50,7 +50,9 @@ class Subject:
 
     @property
     def system(self) -> str | None:
-        """The system turn that every sample of its training had, where the folder of adapter or model says so."""
+        """The system turn that every sample of its training had, by its checkpoint or its folder."""
+        if self.result is not None and self.result.manifest is not None:
+            return self.result.manifest.system
         path = Path(str(self.adapter.path or self.model.path))
         return read_system(path.parent if path.suffix == ".gguf" else path)
 

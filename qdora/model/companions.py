@@ -110,6 +110,21 @@ def copy_tokenizer(source: Path, output: Path) -> bool:
     return template is not None or has_tokenizer(source)
 
 
+def write_tokenizer(folder: Path, base: Path | None, before: str | None, template: str | None) -> None:
+    """Writes to an adapter's folder the tokenizer that it was trained with, where that is not the base's.
+
+    Args:
+        base: the folder of the base model; None where it is not here, which leaves the template alone to be written.
+        before: the folder of the adapter that the run began with.
+        template: the chat template of the training, where neither of them has one.
+    """
+    is_another = before is not None and copy_tokenizer(Path(before), folder)
+    if template is not None:
+        if base is not None and not is_another:
+            copy_tokenizer(base, folder)
+        write_template(folder, template)
+
+
 def write_template(folder: Path, template: str | dict[str, str]) -> None:
     """Gives the tokenizer of a folder this chat template, or these by name, in the place of those that it has."""
     for file in _matching(folder, _TEMPLATES):

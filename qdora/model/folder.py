@@ -251,21 +251,24 @@ def load_tokenizer(folder: Path, config: ModelConfig, adapter: str | Path | None
     return tokenizer
 
 
-def load_tokenizer_alone(config: ModelConfig) -> Any:
-    """The tokenizer of a model; no weights are downloaded, and those of a GGUF file not converted.
+def load_tokenizer_alone(config: ModelConfig, adapter: str | Path | None = None) -> Any:
+    """Returns the tokenizer of a model; no weights are downloaded, and those of a GGUF file not converted.
+
+    Args:
+        adapter: as for `load_tokenizer`.
 
     Raises:
         ModelError: nothing there, no network, or nothing that transformers can read.
     """
     file = gguf_file(config)
     if file is None or _converted(file).exists():
-        return load_tokenizer(config_folder(config), config)
+        return load_tokenizer(config_folder(config), config, adapter)
     with tempfile.TemporaryDirectory() as folder:
         try:  # through a folder as in `convert_gguf`, so that it is the tokenizer that is trained with
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
         except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
             raise ModelError(f"transformers cannot read {file}: {error}") from None
-        return load_tokenizer(Path(folder), config)
+        return load_tokenizer(Path(folder), config, adapter)
 
 
 def check_vocabulary(base: Path, tokenizer: Any) -> None:

@@ -20,7 +20,7 @@ def show(config: ShowConfig) -> int:
         from qdora.model.folder import load_tokenizer_alone
         from qdora.show.run import run
 
-        tokenizer = load_tokenizer_alone(config.model)
+        tokenizer = load_tokenizer_alone(config.model, config.adapter.path)
     return run(config, tokenizer)
 
 

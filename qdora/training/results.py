@@ -17,7 +17,7 @@ from qdora.config import AdapterMethod, DataFormat, RunConfig
 from qdora.device_memory import memory_gib
 from qdora.errors import CheckpointError
 from qdora.model import LoadedModel
-from qdora.model.companions import copy_tokenizer, stored_template, write_template
+from qdora.model.companions import stored_template, write_tokenizer
 from qdora.model.export import export_model
 from qdora.run_folder import ENDED, RunFolder
 from qdora.sharding import reshard, weight_bytes
@@ -46,7 +46,7 @@ def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str,
         contents: `run_inputs.inputs` when training began, on rank 0.
     """
     config, world, loaded, folder = trainer.config, trainer.world, trainer.loaded, trainer.folder
-    template = _template_to_write(trainer, base)
+    template = template_to_write(trainer, base)
     reshard(loaded.model)
     system = trainer.train_loader.dataset.report.system
     ended = status in ENDED
@@ -59,7 +59,7 @@ def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str,
             peft_format.save(loaded.model, folder.adapter, loaded.adapter, str(config.model.path), loaded.dtype, world)
             if world.is_main:
                 write_note(folder.adapter, config.quant, base_fingerprint=contents["model.path"], system=system)
-                _write_tokenizer(folder.adapter, base, config.adapter.path, template)
+                write_tokenizer(folder.adapter, base, config.adapter.path, template)
     peaks = parallel.gather(world, memory_gib(world))
     own_bytes, total_bytes = weight_bytes(loaded.model)
     all_bytes = parallel.gather(world, own_bytes)
@@ -105,25 +105,12 @@ def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str,
             write_run_page(folder)
 
 
-def _template_to_write(trainer: Trainer, base: Path) -> str | None:
-    """The chat template of a base that has none, where the data went through one."""
+def template_to_write(trainer: Trainer, base: Path) -> str | None:
+    """Returns the chat template of a base that has none, where the data went through one."""
     adapter = trainer.config.adapter.path
     is_chat = trainer.train_loader.dataset.report.format in (DataFormat.messages.name, DataFormat.instruction.name)
     has_one = stored_template(base) or (adapter is not None and stored_template(Path(adapter)))
     return DEFAULT_TEMPLATE if is_chat and not has_one else None
-
-
-def _write_tokenizer(folder: Path, base: Path, before: str | None, template: str | None) -> None:
-    """Writes to an adapter's folder the tokenizer that it was trained with, where that is not the base's.
-
-    Args:
-        before: the folder of the adapter that the run began with.
-    """
-    is_another = before is not None and copy_tokenizer(Path(before), folder)
-    if template is not None:
-        if not is_another:
-            copy_tokenizer(base, folder)
-        write_template(folder, template)
 
 
 @contextmanager

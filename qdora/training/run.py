@@ -43,7 +43,7 @@ from qdora.sharding import weight_bytes
 from qdora.tracking import make_tracker
 from qdora.training.graph import check_device, check_model
 from qdora.training.memory import StepBytes, choose_recomputation, remedies, step_bytes
-from qdora.training.results import conclude, num_trainable, versions, write_results
+from qdora.training.results import conclude, num_trainable, template_to_write, versions, write_results
 from qdora.training.resume import as_it_was, check_fingerprints, check_num_steps, keep_rows_per_step, new_run_id
 from qdora.training.trainer import CHANGED, Trainer
 
@@ -170,7 +170,8 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
             print(settled.told)
         print(recomputation.told)
     contents = inputs(config, base) if world.is_main else {}
-    status = _to_the_end(trainer, recomputation, partial(_manifest, given, fingerprints), base, contents)
+    manifest = partial(_manifest, given, fingerprints, template_to_write(trainer, base))
+    status = _to_the_end(trainer, recomputation, manifest, base, contents)
     if world.is_main:
         conclude(config, folder, status, trainer.checkpoints.failure, trainer.tracker.location)
     return EXIT_PREEMPTED if status == "preempted" else 0
@@ -226,7 +227,7 @@ def _check_is_shared(folder: RunFolder, world: World) -> None:
         with parallel.failing_together(world, world.patient_group):
             if world.is_main:
                 mark.touch()
-            folder.see(mark)
+            folder.see(mark, "output_dir", "each rank writes its part of a checkpoint there")
     finally:
         if world.is_main:
             mark.unlink()
@@ -339,7 +340,7 @@ def _does_not_fit(trainer: Trainer, recomputation: Recomputation) -> str:
     )
 
 
-def _manifest(given: RunConfig, fingerprints: dict[str, str], trainer: Trainer) -> Manifest:
+def _manifest(given: RunConfig, fingerprints: dict[str, str], template: str | None, trainer: Trainer) -> Manifest:
     """Where the trainer stands."""
     return Manifest(
         step=trainer.step,
@@ -356,6 +357,8 @@ def _manifest(given: RunConfig, fingerprints: dict[str, str], trainer: Trainer) 
         versions=versions(),
         data_fingerprint=fingerprints["data"],
         model_fingerprint=fingerprints["model"],
+        system=trainer.train_loader.dataset.report.system,
+        template=template,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +35,8 @@ from qdora.config import (
 )
 from qdora.errors import ConfigError, DataError
 from qdora.parallel import arm_watchdog
+from qdora.run_folder import RunFolder
+from qdora.run_result import find_result, write_adapter
 from qdora.sharding import gather_rows, own_rows
 from qdora.training.run import train
 from qdora.training.trainer import Trainer
@@ -274,3 +277,38 @@ def train_on_own_data(model: Path, folder: Path) -> str:
 def test_other_data_on_another_machine_is_refused_on_every_rank(pool: RankPool, model: Path, tmp_path: Path) -> None:
     for told in pool.run(train_on_own_data, model, tmp_path, nproc=2):
         assert told.startswith("data.train is not the same on every machine: rank 1 has another data than rank 0")
+
+
+def find_what_is_written_slowly(folders: list[Path], write_s: float, seen_after_s: float) -> str:
+    """Asks for an unfinished run's adapter on a rank of several with a folder each; returns its name or the mistake."""
+    os.environ["QDORA_SEEN_AFTER_S"] = str(seen_after_s)
+    world = parallel.start(ParallelConfig())
+
+    def write(*given: Any) -> None:
+        time.sleep(write_s)
+        write_adapter(*given)
+
+    with mock.patch("qdora.run_result.write_adapter", write):
+        try:
+            result = find_result(RunFolder(folders[world.rank]), world)
+        except ConfigError as mistake:
+            return str(mistake)
+    assert result.adapter is not None
+    return result.adapter.name
+
+
+def test_ranks_wait_for_a_checkpoints_adapter_as_long_as_it_is_written(
+    pool: RankPool, run: Run, tmp_path: Path
+) -> None:
+    """However short the wait for another machine's file is, which ends where the folders are not the same one."""
+    run(2, num_steps=2)
+    mine = tmp_path / "run"
+    (mine / "adapter").rename(mine / "gone")
+    other = shutil.copytree(mine, tmp_path / "other")
+    told = pool.run(find_what_is_written_slowly, [mine, mine], 1.0, 0.1, nproc=2)
+    assert told == ["step-00000002", "step-00000002"]
+    for said in pool.run(find_what_is_written_slowly, [mine, other], 0.0, 0.1, nproc=2):
+        assert said == (
+            f"run={other} is not the same folder on every machine, and each rank reads there the adapter that rank 0 "
+            "has written of its checkpoint: put it on a file system that they share"
+        )

@@ -154,6 +154,27 @@ def test_adapter_of_a_checkpoint_is_what_the_run_would_have_left(
     assert [path.name for path in written.parent.iterdir()] == ["step-00000030"]
 
 
+def test_adapters_of_checkpoints_that_are_gone_are_removed(
+    uninterrupted: dict[int, Path], tmp_path: Path, capsys: Told
+) -> None:
+    """When another one is written; those whose checkpoint is there stay."""
+    run = copy_without_result(uninterrupted[1], tmp_path / "run")
+    (run / "summary.json").unlink()
+    newest, before = (run / "checkpoints" / f"step-000000{step}" for step in (30, 25))
+
+    def asked() -> list[str]:
+        assert command(["generate", f"run={run}", "prompt=3+3=", "max_new_tokens=2"]) == 0, capsys.readouterr().err
+        return sorted(path.name for path in (run / "adapters").iterdir())
+
+    aside = newest.rename(run / "aside")
+    assert asked() == [before.name]
+    aside.rename(newest)
+    assert asked() == [before.name, newest.name]
+    shutil.rmtree(before)
+    shutil.rmtree(run / "adapters" / newest.name)
+    assert asked() == [newest.name]
+
+
 def test_interrupted_run_is_evaluated_merged_and_talked_to(
     interrupted: Path, data: Path, tmp_path: Path, capsys: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """A base without a chat template that was trained on turns: what is written has the template that was used."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 
 from qdora.adapter import peft_format
 from qdora.chat_template import DEFAULT_TEMPLATE
+from qdora.checkpoint_folder import read_manifest
 from qdora.commands import run as command
 from qdora.merging.gguf_format import FILE
 from tests.support.models import make_model
@@ -246,3 +248,70 @@ def test_merged_weights_are_those_of_the_run_with_a_template(run: Path, base: Pa
         assert command(["merge", *given, f"output={tmp_path}/{name}", "verify=false"]) == 0
     weights, others = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "adapter"))
     assert all(torch.equal(weight, others[key]) for key, weight in weights.items())
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("kind", ["base", "foreign", "full"])
+def test_unfinished_run_has_the_tokenizer_and_system_turn_of_its_end(
+    base: Path, foreign: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside its checkpoint's adapter, and in what it is asked; also where the adapter was written without them."""
+    asked: list[list[int]] = []
+    monkeypatch.setattr("qdora.generation.generate_stream", lambda model, prompt, *_, **__: asked.append(prompt))
+    data = tmp_path / "turns.jsonl"
+    data.write_text((json.dumps({"messages": [SYSTEM, *TURNS]}) + "\n") * 8)
+    options = {"base": [], "foreign": [f"adapter.path={foreign}"], "full": ["adapter=none", "quant=none"]}[kind]
+    run = train(base, data, tmp_path / "run", *options)
+    ask = ["generate", f"run={run}", f"prompt={TURNS[0]['content']}"]
+    assert command(ask) == 0
+    result = run / ("model" if kind == "full" else "adapter")
+    at_end = result.rename(run / "gone")
+    assert command(ask) == 0
+    assert asked[0] == asked[1]
+    template = CHATML if kind == "foreign" else DEFAULT_TEMPLATE
+    wanted = AutoTokenizer.from_pretrained(at_end).apply_chat_template(
+        [SYSTEM, *TURNS[:1]], chat_template=template, add_generation_prompt=True, return_dict=False
+    )
+    assert asked[1] == wanted
+    if kind == "full":
+        return
+    written = run / "adapters" / "step-00000002"
+    assert contents(written) == contents(at_end)
+    note = json.loads((written / "trained_over.json").read_text())
+    ended = json.loads((at_end / "trained_over.json").read_text())
+    assert note == ended | {"checkpoint": note["checkpoint"]}
+    checksums = read_manifest(run / "checkpoints" / written.name).checksums
+    before = {"checkpoint": hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()}
+    (written / "trained_over.json").write_text(json.dumps(note | before))
+    (written / "tokenizer.json").unlink()
+    assert command(["merge", f"run={run}", f"output={tmp_path}/merged", "verify=false"]) == 0
+    assert contents(written) == contents(at_end)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == template
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Returns what an adapter's folder holds, but the note and the config, which may name its layers in two ways."""
+    own = ("trained_over.json", peft_format.CONFIG)
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in own}
+
+
+def test_adapter_that_a_run_began_with_and_that_is_gone_is_told_until_it_is_back(
+    base: Path, foreign: Path, data: Path, tmp_path: Path, capsys: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    monkeypatch.setattr("qdora.generation.generate_stream", lambda model, prompt, *_, **__: asked.append(prompt))
+    first = shutil.copytree(foreign, tmp_path / "first")
+    run = train(base, data, tmp_path / "run", f"adapter.path={first}")
+    shutil.rmtree(run / "adapter")
+    ask = ["generate", f"run={run}", f"prompt={TURNS[0]['content']}"]
+    first.rename(tmp_path / "moved")
+    said = f"adapter.path={first}, with which the run began, is not there: the tokenizer of the base is taken"
+    for _ in range(2):
+        assert command(ask) == 0
+        assert said in capsys.readouterr().err
+    (tmp_path / "moved").rename(first)
+    assert command(ask) == 0
+    assert said not in capsys.readouterr().err
+    assert asked[-1] == ids_of(AutoTokenizer.from_pretrained(foreign)) != asked[0]

@@ -131,7 +131,8 @@ def test_checkpoint_keeps_its_changes_and_one_of_before_has_none(tmp_path: Path)
     old = tmp_path / "old"
     old.mkdir()
     (old / MANIFEST).write_text(before)
-    assert read_manifest(old).changes == []
+    manifest = read_manifest(old)
+    assert (manifest.changes, manifest.system, manifest.template) == ([], None, None)
 
 
 def test_config_of_a_run_has_its_changes_and_is_read_without_them(tmp_path: Path) -> None:

@@ -402,6 +402,17 @@ def test_model_without_a_chat_template_is_told(told: Callable[..., str], folder:
     assert "(messages, qdora's headings, as the model has no chat template)" in text
 
 
+def test_tokenizer_of_the_adapter_that_training_goes_on_from_is_shown(
+    told: Callable[..., str], folder: Path, tmp_path: Path
+) -> None:
+    tokenizer_of("llama3_1").save_pretrained(tmp_path / "adapter")
+    options = [f"data.train={write(tmp_path / 'talk.jsonl', *TALK)}", "num=1"]
+    assert "<|im_start|>" in told(*options)
+    text = told(*options, f"adapter.path={tmp_path / 'adapter'}")
+    assert "<|start_header_id|>assistant" in text
+    assert "<|im_start|>" not in text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
