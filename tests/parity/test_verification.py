@@ -53,6 +53,7 @@ from qdora.model import LoadedModel, load_model
 from qdora.nf4 import NF4Linear
 from qdora.parallel import start_alone
 from qdora.run_folder import RunFolder
+from qdora.run_result import RunResult
 from tests.support.models import make_model, make_tokenizer
 
 WORLD = start_alone("tests")
@@ -374,7 +375,7 @@ def test_card_tells_what_the_data_say(trained: Case, right: tuple[Path, dict[str
     run.start(RunConfig(model=trained.parts.model, data=DataConfig(train="data/mine.jsonl")), 0)
     run.write_summary({"num_tokens": 12345, "eval_losses": {"0": 3.5, "7": 1.25}, "versions": {"torch": "9.9"}})
     record = {"format": "hf", "base_weights": "nf4", "dtype": "bfloat16"}
-    text = model_card(replace(trained.parts, run=run), record, found, output)
+    text = model_card(replace(trained.parts, result=RunResult(run, run.read_config(), [])), record, found, output)
     front = yaml.safe_load(text.split("---\n")[1])
     assert front == {"library_name": "transformers", "tags": ["qdora", "dora"]}
     for fact in (
