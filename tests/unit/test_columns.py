@@ -178,8 +178,8 @@ def test_format_that_is_wanted_is_proposed() -> None:
     [
         (
             ROWS,
-            {"prompt": "qestion", "completion": "answer"},
-            r"line 1 does not have the column 'qestion' of .*; there are \['answer', 'question'\]",
+            {"prompt": "questionn", "completion": "answer"},
+            r"line 1 does not have the column 'questionn' of .*; there are \['answer', 'question'\]",
         ),
         ([*ROWS, {"question": "a"}], COLUMNS, r"line 5 does not have the column 'answer'"),
         (
@@ -303,8 +303,8 @@ def test_names_of_columns_are_taken_as_they_are_written(column: str) -> None:
     ("override", "message"),
     [
         (
-            "data.columns={promt:question}",
-            "no key 'promt' of a row, did you mean 'prompt'.; there are: answer, choices",
+            "data.columns={prompd:question}",
+            "no key 'prompd' of a row, did you mean 'prompt'.; there are: answer, choices",
         ),
         ("data.columns={prompt:a,prompt:b}", "prompt is named twice, for 'a' and 'b'"),
         ("data.columns={prompt:a,completion:a}", "'a' is given to prompt and completion"),
