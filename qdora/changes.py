@@ -7,8 +7,8 @@ from collections.abc import Container, Iterable
 from typing import Any
 
 from qdora.checkpoint_folder import Change, Manifest
-from qdora.config import Attention, DataConfig, ModelConfig, RunConfig
-from qdora.config.values import as_word, config_values, flatten, option
+from qdora.config import Attention, RunConfig
+from qdora.config.values import as_word, config_values, flatten, option, usual_options
 from qdora.errors import ConfigError
 
 _IDENTITY = ("model", "quant", "adapter", "data", "seed")
@@ -45,8 +45,7 @@ def differing(ours: dict[str, Any], theirs: dict[str, Any], but: Container[str])
 
 def _both(config: RunConfig, stored: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the flat options of `config` and of an older one; an option unknown then was as it is by default."""
-    usual = flatten(config_values(RunConfig(model=ModelConfig(path="-"), data=DataConfig(train="-"))))
-    return flatten(config_values(config)), usual | with_one_epoch(flatten(stored))
+    return flatten(config_values(config)), usual_options() | with_one_epoch(flatten(stored))
 
 
 def with_one_epoch(stored: dict[str, Any]) -> dict[str, Any]:

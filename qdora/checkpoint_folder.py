@@ -6,6 +6,7 @@ Without torch, whose import takes seconds: what forbids a run to go on shows bef
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Manifest:
     eval_loss: float | None
     loader: dict[str, int]
     guard: dict[str, Any]
-    """Of `StepGuard`."""
+    """State of `StepGuard`."""
     rows_per_step: int
     world_size: int
     run_id: str
@@ -65,7 +66,7 @@ class Manifest:
     def to_json(self) -> str:
         """With the SHA-256 of its own text."""
         values = asdict(self)
-        return json.dumps(values | {"sha256": _digest(values)}, indent=2) + "\n"
+        return json.dumps(values | {"sha256": digest_of(values)}, indent=2) + "\n"
 
 
 def checksum(file: Path) -> str:
@@ -74,7 +75,8 @@ def checksum(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _digest(values: dict[str, Any]) -> str:
+def digest_of(values: Any) -> str:
+    """Returns the SHA-256 of what JSON can hold, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -125,6 +127,14 @@ def newest_valid(folder: Path) -> tuple[Path | None, dict[Path, str]]:
             return checkpoint, damaged
         damaged[checkpoint] = reason
     return None, damaged
+
+
+def newest_readable(folder: Path) -> tuple[Path, Manifest] | None:
+    """Returns the newest checkpoint with a manifest that can be read; its other files are not looked at."""
+    for checkpoint in reversed(complete(folder)):
+        with suppress(CheckpointError):
+            return checkpoint, read_manifest(checkpoint)
+    return None
 
 
 def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
@@ -188,6 +198,6 @@ def read_manifest(checkpoint: Path) -> Manifest:
     if version not in READABLE_VERSIONS:
         known = ", ".join(map(str, READABLE_VERSIONS))
         raise CheckpointError(f"{checkpoint} has schema version {version}, this qdora reads {known}")
-    if digest != _digest(values):
+    if digest != digest_of(values):
         raise DamagedError(f"{MANIFEST} is not what was written")
     return Manifest(**values)

@@ -81,29 +81,21 @@ class RunFolder:
         if config.resume != "auto" and not (same_command and checkpoint_folder.complete(self.checkpoints)):
             if config.resume == "never":
                 return None
-            found = _named(config.resume, in_full)
+            path = _named(config.resume, in_full)
+            found = path, checkpoint_folder.read_manifest(path)
         else:
-            newest = self._newest_valid() if in_full else self._newest_readable()
+            newest = self._newest_valid() if in_full else checkpoint_folder.newest_readable(self.checkpoints)
             if newest is None:
                 return None
             found = newest
-        manifest = checkpoint_folder.read_manifest(found)
-        check_identity(config, manifest.config, str(found))
-        return found, manifest
+        check_identity(config, found[1].config, str(found[0]))
+        return found
 
-    def _newest_valid(self) -> Path | None:
+    def _newest_valid(self) -> tuple[Path, Manifest] | None:
         newest, messages = checkpoint_folder.latest_valid(self.checkpoints)
         for message in messages:
             logger.warning("%s", message)
-        return newest
-
-    def _newest_readable(self) -> Path | None:
-        """Returns the newest checkpoint with a manifest that can be read."""
-        for path in reversed(checkpoint_folder.complete(self.checkpoints)):
-            with suppress(CheckpointError):
-                checkpoint_folder.read_manifest(path)
-                return path
-        return None
+        return None if newest is None else (newest, checkpoint_folder.read_manifest(newest))
 
     def _check_same_run(self, config: RunConfig) -> None:
         if not self._holds_something():

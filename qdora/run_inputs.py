@@ -6,7 +6,7 @@ from pathlib import Path
 from qdora import checkpoint_folder
 from qdora.config import RunConfig
 from qdora.data.sources import content
-from qdora.errors import CheckpointError, ConfigError, DataError, ModelError
+from qdora.errors import ConfigError, DataError, ModelError
 from qdora.files import read_json
 from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.run_folder import RunFolder
@@ -34,7 +34,9 @@ def check_base(run: RunFolder, base: Path) -> None:
         ConfigError: it is another one.
         ModelError: it is none.
     """
-    known = read_json(run.summary).get("model_fingerprint") or _newest_fingerprint(run)
+    known = read_json(run.summary).get("model_fingerprint")
+    if not known and (newest := checkpoint_folder.newest_readable(run.checkpoints)) is not None:
+        known = newest[1].model_fingerprint
     if known not in (None, CheckpointFiles(base).fingerprint()):
         raise ConfigError(
             f"run={run.path} was trained over another model than the one in {base}: its weights differ. Give the "
@@ -51,11 +53,3 @@ def replaced(run: RunFolder, config: RunConfig) -> list[str]:
     with suppress(DataError, ModelError):  # a finished run needs neither
         now = inputs(config, base if base.is_dir() else None)
     return [name for name, value in now.items() if None not in (value, then.get(name)) and value != then[name]]
-
-
-def _newest_fingerprint(run: RunFolder) -> str | None:
-    """Returns that of the base, as the newest checkpoint that can be read has it."""
-    for path in reversed(checkpoint_folder.complete(run.checkpoints)):
-        with suppress(CheckpointError):
-            return checkpoint_folder.read_manifest(path).model_fingerprint
-    return None

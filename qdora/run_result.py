@@ -1,7 +1,5 @@
 """What a run has to show: what it left at its end, or its newest checkpoint where it has not ended yet."""
 
-import hashlib
-import json
 import os
 import shutil
 from contextlib import suppress
@@ -46,7 +44,7 @@ class RunResult:
     """Folder in PEFT format; None where every weight was trained."""
     checkpoint: Path | None = None
     manifest: Manifest | None = None
-    """Of that checkpoint; both are None where the run has ended."""
+    """What that checkpoint says of itself; both are None where the run has ended."""
 
     @property
     def digest(self) -> str:
@@ -107,8 +105,7 @@ def _newest(run: RunFolder, notes: TextIO | None) -> tuple[Path, Manifest]:
 
 
 def _digest(manifest: Manifest) -> str:
-    values = [WRITTEN_AS, manifest.checksums, manifest.system, manifest.template]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return checkpoint_folder.digest_of([WRITTEN_AS, manifest.checksums, manifest.system, manifest.template])
 
 
 def write_adapter(

@@ -40,7 +40,7 @@ class Subject:
     quant: QuantConfig
     adapter: AdapterConfig
     result: RunResult | None = None
-    """Of the run that decided the rest."""
+    """What the run left that decided the rest."""
 
     def other_base(self, base: Path) -> str | None:
         """Says that the adapter was trained over another base than the folder `base`, where nobody checks that."""

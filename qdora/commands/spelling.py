@@ -47,21 +47,21 @@ def in_grammar(arguments: list[str], config_class: type, sweep: bool = False) ->
     named: dict[str, dict[str, str]] = {}
     for argument in arguments:
         option, equals, value = argument.partition("=")
-        group, _, name = option.lstrip("+").rpartition(".")
+        plain = option.lstrip("+")
+        group, _, name = plain.rpartition(".")
         if equals and kinds.get(group) is dict:
-            option, value = group, f"{name}:{value}"
-        if equals and kinds.get(option.lstrip("+")) is dict:
-            option = option.lstrip("+")
+            plain, value = group, f"{name}:{value}"
+        if equals and kinds.get(plain) is dict:
             if sweep and re.search(r"\}\s*,\s*\{", value):  # several of them
-                written.append(f"++{option}={value}")
+                written.append(f"++{plain}={value}")
             else:
-                named[option] = _by_names(option, value, named.get(option, {}))
+                named[plain] = _by_names(plain, value, named.get(plain, {}))
             continue
-        kind = kinds.get(option.lstrip("+") if option.lstrip("+") in TEXTS else option)
+        kind = kinds.get(plain if plain in TEXTS else option)
         if not equals or kind is None:
             written.append(argument)
             continue
-        if option.lstrip("+") in TEXTS:
+        if plain in TEXTS:
             # OmegaConf would look `${name}` up, and takes `???` for a value that is missing.
             value = quoted(_INTERPOLATION.sub(r"\1\1\\${", value) if value != "???" else "??? ")
         elif sweep:

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any, TypeVar, get_type_hints
 
 from qdora.config.commands import RunConfig, written
+from qdora.config.groups import DataConfig, ModelConfig
 from qdora.errors import ConfigError
 
 T = TypeVar("T")
@@ -28,6 +29,11 @@ def config_values(config: RunConfig) -> dict[str, Any]:
     """The resolved config as YAML and JSON hold it."""
     values: dict[str, Any] = plain(asdict(config))
     return values
+
+
+def usual_options() -> dict[str, Any]:
+    """Returns the flat options of a run at their defaults, `-` where one is to be given."""
+    return flatten(config_values(RunConfig(model=ModelConfig(path="-"), data=DataConfig(train="-"))))
 
 
 def config_from_values(kind: type[T], values: dict[str, Any]) -> T:

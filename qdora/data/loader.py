@@ -103,7 +103,6 @@ class BatchLoader:
         self.max_length, self.packing = max_length, packing
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle, self.pad_token_id = seed, shuffle, pad_token_id
-        self.rows_per_step = micro_batch_size * num_accumulation_steps * world_size
         self._lengths = dataset.lengths
         self._epoch, self._position = 0, 0
         self._rows, self._rows_epoch = self._order(0), 0
@@ -117,6 +116,11 @@ class BatchLoader:
     def rows(self) -> list[list[int]]:
         """The samples of each row of the epoch that stands, the first one at first, in the order of training."""
         return self._rows
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimiser step, over all ranks; `num_accumulation_steps` may be set before the first one."""
+        return self.micro_batch_size * self.num_accumulation_steps * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:

@@ -30,7 +30,7 @@ class Parts:
     adapter_folder: Path
     adapter: AdapterConfig
     result: RunResult | None
-    """Of the run that trained the adapter, where that is known."""
+    """What the run that trained the adapter left, where that is known."""
     data: DataConfig
     """The run's data options, or the usual ones."""
     is_known: bool = True

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from qdora.figures import save
 from qdora.planning.hardware import GIB, Hardware
 from qdora.planning.plans import Planned, Planner, fastest, smallest
 
@@ -130,10 +131,4 @@ def draw(plans: list[Planned], hardware: Hardware, title: str, output: Path) -> 
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(fontsize=8, frameon=False, ncols=4, loc="outside lower center")
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    canvas.print_png(str(partial))
-    try:
-        partial.replace(output)
-    except OSError:
-        partial.unlink()
-        raise
+    save(canvas, output)

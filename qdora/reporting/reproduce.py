@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qdora.config import AdapterMethod, DataConfig, MethodConfig, ModelConfig, RunConfig, StudyConfig
-from qdora.config.values import as_word, config_values, flatten, option, plain
+from qdora.config.values import as_word, config_values, flatten, option, plain, usual_options
 
 MADE_BY_THE_RUN = {"run_id"}
 """Which differ each time."""
@@ -16,7 +16,7 @@ Values = dict[str, Any]
 
 def changed_options(config: RunConfig) -> Values:
     """The dotted options of a run that are not at their defaults."""
-    usual = flatten(config_values(RunConfig(model=ModelConfig(path="-"), data=DataConfig(train="-"))))
+    usual = usual_options()
     return {name: value for name, value in flatten(config_values(config)).items() if usual[name] != value}
 
 

@@ -27,7 +27,7 @@ class Lengths:
     name: str
     """The option that names it, such as data.train."""
     tokens: Integers
-    """Of each row that has something to learn, before it was cut or left out."""
+    """Length of each row that has something to learn, before it was cut or left out."""
     limit: int
     """`data.max_length`."""
     then: str

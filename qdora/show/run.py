@@ -18,7 +18,6 @@ from qdora.config.groups import ACCUMULATION_STEPS
 from qdora.data import BatchLoader, DataReport, TokenDataset, prepare
 from qdora.data.conversation import Told
 from qdora.data.dataset import IGNORED, Integers, samples_of, source_rows
-from qdora.data.loader import num_rows
 from qdora.errors import ConfigError
 from qdora.files import output_may_close
 from qdora.planning.length import fitted
@@ -27,7 +26,6 @@ from qdora.show.spelling import Spelling
 from qdora.show.terminal import bold, painted, token_lines, visible, wants_colours
 
 MOST_COLUMNS = 80
-UTF8 = ("utf-8", "utf8")
 TEMPLATE_OF_OURS = "qdora's headings, as the model has no chat template"
 FROM_CHAT = (DataFormat.messages.name, DataFormat.instruction.name)
 
@@ -59,12 +57,10 @@ class Source:
         self.data: TokenDataset = prepare(config.data, self.path, tokenizer)
         self.report: DataReport = self.data.report
         is_trained = name == "data.train"
-        rows = num_rows(self.data.lengths, config.data.packing, config.data.max_length)
-        batches = fitted(config.train, rows, num_ranks=1).num_accumulation_steps or ACCUMULATION_STEPS
         self.loader = BatchLoader(
             self.data,
             micro_batch_size=config.train.micro_batch_size,
-            num_accumulation_steps=batches if is_trained else 1,
+            num_accumulation_steps=1,
             max_length=config.data.max_length,
             packing=config.data.packing,
             rank=0,
@@ -72,6 +68,9 @@ class Source:
             seed=config.seed,
             shuffle=is_trained,
         )
+        if is_trained:
+            length = fitted(config.train, self.loader.num_rows, num_ranks=1)
+            self.loader.num_accumulation_steps = length.num_accumulation_steps or ACCUMULATION_STEPS
         self.names, self.places = self.data.places()
         then = "left out" if self.report.num_dropped_overlong else "cut"
         self.lengths = Lengths(name, self.data.row_lengths, config.data.max_length, then)
@@ -141,7 +140,7 @@ def run(config: ShowConfig, tokenizer: Any) -> int:
             with _told_meanwhile(f"reading {path}"):
                 sources.append(Source(f"data.{name}", config, tokenizer))
     absent, spelling = _absent(config, sources), Spelling(tokenizer)
-    if (sys.stdout.encoding or "").lower() not in UTF8 and isinstance(sys.stdout, io.TextIOWrapper):
+    if not _is_utf8() and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     with output_may_close():
         if config.report is Report.json:
@@ -221,7 +220,7 @@ def summary(source: Source, colours: bool) -> Iterator[str]:
         f"99% within {numbers['p99']:,}, longest {numbers['longest']:,}"
     )
     columns = min(shutil.get_terminal_size((MOST_COLUMNS, 24)).columns, MOST_COLUMNS)
-    yield from histogram(lengths, columns, (sys.stdout.encoding or "").lower() in UTF8)
+    yield from histogram(lengths, columns, _is_utf8())
     yield ""
 
 
@@ -291,6 +290,10 @@ def _is_named(name: str, file: str) -> bool:
     path, given = Path(name.rpartition(" ")[0]), Path(file).expanduser()
     is_end = path.parts[-len(given.parts) :] == given.parts
     return not file or is_end or path.expanduser().resolve() == given.resolve()
+
+
+def _is_utf8() -> bool:
+    return (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
 
 
 @contextmanager

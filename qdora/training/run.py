@@ -109,8 +109,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     length = [describe(open_length, config.train, num_rows, world.size)]
     if found is None:  # else the rows of a step are what they were
         length.append(few_steps(open_length, num_rows, world.size))
-    if train_loader.num_accumulation_steps != config.train.num_accumulation_steps:
-        train_loader = _loader(config, world, sources.train, sources.pad_token_id, shuffle=True)
+    train_loader.num_accumulation_steps = config.train.num_accumulation_steps or ACCUMULATION_STEPS
     num_steps = steps_of(config.train, num_rows, world.size)
     if found is not None:
         check_fingerprints(config, *found, fingerprints)

@@ -190,9 +190,7 @@ def test_other_template_of_the_base_gives_way_and_that_is_told(
     base: Path, foreign: Path, tmp_path: Path, capsys: Told
 ) -> None:
     with_one = tmp_path / "with-one"
-    with_one.mkdir()
-    for file in base.iterdir():
-        (with_one / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(base, with_one)
     config = json.loads((with_one / "tokenizer_config.json").read_text()) | {"chat_template": DEFAULT_TEMPLATE}
     (with_one / "tokenizer_config.json").write_text(json.dumps(config))
     alone = tmp_path / "alone"  # the template without a tokenizer
@@ -215,9 +213,7 @@ def test_vocabulary_that_an_adapter_brings_must_fit_the_base(
     base: Path, foreign: Path, tmp_path: Path, capsys: Told
 ) -> None:
     larger = tmp_path / "larger"
-    larger.mkdir()
-    for file in foreign.iterdir():
-        (larger / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(foreign, larger)
     tokenizer = AutoTokenizer.from_pretrained(foreign)
     tokenizer.add_tokens(["<one>", "<two>"])
     tokenizer.save_pretrained(larger)
