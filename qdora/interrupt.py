@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qdora.errors import EXIT_KEYBOARD, EXIT_PREEMPTED
-from qdora.rank_files import leave_status
+from qdora.rank_files import leave_status, others_end
 from qdora.waits import wait_s
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -71,7 +71,8 @@ class Interrupt:
 
 
 def _say(message: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
+    """Prints it on rank 0, unless the signal only follows from another rank's error, which the launcher prints."""
+    if int(os.environ.get("RANK", 0)) == 0 and not others_end():
         print(f"qdora: {message}", file=sys.stderr, flush=True)
 
 

@@ -74,6 +74,12 @@ def leave_error(error: Exception) -> bool:
     return True
 
 
+def others_end() -> bool:
+    """Returns whether a rank of this machine has left an error, for which the launcher ends the others."""
+    file = _own_file("error")
+    return file is not None and any(file.parent.glob("*.error"))
+
+
 def open_stack() -> IO[str] | None:
     """An open file for the stack of this rank, should it stand still."""
     file = _own_file("stack")

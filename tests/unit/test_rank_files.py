@@ -191,6 +191,31 @@ def test_signal_that_comes_twice_at_once_counts_once(twice_s: str, status: int) 
     assert told[1:] == (["qdora: interrupted at once; nothing new was saved"] if status else [])
 
 
+ENDED_BY_THE_LAUNCHER = """
+import os, signal, time
+from qdora.interrupt import interrupt
+
+with interrupt.listening():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("other_failed", [True, False])
+def test_rank_that_ends_for_the_error_of_another_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_failed: bool
+) -> None:
+    """torchrun ends it by a signal, which without that error would be somebody's wish."""
+    monkeypatch.setenv(rank_files.FOLDER, str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    if other_failed:
+        assert rank_files.leave_error(ConfigError("that run has adapter.rank=4"))
+    done = run_process([sys.executable, "-c", ENDED_BY_THE_LAUNCHER], cold=True, RANK="0")
+    assert done.returncode == EXIT_PREEMPTED
+    told = "qdora: interrupted before training went on; the same command starts again\n"
+    assert done.stderr == ("" if other_failed else told)
+
+
 RANK = """
 import os, time
 from qdora import __main__ as entry
