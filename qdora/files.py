@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qdora.errors import ConfigError
+
 
 def sync(path: Path) -> None:
     """Makes a file, or the names in a folder, outlast a loss of power."""
@@ -78,6 +80,31 @@ def output_may_close() -> Iterator[None]:
         yield
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def naming_option(option: str, path: str) -> Iterator[None]:
+    """Raises `ConfigError` with the option that names `path` where writing that file fails."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option}={path} cannot be written: {error.strerror}") from None
+
+
+def check_writable(option: str, path: str) -> None:
+    """Makes the folder of a file that is written at the end of a command.
+
+    Raises:
+        ConfigError: it could not be written.
+    """
+    with naming_option(option, path):
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        probe = file.with_name(f".{file.name}.partial")
+        probe.touch()
+        probe.unlink()
 
 
 def forget_cached(descriptor: int, first: int, last: int) -> None:

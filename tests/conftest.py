@@ -1,6 +1,7 @@
 """Fixtures of every test: the real model, and the path of the repository."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,9 @@ def _warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Lets helpers fork processes that have everything imported; the first one that is asked for starts the server."""
     cache = str(tmp_path_factory.getbasetemp() / "cache")
     warm.Server.environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": cache, "WANDB_MODE": "offline"}
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", warm.PopenOfMerge)  # for merges in this process
+        yield
     warm.Server.stop()
 
 

@@ -148,6 +148,7 @@ def compare(model: Any, samples: list[dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     """Does what the request says."""
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     result: dict[str, Any] = {"versions": {"transformers": transformers.__version__, "torch": torch.__version__}}
     try:

@@ -293,7 +293,7 @@ def _reload(
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     # -P: else the script's folder comes first on the path, and its neighbours could stand in for packages.
     command = [sys.executable, "-P", str(RELOAD), str(folder / "request.json")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
     if done.returncode:
         raise ModelError(

@@ -130,5 +130,4 @@ def draw(plans: list[Planned], hardware: Hardware, title: str, output: Path) -> 
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(fontsize=8, frameon=False, ncols=4, loc="outside lower center")
-    output.parent.mkdir(parents=True, exist_ok=True)
     save(canvas, output)

@@ -11,8 +11,7 @@ from rich.console import Console
 from qdora.config import PlanConfig, Report
 from qdora.data import prepare
 from qdora.data.loader import num_rows
-from qdora.errors import ConfigError
-from qdora.files import output_may_close
+from qdora.files import check_writable, naming_option, output_may_close
 from qdora.model import load_tokenizer
 from qdora.model.folder import config_folder
 from qdora.planning.hardware import find_hardware
@@ -41,6 +40,8 @@ def plan(config: PlanConfig) -> int:
         QdoraError: the model's config, the hardware or the data cannot be read, or the figure not be written.
     """
     hardware = find_hardware(config.hardware)
+    if config.figure is not None:
+        check_writable("figure", config.figure)
     config, data = _with_data(config, hardware.num_ranks)
     planner = Planner(config, config_folder(config.model), hardware)
     plans = planner.plans()
@@ -54,10 +55,8 @@ def plan(config: PlanConfig) -> int:
         sys.stdout.flush()
     if config.figure is not None:
         title = f"{config.model.path}, rows of {config.data.max_length} tokens, on {config.hardware}"
-        try:
+        with naming_option("figure", config.figure):
             draw(plans, hardware, title, Path(config.figure))
-        except OSError as error:
-            raise ConfigError(f"figure={config.figure} cannot be written: {error.strerror}") from None
     return 0 if chosen else 1
 
 

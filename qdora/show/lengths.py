@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qdora.data.dataset import Integers
-from qdora.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,11 +106,7 @@ def _bar(size: float, blocks: bool) -> str:
 
 
 def draw(sources: Sequence[Lengths], model: str, output: Path) -> None:
-    """Draws a histogram of each source into a PNG or SVG.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
+    """Draws a histogram of each source into a PNG or SVG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -122,11 +117,7 @@ def draw(sources: Sequence[Lengths], model: str, output: Path) -> None:
     figure.suptitle(f"Tokens a row, by the tokenizer of {model}", fontsize=11, parse_math=False)
     for axes, lengths in zip(figure.subplots(len(sources), 1, squeeze=False)[:, 0], sources, strict=True):
         _draw_one(axes, lengths)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        save(canvas, output)
-    except OSError as error:
-        raise ConfigError(f"figure={output} cannot be written: {error.strerror}") from None
+    save(canvas, output)
 
 
 def _draw_one(axes: "Axes", lengths: Lengths) -> None:

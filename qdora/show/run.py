@@ -19,7 +19,7 @@ from qdora.data import BatchLoader, DataReport, TokenDataset, prepare
 from qdora.data.conversation import Told
 from qdora.data.dataset import IGNORED, Integers, samples_of, source_rows
 from qdora.errors import ConfigError
-from qdora.files import output_may_close
+from qdora.files import check_writable, naming_option, output_may_close
 from qdora.planning.length import fitted
 from qdora.show.lengths import Lengths, draw, histogram
 from qdora.show.spelling import Spelling
@@ -133,6 +133,8 @@ class Source:
 
 def run(config: ShowConfig, tokenizer: Any) -> int:
     """Prints what the configuration asks for; see `qdora.show.show`."""
+    if config.figure is not None:
+        check_writable("figure", config.figure)
     sources = []
     for name in ("train", "eval"):
         path = getattr(config.data, name)
@@ -157,7 +159,8 @@ def run(config: ShowConfig, tokenizer: Any) -> int:
                 print("\n".join(summary(source, colours)))
         sys.stdout.flush()
     if config.figure is not None:
-        draw([source.lengths for source in sources], str(config.model.path), Path(config.figure))
+        with naming_option("figure", config.figure):
+            draw([source.lengths for source in sources], str(config.model.path), Path(config.figure))
     return 0
 
 

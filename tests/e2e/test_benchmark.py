@@ -13,6 +13,7 @@ from tests.support.processes import run
 ARMS = {"peft-qlora", "peft-qdora", "qlora", "qdora", "qdora-compiled"}
 
 
+@pytest.mark.nightly(paths=["benchmarks/*.py", "qdora/training/trainer.py"])
 @pytest.mark.parametrize("ranks", [1, *nightly(2)])
 def test_arms_take_the_same_steps(tmp_path: Path, root: Path, ranks: int) -> None:
     model, output = make_model(tmp_path / "model", "llama", num_hidden_layers=1), tmp_path / "steps.json"

@@ -336,6 +336,7 @@ def test_system_turn_of_the_training_is_used_told_replaced_and_left_out(
     assert "be kind" not in prompt
 
 
+@pytest.mark.nightly(paths=["qdora/generation.py", "qdora/model/generate.py", "qdora/interrupt.py"])
 def test_chat_over_a_pipe_answers_as_transformers_does(smollm2: Path, theirs: Any) -> None:
     """As a user runs it; the first answer is read while the command waits for the second line."""
     count = 10
@@ -426,6 +427,7 @@ def press(terminal: int, key: bytes, process: int) -> int:
     raise AssertionError(f"{key!r} does not end it")
 
 
+@pytest.mark.nightly(paths=["qdora/generation.py", "qdora/model/generate.py", "qdora/interrupt.py"])
 def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_chat(smollm2: Path) -> None:
     """In a terminal; the answer would take minutes. Ctrl-D is the end of input, as that of a pipe."""
     process, terminal = pty.fork()

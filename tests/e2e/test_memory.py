@@ -76,6 +76,7 @@ def told_of(done: Any, output: Path) -> tuple[str, dict[str, float], Any]:
     return found.group(1), sizes, summary_of(output)
 
 
+@pytest.mark.nightly(paths=["qdora/training/memory.py", "qdora/device_memory.py", "qdora/model/activations.py"])
 def test_recomputation_is_what_the_container_has_room_for(
     arguments: list[str], tmp_path: Path, limited: Callable[[int], Path]
 ) -> None:
@@ -100,6 +101,7 @@ def test_recomputation_is_what_the_container_has_room_for(
         assert 0.9 * more < peaks[kind] - peaks["full"] < more, (peaks, sizes)
 
 
+@pytest.mark.nightly(paths=["qdora/training/memory.py", "qdora/device_memory.py", "qdora/model/activations.py"])
 def test_rank_with_the_least_memory_decides(
     arguments: list[str], tmp_path: Path, limited: Callable[[int], Path]
 ) -> None:

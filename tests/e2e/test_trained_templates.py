@@ -17,6 +17,7 @@ from qdora.chat_template import DEFAULT_TEMPLATE
 from qdora.checkpoint_folder import read_manifest
 from qdora.commands import run as command
 from qdora.merging.gguf_format import FILE
+from tests.support.marks import nightly
 from tests.support.models import make_model
 from tests.support.processes import qdora
 from tests.support.runs import QUICK
@@ -154,7 +155,7 @@ def foreign(run: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.mark.parametrize("format", ["hf", "nf4", "gguf", "lora"])
+@pytest.mark.parametrize("format", ["hf", "nf4", *nightly("gguf"), "lora"])
 def test_template_of_an_adapter_from_elsewhere_is_kept_and_ends_its_turns(
     base: Path, foreign: Path, tmp_path: Path, format: str
 ) -> None:

@@ -42,6 +42,7 @@ def options(tiny: Path, data: Path, method: str, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.nightly(paths=["qdora/adapter/*.py", "qdora/merging/*.py"])
 @pytest.mark.parametrize("method", ["dvora", *nightly("vera")])
 def test_run_resumed_on_two_ranks_is_the_same_and_its_merge_is_verified(
     method: str, tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -84,7 +85,7 @@ def test_run_resumed_on_two_ranks_is_the_same_and_its_merge_is_verified(
     assert all(torch.equal(tensor, ours[name]) for name, tensor in at_checkpoint.items())
 
 
-@pytest.mark.parametrize("method", [AdapterMethod.vera, AdapterMethod.dvora])
+@pytest.mark.parametrize("method", [AdapterMethod.dvora, *nightly(AdapterMethod.vera)])
 def test_plan_knows_the_method(method: AdapterMethod, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["plan", f"model.path={tiny}", f"adapter={method.name}", "hardware=1x24gb"]) == 0
     assert f"adapter={method.name} adapter.rank=256" in capsys.readouterr().out

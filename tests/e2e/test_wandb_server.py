@@ -83,6 +83,7 @@ def test_whole_run_and_its_adapter_arrive(
     assert sent == {f"artifact/{file.name}": file.read_bytes() for file in adapter.iterdir()}
 
 
+@pytest.mark.nightly(paths=["qdora/tracking.py", "qdora/training/run.py"])
 def test_killed_run_goes_on_in_the_same_wandb_run_with_every_step_once(
     server: WandbServer, arguments: list[str], tmp_path: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_outage_in_the_middle_is_made_up_for(server: WandbServer, arguments: lis
     assert server.exit_code == 0
 
 
+@pytest.mark.nightly(paths=["qdora/tracking.py", "qdora/training/run.py"])
 def test_interrupted_run_is_preempted_and_one_that_fails_is_failed(
     server: WandbServer, arguments: list[str], tmp_path: Path
 ) -> None:

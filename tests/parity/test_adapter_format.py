@@ -64,7 +64,7 @@ def test_peft_adapter_gives_the_same_logits_here(folder: Path, dora: bool, tmp_p
 @pytest.mark.parametrize(
     ("method", "targets"),
     [
-        (AdapterMethod.dora, "all-linear"),
+        pytest.param(AdapterMethod.dora, "all-linear", marks=pytest.mark.nightly(paths=["qdora/adapter/*.py"])),
         pytest.param(AdapterMethod.lora, "all-linear", marks=pytest.mark.nightly),
         pytest.param(AdapterMethod.dora, SOME_TARGETS, marks=pytest.mark.nightly),
         pytest.param(AdapterMethod.lora, SOME_TARGETS, marks=pytest.mark.nightly),

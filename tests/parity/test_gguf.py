@@ -527,10 +527,12 @@ def test_real_tokenizer_is_the_one_it_came_from(smollm2: Path, real: Path) -> No
     assert fields["tokenizer.chat_template"] == (smollm2 / "chat_template.jinja").read_text()
 
 
+@pytest.mark.nightly(paths=["qdora/merging/gguf*.py"])
 def test_real_tokenizer_encodes_alike(smollm2: Path, real: Path) -> None:
     assert_encodes_alike(real, AutoTokenizer.from_pretrained(smollm2), f"<|im_start|>user\n{TEXT}<|im_end|>\n")
 
 
+@pytest.mark.nightly(paths=["qdora/merging/gguf*.py"])
 def test_real_model_predicts_alike(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"  # without the tokenizer, which transformers takes 15 s to read several times
     folder.mkdir()

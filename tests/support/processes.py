@@ -13,6 +13,8 @@ import psutil
 
 from tests.support import ROOT, warm
 
+COLD = subprocess.Popen
+"""What starts a new interpreter, also where tests put `warm.Popen` in its place."""
 started: list["subprocess.Popen[str]"] = []
 """What the test has started and need not have waited for."""
 
@@ -63,7 +65,7 @@ def popen(
     """Starts a process that has this checkout on its path, before what is on it anyhow."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {**os.environ, "PYTHONPATH": path, **environment}
-    kind = subprocess.Popen if cold else warm.Popen
+    kind = COLD if cold else warm.Popen
     return kind(
         command,
         cwd=cwd,

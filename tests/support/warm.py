@@ -79,6 +79,17 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
             self._status = None
 
 
+class PopenOfMerge(Popen):
+    """`subprocess.Popen` of a process that merges: what loads its result is forked, others start cold."""
+
+    def _execute_child(self, args: Any, *others: Any) -> None:
+        start = Start.read(args, others)
+        if start is not None and start.program.reads_a_merge:
+            super()._execute_child(args, *others)
+        else:
+            super(Popen, self)._execute_child(args, *others)  # type: ignore[misc]
+
+
 class Server:
     """The server of this process, as its client sees it."""
 
@@ -86,15 +97,25 @@ class Server:
     environment: dict[str, str] = {}
     """What the server starts with; tests/conftest.py sets it before the first test changes something."""
 
-    def __init__(self) -> None:
+    def __init__(self, channel: socket.socket, process: "subprocess.Popen[bytes] | None") -> None:
+        self._socket, self._process, self._lock = channel, process, threading.Lock()
+
+    @classmethod
+    def new(cls) -> "Server":
+        """Starts one."""
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
         command = [sys.executable, "-m", "tests.support.warm_process", str(there.fileno())]
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=cls.environment, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL
         )
         there.close()
-        self._socket, self._lock = here, threading.Lock()
+        return cls(here, process)
+
+    @classmethod
+    def take(cls, channel: socket.socket, environment: dict[str, str]) -> None:
+        """Makes the server at the other end of `channel`, which this process has forked, the one of this process."""
+        cls._only, cls.environment = cls(channel, None), environment
 
     @classmethod
     def fits(cls, environment: Mapping[str, str]) -> bool:
@@ -108,8 +129,8 @@ class Server:
     @classmethod
     def start(cls) -> "Server":
         """Returns the server, which is started at the first call; a forked pytest worker gets its own."""
-        if cls._only is None or cls._only._process.poll() is not None:
-            cls._only = cls()
+        if cls._only is None or (cls._only._process is not None and cls._only._process.poll() is not None):
+            cls._only = cls.new()
         return cls._only
 
     @classmethod
@@ -117,9 +138,10 @@ class Server:
         """Ends the server; its processes go on."""
         if cls._only is not None:
             cls._only._socket.close()
-            with suppress(subprocess.TimeoutExpired):
-                cls._only._process.wait(60)
-            cls._only._process.kill()
+            if cls._only._process is not None:
+                with suppress(subprocess.TimeoutExpired):
+                    cls._only._process.wait(60)
+                cls._only._process.kill()
             cls._only = None
 
     def fork(self, start: Start) -> tuple[int, int]:

@@ -54,6 +54,7 @@ MODULES = (
     ),
 )
 """What the server imports beside all of qdora."""
+RELOAD = ROOT / "qdora" / "merging" / "reload.py"
 STATUS = struct.Struct("i")
 _LOADED_WITH: dict[str, str] = {}
 _NEVER_FREED: list[Any] = []
@@ -92,6 +93,16 @@ class Program:
         return None
 
     @property
+    def reads_a_merge(self) -> bool:
+        """Whether its process is a merge's second one, in which nothing of qdora may compute."""
+        return self.kind == "script" and Path(self.name) == RELOAD
+
+    @property
+    def starts_one_later(self) -> bool:
+        """Whether its process starts another one that computes, after it has computed itself."""
+        return self.kind == "-m" and self.name == "qdora" and self.arguments[:1] == ["merge"]
+
+    @property
     def starts_others(self) -> bool:
         """Whether its process starts warm ones itself."""
         sweeps = self.arguments[:1] == ["study"] or not {"-m", "--multirun"}.isdisjoint(self.arguments)
@@ -101,6 +112,8 @@ class Program:
 def needs_new_interpreter(environment: Mapping[str, str], other: Mapping[str, str]) -> bool:
     """Tells whether two environments differ in a variable that a library may have read while it was loaded."""
     different = {name for name in environment.keys() | other.keys() if environment.get(name) != other.get(name)}
+    if "PYTHONPATH" not in environment:  # a folder of it could have a sitecustomize.py
+        different -= {"PYTHONPATH"}
     return not all(name in READ_LATER or name.startswith(LATER_PREFIXES) for name in different)
 
 
@@ -140,13 +153,18 @@ class Start:
 
 
 def serve(descriptor: int) -> None:
-    """Forks a process for each request that comes by the socket, until it is closed."""
+    """Imports everything, then forks a process for each request that comes by the socket, until it is closed."""
     _LOADED_WITH.update(os.environ)
     _import_all()
-    assert threading.active_count() == 1, threading.enumerate()
-    assert len([*Path("/proc/self/task").iterdir()]) == 1, "a library has started a thread"
     gc.collect()
     gc.freeze()
+    with socket.socket(fileno=descriptor) as channel:
+        _fork_for(channel)
+
+
+def _fork_for(channel: socket.socket) -> None:
+    assert threading.active_count() == 1, threading.enumerate()
+    assert len([*Path("/proc/self/task").iterdir()]) == 1, "a library has started a thread"
     read, write = os.pipe()
     os.set_blocking(write, False)
     os.set_blocking(read, False)
@@ -155,29 +173,28 @@ def serve(descriptor: int) -> None:
     signal.set_wakeup_fd(write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     statuses: dict[int, int] = {}
-    with socket.socket(fileno=descriptor) as channel:
-        while True:
-            ready, _, _ = select.select([channel, read], [], [])
-            if read in ready:
-                os.read(read, 4096)
-                _reap(statuses)
-            if channel in ready:
-                message, descriptors, _, _ = socket.recv_fds(channel, 2**20, 4)
-                if not message:
-                    return
-                *streams, status = descriptors
-                process = os.fork()
-                if process == 0:
-                    signal.set_wakeup_fd(-1)
-                    request = json.loads(message)
-                    os.close(status)
-                    become(Program(**request.pop("program")), streams=streams, forked_from_server=True, **request)
-                statuses[process] = status
-                with suppress(BrokenPipeError):
-                    os.write(status, STATUS.pack(process))
-                for stream in streams:
-                    os.close(stream)
-                _reap(statuses)
+    while True:
+        ready, _, _ = select.select([channel, read], [], [])
+        if read in ready:
+            os.read(read, 4096)
+            _reap(statuses)
+        if channel in ready:
+            message, descriptors, _, _ = socket.recv_fds(channel, 2**20, 4)
+            if not message:
+                return
+            *streams, status = descriptors
+            process = os.fork()
+            if process == 0:
+                signal.set_wakeup_fd(-1)
+                request = json.loads(message)
+                os.close(status)
+                become(Program(**request.pop("program")), streams=streams, forked_from_server=True, **request)
+            statuses[process] = status
+            with suppress(BrokenPipeError):
+                os.write(status, STATUS.pack(process))
+            for stream in streams:
+                os.close(stream)
+            _reap(statuses)
 
 
 def _reap(statuses: dict[int, int]) -> None:
@@ -238,6 +255,10 @@ def become(
             # Python 3.12 warns of a fork beside threads, of which torchrun's agent has some; they hold nothing of ours.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
             subprocess.Popen._execute_child = _fork_or_execute  # type: ignore[attr-defined]
+        elif program.starts_one_later:
+            _start_server()
+        if program.reads_a_merge:
+            sys.modules["qdora.cpu_products"]._library()._destroy()
         status = _run(program)
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -248,6 +269,20 @@ def become(
             except (OSError, ValueError):
                 status = status or 120  # as the interpreter does
         os._exit(status)
+
+
+def _start_server() -> None:
+    """Lets this process start others by a server of its own, which is forked before anything is computed."""
+    from tests.support import warm
+
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork() == 0:
+        here.close()
+        _fork_for(there)
+        os._exit(0)
+    there.close()
+    warm.Server.take(here, _LOADED_WITH)
+    subprocess.Popen = warm.PopenOfMerge  # type: ignore[misc]
 
 
 def _take_streams(streams: list[int], unbuffered: bool) -> None:

@@ -1,5 +1,6 @@
 """A compiled block computes what it did, as one graph, and is not compiled again for each length."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,20 @@ GEMMA_3 = {
 }
 
 
-@pytest.mark.parametrize(("family", "changes"), [("llama", {}), *nightly(("gemma3", GEMMA_3))])
-def test_compiled_blocks_compute_the_same_in_few_graphs(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+COMPILED = ["qdora/adapter/*.py", "qdora/nf4.py", "qdora/*kernels.py", "qdora/model/*.py", "tests/unit/test_compile.py"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "backend"),
+    [
+        ("llama", {}, "eager"),  # the same graphs, without code of their own
+        pytest.param("llama", {}, "inductor", marks=pytest.mark.nightly(paths=COMPILED)),
+        *nightly(("gemma3", GEMMA_3, "inductor")),
+    ],
+)
+def test_compiled_blocks_compute_the_same_in_few_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any], backend: str
+) -> None:
     folder = make_model(tmp_path, family, dtype=torch.float32, **changes)
     loaded = load_model(
         folder,
@@ -71,6 +84,7 @@ def test_compiled_blocks_compute_the_same_in_few_graphs(tmp_path: Path, family: 
     loaded.model.train()
     expected = [[*step(loaded.model, shape), evaluate(loaded.model, shape)] for shape in SHAPES]
     torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.utils.counters.clear()
     activations.compile_blocks(loaded.blocks, torch.device("cpu"))
     found = [[*step(loaded.model, shape), evaluate(loaded.model, shape)] for shape in SHAPES]

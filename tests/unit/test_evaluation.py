@@ -236,6 +236,7 @@ def test_mapped_columns_are_scored_as_if_they_had_these_names(protocol: Protocol
 
 
 @torch.no_grad()
+@pytest.mark.nightly(paths=["qdora/evaluation/*.py"])
 def test_likelihood_scores_both_choices_in_the_sentence_of_real_rows(smollm2: Path, tmp_path: Path) -> None:
     """BoolQ and PIQA as LLM-Adapters words them; each score against the logits of the whole conversation."""
     rows = [json.loads(line) for line in COMMONSENSE.read_text().splitlines()]

@@ -85,6 +85,7 @@ print(status_bytes("VmHWM") - before)
 """
 
 
+@pytest.mark.nightly(paths=["qdora/model/loss.py"])
 def test_memory_of_2048_tokens_and_128000_words_stays_small() -> None:
     done = run([sys.executable, "-c", PEAK], MALLOC_MMAP_THRESHOLD_="65536")  # no holes
     assert done.returncode == 0, done.stderr

@@ -64,9 +64,20 @@ def bytes_alive_after_forward(loaded: LoadedModel) -> int:
     return sum(event.self_cpu_memory_usage for event in profiled.events())
 
 
+COUNTED = ["qdora/training/memory.py", "qdora/model/activations.py", "qdora/adapter/*.py"]
+
+
 @pytest.mark.parametrize(
     ("method", "rank"),
-    [(AdapterMethod.dora, 4), (AdapterMethod.dora, 64), (AdapterMethod.lora, 4), (AdapterMethod.dvora, 4)],
+    [
+        (AdapterMethod.dora, 4),
+        *(
+            pytest.param(
+                method, rank, marks=pytest.mark.nightly(paths=["qdora/training/memory.py", "qdora/adapter/*.py"])
+            )
+            for method, rank in ((AdapterMethod.dora, 64), (AdapterMethod.lora, 4), (AdapterMethod.dvora, 4))
+        ),
+    ],
 )
 def test_what_a_block_keeps_is_what_the_allocator_gave(
     folders: dict[int, Path], method: AdapterMethod, rank: int

@@ -93,6 +93,7 @@ def options_read(root: Path, copy: Path, gone: Callable[[str], bool]) -> set[tup
     return set(missed)
 
 
+@pytest.mark.nightly(paths=["qdora/config/*.py"])
 def test_every_option_is_read_somewhere(root: Path, tmp_path: Path) -> None:
     """Single options of each class first, then the groups of each command, which the former need."""
     commands, groups = {RunConfig, MergeConfig, EvaluateConfig, ChatConfig, GenerateConfig, ShowConfig}, set()

@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from tests.support.processes import ROOT
 SHAPES = ROOT / "benchmarks/shapes"
 
 
+@cache
 def plans_for(shape: str, hardware: str, length: int = 2048, **train: Any) -> tuple[Planner, list[Planned]]:
     config = PlanConfig(
         model=ModelConfig(path=str(SHAPES / shape)), data=DataConfig(max_length=length), train=TrainConfig(**train)

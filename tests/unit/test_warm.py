@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support import warm
 from tests.support.processes import popen, run
-from tests.support.warm_process import Program, can_retitle
+from tests.support.warm_process import RELOAD, Program, can_retitle
 
 TELL = """
 import json, os, signal, sys, threading
@@ -116,3 +117,16 @@ def test_ranks_are_the_launchers_children(tmp_path: Path) -> None:
     ranks = [(tmp_path / str(rank)).read_text().split() for rank in range(2)]
     assert len({rank[0] for rank in ranks}) == 2
     assert [rank[1:] for rank in ranks] == [[str(process.pid), "__main__"]] * 2
+
+
+def test_what_loads_a_merge_is_forked_too() -> None:
+    """What else this process starts is not."""
+    with subprocess.Popen([sys.executable, "-P", str(RELOAD)], stderr=subprocess.PIPE, text=True) as process:
+        _, stderr = process.communicate(timeout=60)
+    assert isinstance(process, warm.PopenOfMerge)
+    assert process._status is not None
+    assert (process.returncode, stderr.splitlines()[-1]) == (1, "IndexError: list index out of range")
+    with subprocess.Popen([sys.executable, "-c", ""]) as other:
+        assert other.wait(60) == 0
+    assert isinstance(other, warm.PopenOfMerge)
+    assert other._status is None
