@@ -8,8 +8,9 @@ that enclose a turn, less what stood there with a sentinel in its place, is the 
 and all of it put together again must be the conversation as it is. That takes time linear in the number of turns.
 """
 
+import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,34 +38,51 @@ class Unclear(Exception):
     """A template renders other turns differently with a sentinel in one."""
 
 
-def template_of(tokenizer: Any, tools: Any = None) -> str:
-    """The chat template of a tokenizer, which may have several, or `DEFAULT_TEMPLATE`."""
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A chat template, and what a row gives it beside its turns."""
+
+    text: str
+    variables: str = "{}"
+    """JSON of an object."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The variables as the template's renderer takes them."""
+        values: dict[str, Any] = json.loads(self.variables)
+        return values
+
+
+def template_of(tokenizer: Any, tools: Any = None, variables: Mapping[str, Any] | None = None) -> Template:
+    """The chat template of a tokenizer, which may have several, or `DEFAULT_TEMPLATE`; `variables`: of a row."""
     given = tokenizer.chat_template
     if isinstance(given, dict):
         given = given.get("tool_use" if tools and "tool_use" in given else "default")
-    return given or DEFAULT_TEMPLATE
+    return Template(given or DEFAULT_TEMPLATE, json.dumps(variables or {}))
 
 
-def render(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, where: str, prompt: bool = False) -> str:
-    """The text that the chat template, or `DEFAULT_TEMPLATE`, makes of the turns; `prompt`: up to the next answer.
+def render(
+    messages: list[dict[str, Any]], tools: Any, tokenizer: Any, template: Template, where: str, prompt: bool = False
+) -> str:
+    """The text that a chat template makes of the turns; `prompt`: up to the next answer.
 
     Raises:
         DataError: the template refuses them.
     """
-    return _render(messages, tools, tokenizer, template_of(tokenizer, tools), where, prompt)
-
-
-def _render(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, template: str, where: str, prompt: bool) -> str:
     try:
         return tokenizer.apply_chat_template(  # type: ignore[no-any-return]
-            messages, tools=tools, tokenize=False, add_generation_prompt=prompt, chat_template=template
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            chat_template=template.text,
+            **template.arguments(),
         )
     except Exception as error:  # whatever a template's own code raises
         raise DataError(f"{where} does not fit the model's chat template: {first_line(error)}") from None
 
 
 def assistant_spans(
-    messages: list[dict[str, Any]], learned: Sequence[bool], tools: Any, tokenizer: Any, where: str
+    messages: list[dict[str, Any]], learned: Sequence[bool], tools: Any, tokenizer: Any, template: Template, where: str
 ) -> tuple[str, list[Span]]:
     """The rendered conversation, and where in it the turns stand that are `learned`.
 
@@ -72,11 +90,11 @@ def assistant_spans(
         DataError: the template refuses the conversation, does not show what is to be learned, or shows it in a way that
             cannot be told from the rest.
     """
-    whole, template = render(messages, tools, tokenizer, where), template_of(tokenizer, tools)
+    whole = render(messages, tools, tokenizer, template, where)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and _says(message)]
-    spans = _found(whole, messages, turns, tools, tokenizer, where)
+    spans = _found(whole, messages, turns, tools, tokenizer, template, where)
     wanted = [span for span, index in zip(spans, turns, strict=True) if learned[index]]
-    if _MARKS.search(template):
+    if _MARKS.search(template.text):
         wanted = _marked(wanted, _marks(messages, tools, tokenizer, template))
     return whole, wanted
 
@@ -97,12 +115,12 @@ def ends_with_a_token(text: str, tokenizer: Any) -> bool:
     return any(token and text.endswith(token) for token in _ends(tokenizer))
 
 
-def with_thoughts_shown(messages: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+def with_thoughts_shown(messages: list[dict[str, Any]], tokenizer: Any, template: Template) -> list[dict[str, Any]]:
     """The turns, their thoughts within the words, as `<think>`, where the template has no place of its own for them.
 
     A template that cuts thoughts out of words gets none.
     """
-    template, shown = template_of(tokenizer), []
+    shown = []
     for message in messages:
         thought = message.get("reasoning_content")
         shows = _edges(tokenizer, template, _shape(message)).shows if thought else None
@@ -115,29 +133,29 @@ def with_thoughts_shown(messages: list[dict[str, Any]], tokenizer: Any) -> list[
 
 
 @lru_cache(maxsize=16)
-def _cuts_thoughts(tokenizer: Any, template: str) -> bool:
+def _cuts_thoughts(tokenizer: Any, template: Template) -> bool:
     words = "<think>\nqdorathought\n</think>\n\nqdoraword"
     turns = [{"role": "user", "content": "qdorauser"}, {"role": "assistant", "content": words}]
     try:
-        return "qdorathought" not in _render(turns, None, tokenizer, template, "a short conversation", False)
+        return "qdorathought" not in render(turns, None, tokenizer, template, "a short conversation")
     except DataError:
         return False
 
 
-def shows_calls(message: dict[str, Any], tokenizer: Any, tools: Any) -> bool:
+def shows_calls(message: dict[str, Any], tokenizer: Any, template: Template) -> bool:
     """Whether the template shows what a turn calls."""
-    shows = _edges(tokenizer, template_of(tokenizer, tools), _shape(message)).shows
+    shows = _edges(tokenizer, template, _shape(message)).shows
     return shows is None or "n" in shows
 
 
-def _marks(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, template: str) -> list[Span]:
+def _marks(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, template: Template) -> list[Span]:
     """What the template itself marks as said."""
     _, (marks,) = render_jinja_template(
         [messages],
         tools=tools,
-        chat_template=template,
+        chat_template=template.text,
         return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
+        **{**tokenizer.special_tokens_map, **template.arguments()},
     )
     return [(start, end) for start, end in marks]
 
@@ -215,7 +233,7 @@ _SAID = re.compile(r"qdorasaid([crn])", re.IGNORECASE)
 
 
 @lru_cache(maxsize=256)
-def _edges(tokenizer: Any, template: str, shape: _Shape) -> _Edges:
+def _edges(tokenizer: Any, template: Template, shape: _Shape) -> _Edges:
     """By short conversations, with a system turn where the template wants one."""
     for opening in ([], [{"role": "system", "content": "qdorasystem"}]):
         with suppress(DataError):
@@ -223,9 +241,9 @@ def _edges(tokenizer: Any, template: str, shape: _Shape) -> _Edges:
     return _Edges()
 
 
-def _edges_after(opening: list[dict[str, Any]], tokenizer: Any, template: str, shape: _Shape) -> _Edges:
+def _edges_after(opening: list[dict[str, Any]], tokenizer: Any, template: Template, shape: _Shape) -> _Edges:
     def text(*turns: dict[str, Any], prompt: bool = False) -> str:
-        return _render([*opening, *turns], None, tokenizer, template, "a short conversation", prompt)
+        return render([*opening, *turns], None, tokenizer, template, "a short conversation", prompt)
 
     question, said = {"role": "user", "content": "qdorauser1"}, shape.blank("qdorasaid")
     asked, prompt = text(question), text(question, prompt=True)
@@ -260,12 +278,14 @@ def _edges_after(opening: list[dict[str, Any]], tokenizer: Any, template: str, s
 
 
 def _shared(text: str, other: str, tokens: Sequence[str]) -> int:
-    """How much two texts have in common at their beginning, without half of a token of the first."""
+    """How much two texts have in common at their beginning, without half of a token or a word of the first."""
     position = 0
     for piece in _pieces(text, tokens):
         if not other.startswith(piece, position):
-            same = takewhile(lambda pair: pair[0] == pair[1], zip(piece, other[position:], strict=False))
-            return position + (0 if piece in tokens else sum(1 for _ in same))
+            pairs = zip(piece, other[position:], strict=False)
+            size = 0 if piece in tokens else sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            is_all = position + size == len(other)
+            return position + (size if is_all else len(re.sub(r"\S+\Z", "", piece[:size])))
         position += len(piece)
     return position
 
@@ -277,7 +297,13 @@ def _pieces(text: str, tokens: Sequence[str]) -> list[str]:
 
 
 def _found(
-    whole: str, messages: list[dict[str, Any]], turns: list[int], tools: Any, tokenizer: Any, where: str
+    whole: str,
+    messages: list[dict[str, Any]],
+    turns: list[int],
+    tools: Any,
+    tokenizer: Any,
+    template: Template,
+    where: str,
 ) -> list[Span]:
     """Finds each assistant turn by sentinels."""
     if not turns:
@@ -290,7 +316,6 @@ def _found(
         messages[index] | shape.blank(f"{word}{number}z")
         for number, (index, shape) in enumerate(zip(turns, shapes, strict=True))
     ]
-    template = template_of(tokenizer, tools)
     edges = [_edges(tokenizer, template, shape) for shape in shapes]
     sentinel = re.compile(rf"{word}(\d+)z[crn]", re.IGNORECASE)
 
@@ -299,7 +324,7 @@ def _found(
         for number, index in enumerate(turns):
             if is_blank(number):
                 some[index] = blanks[number]
-        return _Rendered(whole if some == messages else render(some, tools, tokenizer, where), sentinel)
+        return _Rendered(whole if some == messages else render(some, tools, tokenizer, template, where), sentinel)
 
     ends = _ends(tokenizer)
     try:

@@ -57,8 +57,8 @@ class Manifest:
     """All up to this step, oldest first."""
     system: str | None = None
     """The system turn that every sample of the training has."""
-    template: str | None = None
-    """The chat template that the run's end writes: that of the training, where neither base nor adapter has one."""
+    template: str | dict[str, str] | None = None
+    """The chat template that the run's end writes: that of the training, where neither base nor adapter has it."""
 
     def __post_init__(self) -> None:
         self.changes = [Change(**change) if isinstance(change, dict) else change for change in self.changes]

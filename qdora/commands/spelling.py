@@ -2,20 +2,23 @@
 
 Hydra refuses or changes values with brackets, commas, equals signs or letters beyond ASCII, and reads `1e5` as a
 number. Here the value of each option that is a text, a list of texts, or texts by names (`data.columns`), gets the
-quotes that Hydra wants.
+quotes that Hydra wants. Values by names (`model.chat_template_kwargs`) stay what Hydra reads: numbers, true, false.
 """
 
+import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from qdora.commands.explain import option_kinds
-from qdora.config.commands import quoted
+from qdora.config.commands import quoted, written
 from qdora.errors import ConfigError
 
 TEXTS = ("prompt", "system", "find")
@@ -43,23 +46,27 @@ def in_grammar(arguments: list[str], config_class: type, sweep: bool = False) ->
         ConfigError: texts by names are written otherwise, or a name comes twice.
     """
     kinds = {option: kind for option, kind in option_kinds(config_class) if kind in (str, list, dict)}
-    written = []
+    values_by_name = {option for option, kind in option_kinds(config_class) if kind == dict[str, Any]}
+    lines = []
     named: dict[str, dict[str, str]] = {}
     for argument in arguments:
         option, equals, value = argument.partition("=")
         plain = option.lstrip("+")
         group, _, name = plain.rpartition(".")
+        if equals and (plain in values_by_name or group in values_by_name):
+            lines.append(_values_by_name(plain, value, plain in values_by_name, sweep))
+            continue
         if equals and kinds.get(group) is dict:
             plain, value = group, f"{name}:{value}"
         if equals and kinds.get(plain) is dict:
             if sweep and re.search(r"\}\s*,\s*\{", value):  # several of them
-                written.append(f"++{plain}={value}")
+                lines.append(f"++{plain}={value}")
             else:
                 named[plain] = _by_names(plain, value, named.get(plain, {}))
             continue
         kind = kinds.get(plain if plain in TEXTS else option)
         if not equals or kind is None:
-            written.append(argument)
+            lines.append(argument)
             continue
         if plain in TEXTS:
             # OmegaConf would look `${name}` up, and takes `???` for a value that is missing.
@@ -68,8 +75,8 @@ def in_grammar(arguments: list[str], config_class: type, sweep: bool = False) ->
             value = value if _CALL.match(value) else ",".join(_where_needed(one, kind) for one in _values(value, kind))
         else:
             value = _list(value) if kind is list else _text(value)
-        written.append(f"{option}={value}")
-    return [*(_mapping(option, texts) for option, texts in named.items()), *written]
+        lines.append(f"{option}={value}")
+    return [*(_mapping(option, texts) for option, texts in named.items()), *lines]
 
 
 def without_folders(arguments: list[str], config_class: type, conf: Path) -> tuple[list[str], dict[str, str | None]]:
@@ -93,6 +100,36 @@ def without_folders(arguments: list[str], config_class: type, conf: Path) -> tup
 def _mapping(option: str, texts: dict[str, str]) -> str:
     """What sets texts by names, also those that are not there yet, which Hydra refuses without the signs."""
     return f"++{option}={{{','.join(f'{name}:{quoted(text)}' for name, text in texts.items())}}}"
+
+
+def _values_by_name(option: str, value: str, is_whole: bool, sweep: bool) -> str:
+    """What sets values by names: all of them in braces, JSON too, or one (`option=name:value`, as shells expand them).
+
+    Raises:
+        ConfigError: they are written otherwise.
+    """
+    refusal = ConfigError(f"{option}={value}: names and values stand in braces: '{option}={{enable_thinking: false}}'")
+    if is_whole and value.startswith(("{", "${")):
+        with suppress(ValueError):
+            value = written(json.loads(value))
+        if _parsed(value) is None:
+            raise refusal
+        return f"++{option}={value}"
+    if is_whole:
+        name, colon, value = value.partition(":")
+        if not (colon and re.fullmatch(r"\s*\w+\s*", name)):
+            raise refusal
+        option = f"{option}.{name.strip()}"
+    found = _parsed(value)
+    return f"++{option}={quoted(value) if found is None or (found.is_sweep_override() and not sweep) else value}"
+
+
+def _parsed(value: str) -> Override | None:
+    """What Hydra's grammar reads; None of what it refuses."""
+    try:
+        return OverridesParser.create().parse_override(f"x={value}")
+    except HydraException:
+        return None
 
 
 def _by_names(option: str, value: str, before: dict[str, str]) -> dict[str, str]:

@@ -109,7 +109,8 @@ def check_subject(run: str | None, adapter: str | None, model: ModelConfig, quan
     )
     require(adapter is None or run is None, "adapter=DIR goes with model.path=DIR; a run has its own")
     if run is not None:
-        refuse_settled(model, quant, QuantConfig(method=QuantMethod.none), free={"model.path"})
+        free = {"model.path", "model.chat_template_kwargs"}
+        refuse_settled(model, quant, QuantConfig(method=QuantMethod.none), free)
 
 
 def check_trainable(adapter: AdapterConfig, quant: QuantConfig) -> None:

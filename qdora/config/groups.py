@@ -26,6 +26,7 @@ from qdora.config.words import (
     UnknownKeys,
 )
 from qdora.errors import ConfigError, nearest
+from qdora.template_variables import refusal
 
 WARMUP_RATIO = 0.03
 ACCUMULATION_STEPS = 8
@@ -52,9 +53,14 @@ class ModelConfig:
     """Compute dtype, and storage dtype of every weight that is not quantised."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template: `{enable_thinking: false}`. What is trained with them, generated and exported has
+    these defaults; a row's own (`chat_template_kwargs`) and those of a request count more."""
 
     def __post_init__(self) -> None:
         require(self.path != "", "model.path is empty: give a folder, a .gguf file or a hub id")
+        why = refusal(self.chat_template_kwargs)
+        require(why is None, f"model.chat_template_kwargs: {why}")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -58,7 +58,7 @@ def config_from_values(kind: type[T], values: dict[str, Any]) -> T:
     return kind(**typed)
 
 
-_MAPPINGS = {"data.columns"}
+_MAPPINGS = {"data.columns", "model.chat_template_kwargs"}
 """Options whose value is a mapping and no group."""
 
 

@@ -53,8 +53,10 @@ class DataFormat(Enum):
 
 
 ROW_KEYS = {
-    DataFormat.messages: {"messages", "conversations", "prompt", "completion", "tools", "functions", "system"},
-    DataFormat.instruction: {"instruction", "input", "output", "system", "history"},
+    DataFormat.messages: {
+        *("messages", "conversations", "prompt", "completion", "tools", "functions", "system", "chat_template_kwargs")
+    },
+    DataFormat.instruction: {"instruction", "input", "output", "system", "history", "chat_template_kwargs"},
     DataFormat.completion: {"prompt", "completion"},
     DataFormat.text: {"text"},
 }

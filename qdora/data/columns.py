@@ -63,7 +63,7 @@ HARMLESS = frozenset(
 )
 """Keys that say where a row comes from or what kind it is; `answer` is what an evaluation compares with."""
 
-_OPTIONAL = {"input", "system", "history", "tools", "functions", *ASKED_KEYS}
+_OPTIONAL = {"input", "system", "history", "tools", "functions", "chat_template_kwargs", *ASKED_KEYS}
 """Keys that some rows of a file may lack."""
 _QUESTION = ("question", "query", "input", "user", "human", "problem", "request")
 _ANSWER = ("answer", "response", "reply", "assistant", "solution", "target", "result")

@@ -14,6 +14,7 @@ from qdora.config.words import ROW_KEYS
 from qdora.data.columns import HARMLESS, is_conversational, proposed
 from qdora.data.sources import Row
 from qdora.errors import DataError
+from qdora.template_variables import NAME, refusal
 
 KEYS = {
     DataFormat.messages: "messages (or conversations)",
@@ -120,6 +121,8 @@ class Conversation:
     learned: list[bool]
     """Says whether each turn is: assistant turns that their row does not exclude and that say something."""
     tools: list[Any] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+    """Of the chat template, over those of the run."""
 
 
 def is_text(value: Any) -> TypeGuard[str]:
@@ -171,7 +174,7 @@ def conversation(
     """
     config, told = config or LENIENT, told or Told()
     if form is DataFormat.instruction:
-        return Conversation(*_instruction(row))
+        return Conversation(*_instruction(row), variables=_variables(row))
     given, completed = row.values.get("messages") or row.values.get("conversations"), 0
     if given is None and is_conversational(row):
         completed = len(row.values["prompt"])
@@ -193,7 +196,7 @@ def conversation(
             messages, learned = [{"role": "system", "content": system}, *messages], [False, *learned]
         elif messages[0]["content"] != system:
             raise DataError(f"{row.where} has a system turn and another text in system: leave one of them out")
-    return Conversation(messages, learned, _tools(row))
+    return Conversation(messages, learned, _tools(row), _variables(row))
 
 
 def _instruction(row: Row) -> tuple[list[dict[str, Any]], list[bool]]:
@@ -362,3 +365,18 @@ def _tools(row: Row) -> list[Any] | None:
     if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
         raise DataError(f"{row.where}: tools must be a list of objects, this is {parsed!r:.60}")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed]
+
+
+def _variables(row: Row) -> dict[str, Any]:
+    """The variables of the chat template that a row sets: an object, or its JSON; nulls set nothing."""
+    given = row.values.get(NAME)
+    if given in (None, "", {}):
+        return {}
+    try:
+        parsed = json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError):
+        parsed = given
+    why = refusal(parsed)
+    if why is not None:
+        raise DataError(f"{row.where}: {NAME}: {why}. data.ignore_keys=[{NAME}] leaves it out")
+    return {name: value for name, value in parsed.items() if value is not None}

@@ -22,7 +22,7 @@ from qdora.errors import DataError
 if TYPE_CHECKING:  # torch takes seconds to load, which `qdora show` need not wait for
     from torch import Tensor
 
-CACHE_VERSION = 9
+CACHE_VERSION = 10
 """Counts up when the same data would be tokenised or stored differently."""
 IGNORED = -100
 """Label of a position without a target."""

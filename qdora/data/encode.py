@@ -23,6 +23,7 @@ from qdora.chat_template import (
     ends_with_a_token,
     render,
     shows_calls,
+    template_of,
     with_thoughts_shown,
 )
 from qdora.config import DataConfig, DataFormat
@@ -39,6 +40,7 @@ from qdora.data.conversation import (
 )
 from qdora.data.sources import Row
 from qdora.errors import DataError
+from qdora.template_variables import NAME, unknown, variables_of
 
 Encoded = tuple[list[int], list[bool]]
 """Token ids, and for each whether it is to be learned."""
@@ -113,10 +115,11 @@ def encode_prompt(row: Row, form: DataFormat, tokenizer: Any, config: DataConfig
         # Some tokenizers end every text, and after an end nothing would come.
         return ids[:-1] if ids[-1:] == end != plain[-1:] else ids
     given = conversation(row, form, config)
-    messages = with_thoughts_shown(given.messages, tokenizer)
+    template = template_of(tokenizer, given.tools, given.variables)
+    messages = with_thoughts_shown(given.messages, tokenizer, template)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    text = render(messages, given.tools, tokenizer, row.where, prompt=True)
+    text = render(messages, given.tools, tokenizer, template, row.where, prompt=True)
     return _tokenize(text, [], tokenizer, special_tokens=False)[0]
 
 
@@ -146,19 +149,22 @@ def with_answer(row: Row, form: DataFormat, answer: str) -> Row:
         if messages[-1]["role"] == "assistant":
             messages.pop()
         messages.append({"role": "assistant", "content": answer})
-        values = {key: values[key] for key in ("tools", "functions") if key in values} | {"messages": messages}
+        values = {key: values[key] for key in ("tools", "functions", NAME) if key in values} | {"messages": messages}
     return Row(values, row.where)
 
 
 def _encode_chat(given: Conversation, tokenizer: Any, where: str, told: Told) -> Encoded:
-    messages = with_thoughts_shown(given.messages, tokenizer)
+    template = template_of(tokenizer, given.tools, given.variables)
+    for name in given.variables.keys() - {*variables_of(template.text)}:
+        told.add(f"{NAME}: {unknown(name, template.text)}", where)
+    messages = with_thoughts_shown(given.messages, tokenizer, template)
     for index, message in enumerate(messages):
-        if message.get("tool_calls") and not shows_calls(message, tokenizer, given.tools):
+        if message.get("tool_calls") and not shows_calls(message, tokenizer, template):
             raise DataError(
                 f"{where}: turn {index + 1} calls a tool, and the model's chat template does not show tool calls: give "
                 "the model a template that does (chat_template.jinja in its folder), or leave such rows out"
             )
-    whole, spans = assistant_spans(messages, given.learned, given.tools, tokenizer, where)
+    whole, spans = assistant_spans(messages, given.learned, given.tools, tokenizer, template, where)
     missing = _tell_what_is_not_shown(given, whole, where, told)
     system = given.messages[0]["content"] if given.messages[0]["role"] == "system" else None
     told.saw_system(None if "a system turn" in missing else system)

@@ -102,6 +102,7 @@ def _evaluate_by_harness(config: EvaluateConfig, subject: Subject, output: Path,
     ]
     if subject.adapter.path is not None and (own := tokenizer_fingerprint(Path(subject.adapter.path))) is not None:
         said.append(("the adapter's", own.encode()))
+    said.append(("the chat template", repr(tokenizer.chat_template).encode()))
     other = subject.other_base(base)
     if other and world.is_main:
         print(other, flush=True)

@@ -15,7 +15,7 @@ from qdora.merging.parts import Parts
 from qdora.merging.quantised import quantised_jobs, quantization_config
 from qdora.merging.weights import Weights
 from qdora.model.build import EmptyModel, build_model
-from qdora.model.companions import copy_tokenizer
+from qdora.model.companions import copy_tokenizer, write_template
 from qdora.model.export import write_checkpoint
 from qdora.model.load import base_modules
 from qdora.model.writer import num_workers, write_tensors
@@ -38,6 +38,7 @@ def write(
         folder,
         base=parts.base,
         adapter=parts.adapter_folder,
+        template=parts.template,
         what=what,
         dtype=dtype,
         max_shard_bytes=int(config.max_shard_gib * 2**30),
@@ -62,12 +63,15 @@ def write(
             config.gguf.type,
             Path(str(config.output)).name,
             parts.adapter_folder,
+            parts.template,
         )
         write_tensors(folder, layout, what, workers)
     else:
         rank = lora_rank(parts.adapter, config.lora_rank)
         told |= write_lora(weights, folder, str(parts.model.path), rank, dtype)
         copy_tokenizer(parts.adapter_folder, folder)
+        if parts.template is not None:
+            write_template(folder, parts.template)
     return told
 
 

@@ -26,7 +26,7 @@ from transformers import AutoConfig
 from qdora.config import GgufType
 from qdora.errors import ModelError
 from qdora.merging.gguf_tokenizer import write_tokenizer
-from qdora.model.companions import copy_companions
+from qdora.model.companions import Stored, copy_companions, write_template
 from qdora.model.writer import Job, Layout, Place, Rows
 
 FILE = "model.gguf"
@@ -78,12 +78,19 @@ class _Tensor:
     """Values, where the job's may be bytes."""
 
 
-def gguf_layout(jobs: list[Job], base: Path, kind: GgufType, name: str, adapter: Path | None = None) -> Layout:
+def gguf_layout(
+    jobs: list[Job],
+    base: Path,
+    kind: GgufType,
+    name: str,
+    adapter: Path | None = None,
+    template: Stored | None = None,
+) -> Layout:
     """The file `model.gguf` of a model whose tensors `jobs` give in float32 under their names in the checkpoint `base`.
 
-    Config and tokenizer are those of `base`, but for a tokenizer that the folder `adapter` has of its own. A head that
-    is tied there is not written. Prints what is not as asked: a tensor that is kept in f16, a tokenizer that GGUF
-    cannot express.
+    Config and tokenizer are those of `base`, but for a tokenizer that the folder `adapter` has of its own, and for a
+    `template`. A head that is tied there is not written. Prints what is not as asked: a tensor that is kept in f16, a
+    tokenizer that GGUF cannot express.
 
     Raises:
         ModelError: a family, an option of its config or a tensor that has no counterpart in llama.cpp.
@@ -102,6 +109,8 @@ def gguf_layout(jobs: list[Job], base: Path, kind: GgufType, name: str, adapter:
         _write_rope(writer, config)
         whole = Path(folder) / "companions"
         copy_companions(base, whole, adapter)
+        if template is not None:
+            write_template(whole, template)
         write_tokenizer(writer, whole, num_tokens)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -16,6 +16,7 @@ from gguf import TokenType
 from transformers import AutoTokenizer
 
 from qdora.chat_template import turn_ends
+from qdora.template_variables import fixed
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SYMBOLS = r" ?[^\s\p{L}\p{N}]+"
@@ -90,8 +91,10 @@ def _read(base: Path, num_tokens: int) -> _Vocabulary:
         special.special_token_ids["eot"] = end
     # As transformers reads it, which may be another than the one in tokenizer_config.json.
     named = tokenizer.chat_template
-    several = [{"name": name, "template": text} for name, text in named.items()] if isinstance(named, dict) else None
-    special.chat_template = several or named
+    if isinstance(named, dict):
+        special.chat_template = [{"name": name, "template": fixed(text)} for name, text in named.items()]
+    else:
+        special.chat_template = named and fixed(named)
     ids = tokenizer.encode("a")
     special.add_special_token = {
         "bos": ids[0] == special.special_token_ids.get("bos"),

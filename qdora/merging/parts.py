@@ -10,12 +10,13 @@ from qdora.config import AdapterConfig, DataConfig, MergeConfig, ModelConfig, Qu
 from qdora.config.commands import overlaid
 from qdora.errors import ConfigError
 from qdora.model import check_vocabulary, load_tokenizer, model_folder
-from qdora.model.companions import has_tokenizer, stored_template
+from qdora.model.companions import Stored, has_tokenizer, stored_template
 from qdora.model.folder import other_base
 from qdora.parallel import World
 from qdora.run_folder import RunFolder
 from qdora.run_inputs import check_base
 from qdora.run_result import RunResult, find_result
+from qdora.template_variables import with_defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class Parts:
     """Whether `quant` is known to be what the adapter was trained over."""
     named_base: str | None = None
     """The base that the adapter names, where that is another one."""
+    template: Stored | None = None
+    """The chat template with the variables of `model`, where it sets any."""
 
     @property
     def is_stored_in_4_bits(self) -> bool:
@@ -80,7 +83,9 @@ class Parts:
                 named = str(stored.model.path)
                 print(f"{error} (right where that one was stored in 4 bits and this one is what it was made from)")
         _check_tokenizer(base, model, folder)
-        return cls(base, model, quant, folder, adapter, result, data, is_known, named)
+        variables, stored_one = model.chat_template_kwargs, stored_template(folder) or stored_template(base)
+        template = with_defaults(stored_one, variables) if variables else None
+        return cls(base, model, quant, folder, adapter, result, data, is_known, named, template)
 
 
 def _adapter_folder(result: RunResult) -> Path:

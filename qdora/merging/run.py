@@ -109,6 +109,7 @@ def _wanted(config: MergeConfig, parts: Parts) -> dict[str, Any]:
         "base_option": config.base.name,
         "adapter": adapter.hexdigest(),
         "adapter_tokenizer": tokenizer_fingerprint(parts.adapter_folder),
+        "chat_template_kwargs": parts.model.chat_template_kwargs or None,
         "format": config.format.name,
         "dtype": config.gguf.type.name if config.format is MergeFormat.gguf else config.dtype.name,
         "lora_rank": lora_rank(parts.adapter, config.lora_rank) if config.format is MergeFormat.lora else None,

@@ -26,6 +26,9 @@ from typing import Any
 
 from qdora.files import read_json, write_durably
 
+Stored = str | dict[str, str]
+"""A chat template, or several by name."""
+
 TEMPLATE = "chat_template.jinja"
 _TEMPLATES = (TEMPLATE, "chat_template.json", "additional_chat_templates/*.jinja")
 _TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -54,7 +57,7 @@ def companions(folder: Path) -> list[Path]:
     return sorted({*_matching(folder, patterns), *_code(folder)})
 
 
-def stored_template(folder: Path) -> str | dict[str, str] | None:
+def stored_template(folder: Path) -> Stored | None:
     """Returns the chat template of a folder's tokenizer, several by name; None where it has none."""
     named = {file.stem: file for file in folder.glob(_TEMPLATES[2])}
     if (folder / TEMPLATE).is_file():
@@ -110,13 +113,13 @@ def copy_tokenizer(source: Path, output: Path) -> bool:
     return template is not None or has_tokenizer(source)
 
 
-def write_tokenizer(folder: Path, base: Path | None, before: str | None, template: str | None) -> None:
+def write_tokenizer(folder: Path, base: Path | None, before: str | None, template: Stored | None) -> None:
     """Writes to an adapter's folder the tokenizer that it was trained with, where that is not the base's.
 
     Args:
         base: the folder of the base model; None where it is not here, which leaves the template alone to be written.
         before: the folder of the adapter that the run began with.
-        template: the chat template of the training, where neither of them has one.
+        template: the chat template of the training, where neither of them has it.
     """
     is_another = before is not None and copy_tokenizer(Path(before), folder)
     if template is not None:
@@ -125,7 +128,7 @@ def write_tokenizer(folder: Path, base: Path | None, before: str | None, templat
         write_template(folder, template)
 
 
-def write_template(folder: Path, template: str | dict[str, str]) -> None:
+def write_template(folder: Path, template: Stored) -> None:
     """Gives the tokenizer of a folder this chat template, or these by name, in the place of those that it has."""
     for file in _matching(folder, _TEMPLATES):
         (folder / file).unlink()

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from qdora.chat_template import turn_ends
 from qdora.files import read_json, write_durably
-from qdora.model.companions import copy_companions, write_template
+from qdora.model.companions import Stored, copy_companions, write_template
 from qdora.model.load import LoadedModel
 from qdora.model.writer import Job, Rows, finish, safetensors_layout, write_tensors
 from qdora.parallel import World
@@ -35,7 +35,7 @@ def write_checkpoint(
     workers: int,
     quantization: dict[str, Any] | None = None,
     adapter: Path | None = None,
-    template: str | None = None,
+    template: Stored | None = None,
 ) -> None:
     """Writes `jobs` to `folder` as safetensors, with an index where there are several files, and the rest of `base`.
 
@@ -43,7 +43,7 @@ def write_checkpoint(
         what, workers: as `write_tensors` takes them.
         dtype, quantization: what config.json is to say of the weights.
         adapter: folder of an adapter that may have a tokenizer or a chat template of its own.
-        template: the chat template that was trained with, where `base` has none.
+        template: the chat template that was trained with, where neither `base` nor `adapter` has it.
 
     Raises:
         ConfigError: there is no room.
@@ -89,7 +89,7 @@ def _name_ends(folder: Path, of_config: int | list[int] | None) -> None:
         file.write_text(json.dumps(values | {"eos_token_id": [*own, *more]}, indent=2) + "\n", encoding="utf-8")
 
 
-def export_model(loaded: LoadedModel, output: Path, base: Path, world: World, template: str | None = None) -> None:
+def export_model(loaded: LoadedModel, output: Path, base: Path, world: World, template: Stored | None = None) -> None:
     """Writes every weight of a fully fine-tuned model in its compute dtype; replaces `output`. *Collective*.
 
     Args:

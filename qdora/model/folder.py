@@ -20,6 +20,7 @@ from qdora.config import ModelConfig
 from qdora.errors import ModelError, first_line
 from qdora.files import let_others_read
 from qdora.model.companions import DOWNLOADED, has_tokenizer, leaves, stored_template
+from qdora.template_variables import with_defaults
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 IN_FOLDERS = ["*/*.safetensors"]
@@ -227,12 +228,15 @@ def _check_code_is_here(folder: Path) -> None:
 def load_tokenizer(folder: Path, config: ModelConfig, adapter: str | Path | None = None) -> Any:
     """Returns the tokenizer of a folder, with a pad token (the end-of-sequence token where the model has none).
 
+    Its chat template has the variables of `config` as defaults.
+
     Args:
         adapter: folder of an adapter, whose own tokenizer or chat template is what it was trained with, where it has
             one: that is taken instead.
 
     Raises:
         ModelError: there is none that transformers can read.
+        ConfigError: its chat template does not have one of these variables.
     """
     own = None if adapter is None else Path(adapter)
     template = None if own is None else stored_template(own)
@@ -246,6 +250,8 @@ def load_tokenizer(folder: Path, config: ModelConfig, adapter: str | Path | None
         raise ModelError(f"transformers cannot read a tokenizer in {folder}: {error}{hint}") from None
     if template is not None:
         tokenizer.chat_template = template
+    if config.chat_template_kwargs:
+        tokenizer.chat_template = with_defaults(tokenizer.chat_template, config.chat_template_kwargs)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

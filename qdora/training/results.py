@@ -17,10 +17,11 @@ from qdora.config import AdapterMethod, DataFormat, RunConfig
 from qdora.device_memory import memory_gib
 from qdora.errors import CheckpointError
 from qdora.model import LoadedModel
-from qdora.model.companions import stored_template, write_tokenizer
+from qdora.model.companions import Stored, stored_template, write_tokenizer
 from qdora.model.export import export_model
 from qdora.run_folder import ENDED, RunFolder
 from qdora.sharding import reshard, weight_bytes
+from qdora.template_variables import with_defaults
 from qdora.training.progress import summary_table
 from qdora.training.trainer import Trainer
 
@@ -105,12 +106,14 @@ def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str,
             write_run_page(folder)
 
 
-def template_to_write(trainer: Trainer, base: Path) -> str | None:
-    """Returns the chat template of a base that has none, where the data went through one."""
-    adapter = trainer.config.adapter.path
+def template_to_write(trainer: Trainer, base: Path) -> Stored | None:
+    """Returns the chat template of the training where no folder has it: ours, or one with variables of the run."""
+    adapter, variables = trainer.config.adapter.path, trainer.config.model.chat_template_kwargs
     is_chat = trainer.train_loader.dataset.report.format in (DataFormat.messages.name, DataFormat.instruction.name)
-    has_one = stored_template(base) or (adapter is not None and stored_template(Path(adapter)))
-    return DEFAULT_TEMPLATE if is_chat and not has_one else None
+    stored = (None if adapter is None else stored_template(Path(adapter))) or stored_template(base)
+    if stored is not None:
+        return with_defaults(stored, variables) if variables else None
+    return DEFAULT_TEMPLATE if is_chat else None
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from qdora.interrupt import interrupt
 from qdora.model import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_folder
 from qdora.model.activations import compile_blocks
 from qdora.model.checkpoint_files import CheckpointFiles
+from qdora.model.companions import Stored
 from qdora.model.folder import other_base
 from qdora.model.loss import check_token_loss
 from qdora.optim import state_tensors
@@ -339,7 +340,7 @@ def _does_not_fit(trainer: Trainer, recomputation: Recomputation) -> str:
     )
 
 
-def _manifest(given: RunConfig, fingerprints: dict[str, str], template: str | None, trainer: Trainer) -> Manifest:
+def _manifest(given: RunConfig, fingerprints: dict[str, str], template: Stored | None, trainer: Trainer) -> Manifest:
     """Where the trainer stands."""
     return Manifest(
         step=trainer.step,

@@ -247,6 +247,86 @@ def test_merged_weights_are_those_of_the_run_with_a_template(run: Path, base: Pa
     assert all(torch.equal(weight, others[key]) for key, weight in weights.items())
 
 
+VARIABLE = (
+    "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+)
+OFF = "model.chat_template_kwargs.enable_thinking=false"
+
+
+@pytest.fixture(scope="module")
+def thinker(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose template has a variable."""
+    folder = shutil.copytree(base, tmp_path_factory.mktemp("bases") / "thinker")
+    (folder / "chat_template.jinja").write_text(CHATML + VARIABLE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def without_thinking(thinker: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(thinker, data, tmp_path_factory.mktemp("runs") / "run", OFF)
+
+
+def asked_with(folder: Path, **variables: bool) -> str:
+    """The prompt for an answer through the template of a folder, as transformers and vLLM write it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": FILE} if (folder / FILE).exists() else {}))
+    text: str = tokenizer.apply_chat_template(TURNS[:1], tokenize=False, add_generation_prompt=True, **variables)
+    return text
+
+
+@pytest.mark.parametrize("kind", ["adapter", "checkpoint", "hf", "nf4", "gguf", "lora", "full", "from an adapter"])
+def test_variables_of_the_training_are_in_what_is_written(
+    thinker: Path, data: Path, run: Path, without_thinking: Path, tmp_path: Path, kind: str
+) -> None:
+    """As defaults, which a request may change; fixed for llama.cpp, which gives each template `enable_thinking`."""
+    folder = tmp_path / "merged"
+    if kind == "adapter":
+        folder = without_thinking / "adapter"
+    elif kind == "checkpoint":
+        copy = shutil.copytree(without_thinking, tmp_path / "copy")
+        shutil.rmtree(copy / "adapter")
+        assert command(["merge", f"run={copy}", f"output={folder}", "verify=false"]) == 0
+    elif kind == "full":
+        folder = train(thinker, data, tmp_path / "full", "adapter=none", "quant=none", OFF) / "model"
+    elif kind == "from an adapter":  # which was trained without the variable
+        plain = train(thinker, data, tmp_path / "plain")
+        given = [f"adapter={plain}/adapter", f"model.path={thinker}", OFF, f"output={folder}"]
+        assert command(["merge", *given, "verify=false"]) == 0
+    else:
+        assert command(["merge", f"run={without_thinking}", f"output={folder}", f"format={kind}", "verify=false"]) == 0
+    assert asked_with(folder) == asked_with(thinker, enable_thinking=False) != asked_with(thinker)
+    theirs = asked_with(thinker, enable_thinking=kind != "gguf")
+    assert asked_with(folder, enable_thinking=True) == theirs
+
+
+def test_variables_of_the_training_are_those_of_generate_unless_others_are_given(
+    thinker: Path, without_thinking: Path, monkeypatch: pytest.MonkeyPatch, capsys: Told
+) -> None:
+    asked: list[list[int]] = []
+    monkeypatch.setattr("qdora.generation.generate_stream", lambda model, prompt, *_, **__: asked.append(prompt))
+    ways = ([f"run={without_thinking}"], [f"adapter={without_thinking}/adapter", f"model.path={thinker}"])
+    others = (OFF.replace("false", "true"), OFF.replace("false", "null"))
+    for given in [*ways, *([*way, other] for way in ways for other in others)]:
+        assert command(["generate", *given, f"prompt={TURNS[0]['content']}"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(thinker)
+    off, on = (tokenizer(asked_with(thinker, enable_thinking=one))["input_ids"] for one in (False, True))
+    assert asked == [off] * 2 + [on] * 4
+
+
+def test_variables_are_refused_where_a_run_goes_on_otherwise_or_the_template_has_none(
+    base: Path, thinker: Path, data: Path, without_thinking: Path, tmp_path: Path, capsys: Told
+) -> None:
+    given = [f"data.train={data}", "adapter.rank=4", "train.num_steps=2", "tracker=none", *QUICK]
+    assert command(["train", f"model.path={thinker}", *given, f"output_dir={without_thinking}"]) == 2
+    assert "it has model.chat_template_kwargs={enable_thinking:false} (now {})" in capsys.readouterr().err
+    other = OFF.replace("enable_thinking", "enable_thought")
+    assert command(["train", f"model.path={thinker}", *given, other, f"output_dir={tmp_path}/a"]) == 2
+    assert "no variable enable_thought, did you mean 'enable_thinking'?; it has enable_thi" in capsys.readouterr().err
+    assert command(["show", f"model.path={base}", *given, OFF]) == 2
+    assert "no variable enable_thinking; it has none" in capsys.readouterr().err
+    assert command(["merge", f"run={without_thinking}", OFF, f"output={tmp_path}/merged"]) == 2
+    assert "model.chat_template_kwargs: run=DIR decides that" in capsys.readouterr().err
+
+
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 

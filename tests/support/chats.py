@@ -10,11 +10,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from qdora.template_variables import with_defaults
 from tests.support.models import make_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TEMPLATES = {file.stem: file.read_text(encoding="utf-8") for file in sorted((GOLDEN / "templates").glob("*.jinja"))}
 """Written for these tests, after the formats that the families publish; `qdora` has none of its own but the default."""
+TEMPLATES["qwen3_thinking_off"] = with_defaults(TEMPLATES["qwen3"], {"enable_thinking": False})
 _SPECIAL = re.compile(r"<\|[a-z_A-Z]+\|>|<\uff5c[^\uff5c]+\uff5c>|<(?:start|end)_of_turn>|\[/?[A-Z_]+\]")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qdora.chat_template import Span, assistant_spans, with_thoughts_shown
+from qdora.chat_template import Span, assistant_spans, template_of, with_thoughts_shown
 from qdora.config import DataConfig, DataFormat
 from qdora.data.conversation import Conversation, conversation
 from qdora.data.encode import NothingToLearn, encode
@@ -22,7 +22,9 @@ ALLOWED = re.compile("does not fit the model's chat template|does not show tool 
 
 def spans_of(given: Conversation, learned: list[bool], tokenizer: Any) -> tuple[str, list[Span]]:
     """The text and what of it those turns are."""
-    return assistant_spans(with_thoughts_shown(given.messages, tokenizer), learned, given.tools, tokenizer, "the row")
+    template = template_of(tokenizer, given.tools, given.variables)
+    messages = with_thoughts_shown(given.messages, tokenizer, template)
+    return assistant_spans(messages, learned, given.tools, tokenizer, template, "the row")
 
 
 def check(family: str, seed: int, folder: Path) -> bool:

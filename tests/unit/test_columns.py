@@ -304,7 +304,7 @@ def test_names_of_columns_are_taken_as_they_are_written(column: str) -> None:
     [
         (
             "data.columns={prompd:question}",
-            "no key 'prompd' of a row, did you mean 'prompt'.; there are: answer, choices",
+            "no key 'prompd' of a row, did you mean 'prompt'.; there are: answer, chat_template_kwargs, choices",
         ),
         ("data.columns={prompt:a,prompt:b}", "prompt is named twice, for 'a' and 'b'"),
         ("data.columns={prompt:a,completion:a}", "'a' is given to prompt and completion"),

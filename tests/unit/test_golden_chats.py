@@ -97,6 +97,7 @@ ENDS = {
     "phi4": {"<|im_end|>"},
     "qwen2_5": {"<|im_end|>"},
     "qwen3": {"<|im_end|>"},
+    "qwen3_thinking_off": {"<|im_end|>"},
     "smollm3": {"<|im_end|>"},
 }
 
