@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise, takewhile
+from itertools import pairwise, product, takewhile
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -38,6 +38,20 @@ class Unclear(Exception):
     """A template renders other turns differently with a sentinel in one."""
 
 
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "qdoratool",
+        "description": "qdora",
+        "parameters": {
+            "type": "object",
+            "properties": {"qdora": {"type": "string", "description": "qdora"}},
+            "required": ["qdora"],
+        },
+    },
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Template:
     """A chat template, and what a row gives it beside its turns."""
@@ -45,11 +59,17 @@ class Template:
     text: str
     variables: str = "{}"
     """JSON of an object."""
+    with_tools: bool = False
+    """Whether the row has any: some templates cannot do without, or write turns in another way."""
 
     def arguments(self) -> dict[str, Any]:
         """The variables as the template's renderer takes them."""
         values: dict[str, Any] = json.loads(self.variables)
         return values
+
+    def short_tools(self) -> list[dict[str, Any]] | None:
+        """The tools of short conversations that show how the template writes turns."""
+        return [_TOOL] if self.with_tools else None
 
 
 def template_of(tokenizer: Any, tools: Any = None, variables: Mapping[str, Any] | None = None) -> Template:
@@ -57,7 +77,7 @@ def template_of(tokenizer: Any, tools: Any = None, variables: Mapping[str, Any] 
     given = tokenizer.chat_template
     if isinstance(given, dict):
         given = given.get("tool_use" if tools and "tool_use" in given else "default")
-    return Template(given or DEFAULT_TEMPLATE, json.dumps(variables or {}))
+    return Template(given or DEFAULT_TEMPLATE, json.dumps(variables or {}), bool(tools))
 
 
 def render(
@@ -96,7 +116,20 @@ def assistant_spans(
     wanted = [span for span, index in zip(spans, turns, strict=True) if learned[index]]
     if _MARKS.search(template.text):
         wanted = _marked(wanted, _marks(messages, tools, tokenizer, template))
+    if wanted and learned[-1] and not whole[wanted[-1][1] :].strip():
+        start, end = wanted[-1]
+        missing = _missing_end(whole[:end], _edges(tokenizer, template, _shape(messages[-1]), None), tokenizer)
+        if missing:
+            whole = whole[:end] + missing
+            wanted[-1] = start, len(whole)
     return whole, wanted
+
+
+def _missing_end(text: str, edges: "_Edges", tokenizer: Any) -> str:
+    """What ends a turn within a conversation where nothing ends the last one, as in GLM's: the next turn's token."""
+    if ends_with_a_token(text, tokenizer) or not edges.endings:
+        return ""
+    return edges.endings[-1].removeprefix(edges.tail).rstrip()
 
 
 def _says(message: dict[str, Any]) -> bool:
@@ -105,7 +138,7 @@ def _says(message: dict[str, Any]) -> bool:
 
 def turn_ends(tokenizer: Any) -> set[int]:
     """The ids of the tokens with which the chat template ends an assistant turn, the last one or another."""
-    edges, ends = _edges(tokenizer, template_of(tokenizer), _Shape(True, False, ())), _ends(tokenizer)
+    edges, ends = _edges(tokenizer, template_of(tokenizer), _Shape("{c}", False, ()), None), _ends(tokenizer)
     found = [re.search(f"({'|'.join(map(re.escape, ends))})\\s*$", text) for text in edges.endings] if any(ends) else []
     return {int(tokenizer.convert_tokens_to_ids(token[1])) for token in found if token}
 
@@ -123,7 +156,7 @@ def with_thoughts_shown(messages: list[dict[str, Any]], tokenizer: Any, template
     shown = []
     for message in messages:
         thought = message.get("reasoning_content")
-        shows = _edges(tokenizer, template, _shape(message)).shows if thought else None
+        shows = _edges(tokenizer, template, _shape(message), None).shows if thought else None
         if shows is not None and "r" not in shows:
             message = {key: value for key, value in message.items() if key not in ("reasoning_content", "thinking")}
             if not _cuts_thoughts(tokenizer, template):
@@ -137,14 +170,15 @@ def _cuts_thoughts(tokenizer: Any, template: Template) -> bool:
     words = "<think>\nqdorathought\n</think>\n\nqdoraword"
     turns = [{"role": "user", "content": "qdorauser"}, {"role": "assistant", "content": words}]
     try:
-        return "qdorathought" not in render(turns, None, tokenizer, template, "a short conversation")
+        text = render(turns, template.short_tools(), tokenizer, template, "a short conversation")
+        return "qdorathought" not in text
     except DataError:
         return False
 
 
 def shows_calls(message: dict[str, Any], tokenizer: Any, template: Template) -> bool:
     """Whether the template shows what a turn calls."""
-    shows = _edges(tokenizer, template, _shape(message)).shows
+    shows = _edges(tokenizer, template, _shape(message), None).shows
     return shows is None or "n" in shows
 
 
@@ -183,36 +217,89 @@ def _leading(text: str, tokens: Iterable[str]) -> str:
     return text[:blanks] + token if token else ""
 
 
+def _with_token(tail: str, text: str, tokens: Sequence[str]) -> str:
+    """The end of a turn, with the token that follows it in a text where it has none itself."""
+    return (
+        tail
+        if any(token and tail.rstrip().endswith(token) for token in tokens)
+        else tail + _leading(text[len(tail) :], tokens)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Shape:
     """What a turn is made of."""
 
-    content: bool
+    words: str
+    """`{c}` for the words, after `{r}</think>` where there is a thought within them; or nothing."""
     thought: bool
-    calls: tuple[str, ...]
-    """The ids of its calls, which their results name; templates write them."""
+    calls: tuple[tuple[str, str], ...]
+    """The id and the function of each call: templates write both beside the result, too."""
+    as_text: bool = False
+    """Whether the arguments of calls are JSON, not objects."""
 
     def blank(self, word: str) -> dict[str, Any]:
         """What of an assistant turn of this shape says something, with a word in its place."""
-        turn: dict[str, Any] = {"role": "assistant", "content": f"{word}c" if self.content else ""}
+        turn: dict[str, Any] = {"role": "assistant", "content": self.words.format(c=f"{word}c", r=f"{word}r")}
         if self.thought:
             turn["reasoning_content"] = turn["thinking"] = f"{word}r"
         if self.calls:
-            call = {"type": "function", "function": {"name": f"{word}n", "arguments": {}}}
-            turn["tool_calls"] = [call | ({"id": own} if own else {}) for own in self.calls]
+            arguments = _arguments({f"{word}n": "0"}, self.as_text)
+            turn["tool_calls"] = [
+                {"type": "function", "function": {"name": name, "arguments": arguments}} | ({"id": own} if own else {})
+                for own, name in self.calls
+            ]
         return turn
 
-    def following(self) -> list[dict[str, Any]]:
+    def following(self, result: str = "0") -> list[dict[str, Any]]:
         """Turns that may follow one of this shape: the results of its calls, or a question; and an answer."""
-        results = [{"role": "tool", "tool_call_id": own, "name": "qdoraname", "content": "0"} for own in self.calls]
+        results = [{"role": "tool", "tool_call_id": own, "name": name, "content": result} for own, name in self.calls]
         question = {"role": "user", "content": "qdorauser2"}
         return [*(results or [question]), {"role": "assistant", "content": "qdoralater"}]
 
 
 def _shape(message: dict[str, Any]) -> _Shape:
-    calls = tuple(str(call.get("id", "")) for call in message.get("tool_calls") or [])
+    given = message.get("tool_calls") or []
+    calls = tuple((str(call.get("id", "")), str(call["function"]["name"])) for call in given)
+    as_text = any(isinstance(call["function"]["arguments"], str) for call in given)
     thought = bool(message.get("reasoning_content"))
-    return _Shape(bool(message["content"]) or not (calls or thought), thought, calls)
+    inner, closes, words = message["content"].rpartition("</think>")
+    shown = "{c}" if words or not (calls or thought or closes) else ""
+    if closes:
+        shown = ("<think>\n" if "<think>" in inner else "") + "{r}\n</think>\n\n" + shown
+    return _Shape(shown, thought, calls, as_text)
+
+
+def _arguments(values: Any, as_text: bool) -> Any:
+    return json.dumps(values, ensure_ascii=False) if as_text and not isinstance(values, str) else values
+
+
+def with_calls_shown(messages: list[dict[str, Any]], tokenizer: Any, template: Template) -> list[dict[str, Any]]:
+    """The turns, the arguments of their calls as JSON where the template takes no objects, as DeepSeek's."""
+    if not any(message.get("tool_calls") for message in messages) or not _takes_text(tokenizer, template):
+        return messages
+    made = []
+    for message in messages:
+        functions = [call["function"] for call in message.get("tool_calls") or []]
+        texts = [function | {"arguments": _arguments(function["arguments"], True)} for function in functions]
+        calls = [call | {"function": text} for call, text in zip(message.get("tool_calls") or [], texts, strict=True)]
+        made.append(message | {"tool_calls": calls} if calls else message)
+    return made
+
+
+@lru_cache(maxsize=64)
+def _takes_text(tokenizer: Any, template: Template) -> bool:
+    """Whether arguments are refused as an object, or shown as Python writes it, and shown as JSON."""
+    shown = []
+    for as_text in (False, True):
+        shape = _Shape("", False, (("call00001", "qdoratool"),), as_text)
+        turns = [{"role": "user", "content": "qdorauser"}, shape.blank("qdorasaid"), *shape.following()]
+        try:
+            text = render(turns, template.short_tools(), tokenizer, template, "a short conversation")
+        except DataError:
+            text = ""
+        shown.append("qdorasaidn" in text.lower() and "{'" not in text)
+    return shown == [False, True]
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,32 +320,46 @@ _SAID = re.compile(r"qdorasaid([crn])", re.IGNORECASE)
 
 
 @lru_cache(maxsize=256)
-def _edges(tokenizer: Any, template: Template, shape: _Shape) -> _Edges:
-    """By short conversations, with a system turn where the template wants one."""
-    for opening in ([], [{"role": "system", "content": "qdorasystem"}]):
+def _edges(tokenizer: Any, template: Template, shape: _Shape, called: tuple[str, str] | None) -> _Edges:
+    """By short conversations, with a system turn where the template wants one.
+
+    Args:
+        called: id and function of the call whose result the turn follows, where some templates begin no new turn.
+    """
+    asked: list[list[dict[str, Any]]] = [[{"role": "user", "content": "qdorauser1"}]]
+    if called is not None:
+        caller = _Shape("", False, (called,), _takes_text(tokenizer, template))
+        asked.insert(0, [*asked[0], caller.blank("qdoracall"), *caller.following("qdorauser1")[:-1]])
+    for before, opening in product(asked, ([], [{"role": "system", "content": "qdorasystem"}])):
         with suppress(DataError):
-            return _edges_after(opening, tokenizer, template, shape)
+            return _edges_after([*opening, *before], tokenizer, template, shape)
     return _Edges()
 
 
-def _edges_after(opening: list[dict[str, Any]], tokenizer: Any, template: Template, shape: _Shape) -> _Edges:
-    def text(*turns: dict[str, Any], prompt: bool = False) -> str:
-        return render([*opening, *turns], None, tokenizer, template, "a short conversation", prompt)
+def _edges_after(question: list[dict[str, Any]], tokenizer: Any, template: Template, shape: _Shape) -> _Edges:
+    """Those of a turn after some others, the last of which says `qdorauser1`."""
 
-    question, said = {"role": "user", "content": "qdorauser1"}, shape.blank("qdorasaid")
-    asked, prompt = text(question), text(question, prompt=True)
-    last = text(question, said)
+    def text(*turns: dict[str, Any], prompt: bool = False) -> str:
+        return render([*question, *turns], template.short_tools(), tokenizer, template, "a short conversation", prompt)
+
+    said = shape.blank("qdorasaid")
+    asked, prompt = text(), text(prompt=True)
+    last = text(said)
     try:
-        inner = text(question, said, *shape.following())
+        inner = text(said, *shape.following())
     except DataError:
         inner = last
+    earlier = inner
+    if shape.calls:  # templates that leave thoughts out of what stands before the last question
+        with suppress(DataError):
+            earlier = text(said, *shape.following(), *_Shape("", False, ()).following())
     header = prompt[len(asked) :] if prompt.startswith(asked) else ""
     places = [*_SAID.finditer(last)]
     if not places:
         return _Edges(shows=frozenset())
     after_user = prompt.rfind("qdorauser1") + len("qdorauser1")
     starts = set()
-    for rendered in (last, inner):
+    for rendered in (last, inner, earlier):
         place = _SAID.search(rendered)
         before = rendered[: place.start()] if place else ""
         shared = _shared(before, prompt, _ends(tokenizer))
@@ -273,7 +374,7 @@ def _edges_after(opening: list[dict[str, Any]], tokenizer: Any, template: Templa
             break
         tail += piece
     ordered = tuple(sorted(starts, key=lambda start: -len(start[0])))
-    endings = (tail,) if tail.strip() else tuple(_leading(text, _ends(tokenizer)) for text in (ending, following))
+    endings = tuple(_with_token(tail, text, _ends(tokenizer)) for text in (ending, following))
     return _Edges(ordered, tail.rstrip(), endings, frozenset(found[1].lower() for found in places))
 
 
@@ -296,6 +397,13 @@ def _pieces(text: str, tokens: Sequence[str]) -> list[str]:
     return [piece for piece in re.split(f"({pattern})", text) if piece] if pattern else [text]
 
 
+def _called(message: dict[str, Any]) -> tuple[str, str] | None:
+    """The id and the function of the call whose result a turn is."""
+    if message["role"] != "tool":
+        return None
+    return str(message.get("tool_call_id", "")), str(message.get("name", "qdoratool"))
+
+
 def _found(
     whole: str,
     messages: list[dict[str, Any]],
@@ -316,7 +424,8 @@ def _found(
         messages[index] | shape.blank(f"{word}{number}z")
         for number, (index, shape) in enumerate(zip(turns, shapes, strict=True))
     ]
-    edges = [_edges(tokenizer, template, shape) for shape in shapes]
+    called = [_called(messages[index - 1]) if index else None for index in turns]
+    edges = [_edges(tokenizer, template, *one) for one in zip(shapes, called, strict=True)]
     sentinel = re.compile(rf"{word}(\d+)z[crn]", re.IGNORECASE)
 
     def rendered(is_blank: Callable[[int], bool]) -> "_Rendered":
@@ -353,9 +462,14 @@ class _Rendered:
         if number not in self.places:
             raise Unclear
         first, last = self.places[number]
-        said = next((size for lead, size in edges.starts if self.text.endswith(lead, 0, first)), 0)
+        said = next((size for lead, size in edges.starts if self.text.endswith(lead, 0, first)), None)
+        if said is None:  # some templates number calls: what stands before a turn's words is another text in each turn
+            after = max((end for other, (_, end) in self.places.items() if other < number), default=0)
+            heads = (lead[: len(lead) - size] for lead, size in edges.starts)
+            begun = max((self.text.rfind(head, after, first) + len(head) for head in heads if head.strip()), default=-1)
+            said = first - begun if begun > after else 0
         following = self.text[last : last + len(edges.tail) + 1000]
-        tail = edges.tail if edges.tail and following.startswith(edges.tail) else _leading(following, ends)
+        tail = _with_token(edges.tail if following.startswith(edges.tail) else "", following, ends)
         return first - said, last + len(tail)
 
 

@@ -19,11 +19,13 @@ from typing import Any
 
 from qdora.chat_template import (
     Span,
+    Template,
     assistant_spans,
     ends_with_a_token,
     render,
     shows_calls,
     template_of,
+    with_calls_shown,
     with_thoughts_shown,
 )
 from qdora.config import DataConfig, DataFormat
@@ -116,7 +118,7 @@ def encode_prompt(row: Row, form: DataFormat, tokenizer: Any, config: DataConfig
         return ids[:-1] if ids[-1:] == end != plain[-1:] else ids
     given = conversation(row, form, config)
     template = template_of(tokenizer, given.tools, given.variables)
-    messages = with_thoughts_shown(given.messages, tokenizer, template)
+    messages = _as_taken(given, tokenizer, template)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     text = render(messages, given.tools, tokenizer, template, row.where, prompt=True)
@@ -157,7 +159,7 @@ def _encode_chat(given: Conversation, tokenizer: Any, where: str, told: Told) ->
     template = template_of(tokenizer, given.tools, given.variables)
     for name in given.variables.keys() - {*variables_of(template.text)}:
         told.add(f"{NAME}: {unknown(name, template.text)}", where)
-    messages = with_thoughts_shown(given.messages, tokenizer, template)
+    messages = _as_taken(given, tokenizer, template)
     for index, message in enumerate(messages):
         if message.get("tool_calls") and not shows_calls(message, tokenizer, template):
             raise DataError(
@@ -171,6 +173,11 @@ def _encode_chat(given: Conversation, tokenizer: Any, where: str, told: Told) ->
     if not all(ends_with_a_token(whole[:end], tokenizer) for _, end in spans):
         told.add("no token ends a turn in the model's chat template, so an answer is not taught to end", where)
     return _tokenize(whole, spans, tokenizer, special_tokens=False)
+
+
+def _as_taken(given: Conversation, tokenizer: Any, template: Template) -> list[dict[str, Any]]:
+    messages = with_thoughts_shown(given.messages, tokenizer, template)
+    return with_calls_shown(messages, tokenizer, template)
 
 
 def _tell_what_is_not_shown(given: Conversation, whole: str, where: str, told: Told) -> Collection[str]:

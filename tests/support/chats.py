@@ -1,6 +1,7 @@
 """Chat templates of many families, and conversations of every kind for them."""
 
 import json
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -17,16 +18,27 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 TEMPLATES = {file.stem: file.read_text(encoding="utf-8") for file in sorted((GOLDEN / "templates").glob("*.jinja"))}
 """Written for these tests, after the formats that the families publish; `qdora` has none of its own but the default."""
 TEMPLATES["qwen3_thinking_off"] = with_defaults(TEMPLATES["qwen3"], {"enable_thinking": False})
-_SPECIAL = re.compile(r"<\|[a-z_A-Z]+\|>|<\uff5c[^\uff5c]+\uff5c>|<(?:start|end)_of_turn>|\[/?[A-Z_]+\]")
+GIVEN = {
+    file.stem: file.read_text(encoding="utf-8")
+    for file in (sorted(Path(os.environ["QDORA_TEMPLATES"]).glob("*.jinja")) if "QDORA_TEMPLATES" in os.environ else ())
+}
+"""Others, of a folder that is named for a run of the tests: the families' own, say."""
+_SPECIAL = re.compile(
+    r"<\|[a-z_A-Z]+\|>|<\uff5c[^\uff5c]+\uff5c>|<(?:start|end)_of_turn>|\[/?[A-Z_]+\]|<\|[a-z_]+>|<[a-z_]+\|>|\[\|[a-z]+\|\]"
+)
+_ADDED = re.compile(r"</?[a-z_]+>|<\|\"\|>")
+"""What many tokenizers have as a token of its own, and as text."""
 
 
 @cache
 def tokenizer_of(family: str, folder: Path | None = None) -> Any:
     """A token a character, or the tokenizer of a folder; and those that the template sets between turns."""
-    template = TEMPLATES[family]
+    template = (TEMPLATES | GIVEN)[family]
     tokenizer = make_tokenizer(template) if folder is None else AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = template
     tokenizer.add_special_tokens({"additional_special_tokens": sorted({*_SPECIAL.findall(template)})})
+    if family in GIVEN:
+        tokenizer.add_tokens(sorted({*_ADDED.findall(template)} - {*tokenizer.all_special_tokens}))
     return tokenizer
 
 
@@ -157,10 +169,11 @@ def random_conversation(seed: int) -> dict[str, Any]:
         if with_tools and chance.random() < 0.5:
             arguments = {"city": words()}
             given = chance.choice([arguments, json.dumps(arguments)])
-            name = f"call{chance.randint(0, 99999):05d}"
-            call = {"id": name, "type": "function", "function": {"name": "get_time", "arguments": given}}
-            turns.append({"role": "assistant", "content": chance.choice([None, ""]), "tool_calls": [call]})
-            turns.append({"role": "tool", "tool_call_id": name, "name": "get_time", "content": words()})
+            for _ in range(chance.choice([1, 1, 2])):
+                name = f"call{chance.randint(0, 99999):05d}"
+                call = {"id": name, "type": "function", "function": {"name": "get_time", "arguments": given}}
+                turns.append({"role": "assistant", "content": chance.choice([None, ""]), "tool_calls": [call]})
+                turns.append({"role": "tool", "tool_call_id": name, "name": "get_time", "content": words()})
         turns.append(said())
     if chance.random() < 0.2:
         turns.append({"role": "user", "content": words()})

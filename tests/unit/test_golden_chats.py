@@ -87,6 +87,7 @@ ENDS = {
     "deepseek_r1": {"</s>"},
     "gemma2": {"<end_of_turn>"},
     "gemma3": {"<end_of_turn>"},
+    "glm4_5": {"<|user|>"},
     "gpt_oss": {"<|return|>", "<|end|>"},
     "llama2": {"</s>"},
     "llama3_1": {"<|eot_id|>"},
