@@ -357,13 +357,13 @@ def _edges_after(question: list[dict[str, Any]], tokenizer: Any, template: Templ
     places = [*_SAID.finditer(last)]
     if not places:
         return _Edges(shows=frozenset())
-    after_user = prompt.rfind("qdorauser1") + len("qdorauser1")
+    asked, prompt = (text.rpartition("qdorauser1")[2] for text in (asked, prompt))
     starts = set()
     for rendered in (last, inner, earlier):
         place = _SAID.search(rendered)
-        before = rendered[: place.start()] if place else ""
+        before = rendered[: place.start()].rpartition("qdorauser1")[2] if place else ""
         shared = _shared(before, prompt, _ends(tokenizer))
-        begun = len(asked) if header and before.startswith(asked) else after_user
+        begun = len(asked) if header and before.startswith(asked) else 0
         if shared > begun:
             starts.add((before[begun:], len(before) - shared))
     *_, inner_place = [None, *_SAID.finditer(inner)]

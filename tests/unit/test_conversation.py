@@ -393,7 +393,7 @@ def test_odd_templates_learn_what_follows_the_prompt_and_the_end(template: str, 
 
 
 def test_turn_without_a_mark_is_learned_whole() -> None:
-    call = "{% for c in m.tool_calls or [] %}{{ '<' ~ c.function.name ~ c.function.arguments | tojson ~ '>' }}{% endfor %}"
+    call = "{% for c in m.tool_calls or [] %}<{{ c.function.name }}{{ c.function.arguments | tojson }}>{% endfor %}"
     words = "{% if m.content and m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
     tokenizer = with_template(BODY.replace("WORDS", words + "{{ m.content }}{% endif %}" + call) + ASK)
     calls = [{"id": "c1", "type": "function", "function": {"name": "w", "arguments": {}}}]
