@@ -93,6 +93,23 @@ def _take_weights(model: nn.Module, checkpoint: Path) -> None:
         own.copy_(whole[first : first + own.shape[0]])
 
 
+def subject_of(result: RunResult, given: ModelConfig | None = None) -> Subject:
+    """Returns the model and the adapter of a run's result, with the options of the model that are given.
+
+    Raises:
+        ConfigError: a base is given to a run that has none.
+    """
+    run = result.config
+    model = overlaid(run.model, given) if given is not None else run.model
+    if result.adapter is not None:
+        return Subject(model, run.quant, peft_format.read_config(result.adapter), result)
+    if result.checkpoint is not None:
+        return Subject(model, run.quant, run.adapter, result)
+    if given is not None and given.path is not None:
+        raise ConfigError(f"run={result.run.path} trained every weight: leave out model.path, it has no base")
+    return Subject(replace(run.model, path=str(result.run.model)), run.quant, run.adapter, result)
+
+
 def find_subject(config: EvaluateConfig | ChatConfig, used: str, world: World, hints: TextIO | None = None) -> Subject:
     """The run's own model and adapter, or those given: of a run that is not finished its newest checkpoint.
 
@@ -106,16 +123,7 @@ def find_subject(config: EvaluateConfig | ChatConfig, used: str, world: World, h
         QdoraError: there is no such run or adapter, or the run has no checkpoint yet.
     """
     if config.run is not None:
-        result = find_result(RunFolder(Path(config.run)), world, hints)
-        run = result.config
-        if result.adapter is not None:
-            adapter = peft_format.read_config(result.adapter)
-            return Subject(overlaid(run.model, config.model), run.quant, adapter, result)
-        if result.checkpoint is not None:
-            return Subject(overlaid(run.model, config.model), run.quant, run.adapter, result)
-        if config.model.path is not None:
-            raise ConfigError(f"run={config.run} trained every weight: leave out model.path, it has no base")
-        return Subject(replace(run.model, path=str(result.run.model)), run.quant, run.adapter, result)
+        return subject_of(find_result(RunFolder(Path(config.run)), world, hints), config.model)
     if config.adapter is None:
         return Subject(config.model, config.quant, AdapterConfig(method=AdapterMethod.none))
     adapter = peft_format.read_config(Path(config.adapter))

@@ -3,6 +3,7 @@
 W_0 is the frozen weight of an adapter run (dequantised where it is in NF4), and the base checkpoint's of full
 fine-tuning. W_t is W_0 with the adapter of a checkpoint or of the end, as `qdora merge` puts it in, and the float32
 master weight of full fine-tuning; its last one may be there only as the exported model, rounded to the compute dtype.
+Of a run that is not finished, the last one is that of its newest whole checkpoint.
 A run that began with an older adapter (`adapter.path`) is measured from W_0 all the same.
 """
 
@@ -34,6 +35,7 @@ from qdora.nf4 import NF4Weight
 from qdora.parallel import World
 from qdora.run_folder import ENDED, RunFolder
 from qdora.run_inputs import check_base
+from qdora.run_result import find_result
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +109,11 @@ def find_course(config: AnalyzeConfig, world: World) -> Course:
     """The run that `config` names; reads no weight yet, but the checkpoints' checksums are checked.
 
     Raises:
-        QdoraError: there is no run, it is not finished, or its base or adapter cannot be read.
+        QdoraError: there is no run, it has neither ended nor a checkpoint, or its base or adapter cannot be read.
     """
-    run = RunFolder(Path(str(config.run)))
-    stored = run.read_config()
-    last_step = _last_step(run, stored)
+    result = find_result(RunFolder(Path(str(config.run))), world)
+    run, stored = result.run, result.config
+    last_step = result.manifest.step if result.manifest is not None else _last_step(run, stored)
     model = overlaid(stored.model, config.model)
     base = _base(config, stored)
     check_base(run, base)
@@ -120,11 +122,13 @@ def find_course(config: AnalyzeConfig, world: World) -> Course:
         full = replace(stored, model=model)
         weights, layers = _full_weights(base, full, world)
         states = [_full_state(manifest.step, CheckpointTensors(path), world) for path, manifest in whole]
-        if last_step not in [state.step for state in states]:
+        if last_step not in [state.step for state in states] and result.checkpoint is not None:
+            states.append(_full_state(last_step, CheckpointTensors(result.checkpoint), world))
+        elif last_step not in [state.step for state in states]:
             exported, _ = _full_weights(run.model, full, world)
             states.append(State(last_step, "model", _exported_rows(exported, layers), lambda name: None))
     else:
-        adapter_folder = run.adapter
+        adapter_folder = result.adapter or run.adapter
         adapter = peft_format.read_config(adapter_folder)
         parts = Parts(base, model, stored.quant, adapter_folder, adapter, None, stored.data)
         weights = Weights.of(parts, stored.quant, world)
@@ -134,7 +138,7 @@ def find_course(config: AnalyzeConfig, world: World) -> Course:
             for path, manifest in whole
             if manifest.step != last_step  # the adapter's, which merge takes
         ]
-        states.append(_adapter_state(last_step, "adapter", weights))
+        states.append(_adapter_state(last_step, "adapter" if result.manifest is None else "checkpoint", weights))
     return Course(run, stored, weights, layers, sorted(states, key=lambda state: state.step), skipped)
 
 

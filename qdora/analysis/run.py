@@ -57,7 +57,7 @@ def analyze(config: AnalyzeConfig) -> int:
     print(f"{len(layers)} layers at {len(course.states)} steps in {time.perf_counter() - started:.1f} s")
     if len(course.states) == 1:
         print(
-            "only the last step is there, and slope and correlation are over layers alone: train with "
+            "only one step is there, and slope and correlation are over layers alone: train with "
             "train.checkpoint_every=N and a larger train.keep_checkpoints for points of several steps"
         )
     print(f"written to {output}: {RESULTS}, decomposition.png, layers.png")

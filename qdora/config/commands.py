@@ -285,7 +285,8 @@ class AnalyzeConfig:
     """`qdora analyze`."""
 
     run: str | None = None
-    """Folder of a finished run: its base (`model.path` if that was moved), its checkpoints and its result."""
+    """Folder of a run: its base (`model.path` if that was moved), its checkpoints and its result. One that is not
+    finished is analysed up to its newest checkpoint."""
     model: ModelConfig = field(default_factory=ModelConfig)
     effective_rank: bool = True
     """Compute each update's effective and stable rank. But for LoRA that takes all its singular values, by far most of
@@ -294,7 +295,7 @@ class AnalyzeConfig:
     """Where analysis.json and the figures go; null means `analysis` in the run's folder."""
 
     def __post_init__(self) -> None:
-        require(bool(self.run), "run is not set: give the folder of a finished run, run=outputs/NAME")
+        require(bool(self.run), "run is not set: give the folder of a run, run=outputs/NAME")
         require(self.output_dir != "", "output_dir is empty: give a folder, or leave it out")
         options = {f"model.{name}" for name in changed(self.model, ModelConfig())}
         refuse(options - {"model.path"}, "run=DIR decides that; leave it out")
@@ -309,8 +310,8 @@ class ReportConfig:
     study: str | None = None
     """Folder of a study."""
     num_answers: int = 4
-    """Prompts of the run's data.eval that are answered before and after training, kept in RUN/answers.json; 0 loads no
-    model."""
+    """Prompts of the run's data.eval that are answered before and after training (of a run that is not finished, at its
+    newest checkpoint), kept in RUN/answers.json; 0 loads no model."""
     output: str | None = None
     """File to write; null means report.html in the run's or the study's folder."""
 

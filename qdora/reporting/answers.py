@@ -9,7 +9,7 @@ from typing import Any
 from qdora import parallel
 from qdora.adapter import peft_format
 from qdora.adapter.dora import switched_off
-from qdora.config import AdapterConfig, AdapterMethod, ChatConfig, DataFormat, QuantConfig, QuantMethod, RunConfig
+from qdora.config import AdapterConfig, AdapterMethod, DataFormat, QuantConfig, QuantMethod, RunConfig
 from qdora.data.columns import read_rows
 from qdora.data.conversation import conversation
 from qdora.data.encode import detect, encode_prompt, reference
@@ -21,25 +21,26 @@ from qdora.model.checkpoint_files import CheckpointFiles
 from qdora.model.folder import context_length
 from qdora.model.generate import end_tokens, generate_batch
 from qdora.reporting.page import Answer
-from qdora.run_folder import RunFolder
-from qdora.subject import Subject, find_subject
+from qdora.run_result import RunResult
+from qdora.subject import Subject, subject_of
 
 ANSWERS = "answers.json"
 MAX_NEW_TOKENS = 128
 
 
-def sample_answers(folder: RunFolder, config: RunConfig, count: int) -> list[Answer]:
+def sample_answers(result: RunResult, count: int) -> list[Answer]:
     """Greedy answers to the first `count` prompts of data.eval that leave room for one; from the file if it has them.
 
     Raises:
         QdoraError: the data or the model cannot be used.
     """
-    wanted = _identity(folder, config, count)
+    folder = result.run
+    wanted = _identity(result, count)
     kept = read_json(folder.path / ANSWERS)
     if kept.get("identity") == wanted:
         return [Answer(**answer) for answer in kept["answers"]]
     try:
-        answers = _make(folder, config, count)
+        answers = _make(result, count)
     except QdoraError as error:
         raise type(error)(f"{error}. num_answers=0 reports without answers") from None
     values = {"identity": wanted, "max_new_tokens": MAX_NEW_TOKENS, "answers": [asdict(answer) for answer in answers]}
@@ -47,20 +48,23 @@ def sample_answers(folder: RunFolder, config: RunConfig, count: int) -> list[Ans
     return answers
 
 
-def _identity(folder: RunFolder, config: RunConfig, count: int) -> str:
+def _identity(result: RunResult, count: int) -> str:
     """Hashes the weights and what they are asked; a second report needs neither base nor data."""
+    config = result.config
     said = [count, MAX_NEW_TOKENS, config.data.eval, config.data.format.name, config.model.path]
     digest = hashlib.sha256(repr(said).encode())
-    if config.adapter.method is AdapterMethod.none:
-        digest.update(CheckpointFiles(folder.model).fingerprint().encode())
+    if result.manifest is not None:
+        digest.update(result.digest.encode())
+    elif result.adapter is None:
+        digest.update(CheckpointFiles(result.run.model).fingerprint().encode())
     else:
-        digest.update((folder.adapter / peft_format.WEIGHTS).read_bytes())
+        digest.update((result.adapter / peft_format.WEIGHTS).read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _make(folder: RunFolder, config: RunConfig, count: int) -> list[Answer]:
-    world = parallel.start_alone("qdora report")
-    subject = find_subject(ChatConfig(run=str(folder.path)), "used", world)
+def _make(result: RunResult, count: int) -> list[Answer]:
+    config, world = result.config, parallel.start_alone("qdora report")
+    subject = subject_of(result)
     base = model_folder(config.model)
     tokenizer = load_tokenizer(base, config.model, subject.adapter.path)
     check_vocabulary(base, tokenizer)

@@ -1,9 +1,11 @@
 """`qdora report`: reads what a run or a study has left, and writes report.html, for a run report.png too."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from qdora import parallel
 from qdora.config import ReportConfig
-from qdora.errors import ConfigError
+from qdora.errors import CheckpointError, ConfigError
 from qdora.files import write_durably
 from qdora.reporting.answers import sample_answers
 from qdora.reporting.curves import write_report
@@ -11,6 +13,7 @@ from qdora.reporting.page import Page, render
 from qdora.reporting.run_page import run_page
 from qdora.reporting.study_page import study_page
 from qdora.run_folder import RunFolder
+from qdora.run_result import find_result
 
 REPORT = "report.html"
 
@@ -48,9 +51,21 @@ def write_run_page(folder: RunFolder) -> None:
 
 def _of_run(path: Path, num_answers: int) -> Page:
     folder = RunFolder(path)
-    config = folder.read_config()
-    can_answer = config.data.eval is not None and folder.is_finished()
-    if num_answers and not can_answer:
-        why = "the run is not finished" if config.data.eval else "the run has no data.eval to take prompts from"
-        print(f"without sample answers: {why}")
-    return run_page(folder, sample_answers(folder, config, num_answers) if num_answers and can_answer else [])
+    if not num_answers:
+        return run_page(folder, [])
+    stored = folder.read_config()
+    if stored.data.eval is None:
+        print("without sample answers: the run has no data.eval to take prompts from")
+        return run_page(folder, [])
+    world = parallel.start_alone("qdora report")
+    try:
+        result = find_result(folder, world)
+    except (CheckpointError, ConfigError) as error:  # the rest of the page needs no weights
+        print(f"without sample answers: {error}")
+        return run_page(folder, [])
+    if result.manifest is None and not folder.is_finished():
+        print("without sample answers: the run is not finished, and has no checkpoint")
+        return run_page(folder, [])
+    result = replace(result, config=replace(result.config, data=stored.data))  # a checkpoint's may be older
+    answers = sample_answers(result, num_answers)
+    return run_page(folder, answers, None if result.manifest is None else result.manifest.step)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qdora import checkpoint_folder
 from qdora.config import AdapterMethod, QuantMethod, RunConfig
 from qdora.config.values import config_values, flatten, option
 from qdora.files import read_json
@@ -40,8 +41,11 @@ PICTURES = {
 }
 
 
-def run_page(folder: RunFolder, answers: Sequence[Answer]) -> Page:
+def run_page(folder: RunFolder, answers: Sequence[Answer], answered_at: int | None = None) -> Page:
     """All that the folder of a run tells; what is not there is left out.
+
+    Args:
+        answered_at: the step whose checkpoint answered, where the run is not finished.
 
     Raises:
         ConfigError: there is no run in the folder.
@@ -59,7 +63,7 @@ def run_page(folder: RunFolder, answers: Sequence[Answer]) -> Page:
         Section("overview", "Overview", [Facts(facts), *_unfinished(summary)]),
         Section("curves", "Training", [Figures(run_curves(records))] if records else []),
         Section("scores", "Scores", _scores(evaluations)),
-        Section("answers", "Answers before and after", [Answers(answers)] if answers else []),
+        Section("answers", "Answers before and after", _answers(answers, answered_at)),
         Section("weights", "How the weights changed", _analysis(folder)),
         Section("memory", "Memory and speed", _ranks(summary)),
         Section("options", "Options", [*_options(config), *_changes(folder)]),
@@ -103,6 +107,13 @@ def _unfinished(summary: Values) -> list[Part]:
     if summary.get("status") == "finished":
         return []
     return [Text(f"This run has not finished; its status is {summary.get('status', 'not known yet')}.")]
+
+
+def _answers(answers: Sequence[Answer], answered_at: int | None) -> list[Part]:
+    if not answers:
+        return []
+    told = [] if answered_at is None else [Text(f"After: by the checkpoint of step {answered_at}.")]
+    return [*told, Answers(answers)]
 
 
 def _scores(evaluations: dict[str, Values]) -> list[Part]:
@@ -173,9 +184,8 @@ def _analysis(folder: RunFolder) -> list[Part]:
     if "projections" not in results:
         if path.exists():
             print(f"{path} holds no analysis that can be read: it is left out", flush=True)
-        return (
-            [Text(f"Not analysed yet: qdora analyze {option('run', str(folder.path))}")] if folder.is_finished() else []
-        )
+        can_be = folder.is_finished() or checkpoint_folder.complete(folder.checkpoints)
+        return [Text(f"Not analysed yet: qdora analyze {option('run', str(folder.path))}")] if can_be else []
     columns = {
         "num_layers": ("layers", "d"),
         "magnitude_change": ("dM", ".3g"),

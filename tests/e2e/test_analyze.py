@@ -228,10 +228,32 @@ def test_moved_or_wrong_base_is_told(
     assert again["points"] == results_of(folder)["points"]
 
 
+def test_unfinished_run_is_analysed_up_to_its_newest_checkpoint(
+    run: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a result of its own it has the points of the finished run, up to a step whose checkpoint is whole."""
+    folder = run[1]
+    left_out = shutil.ignore_patterns("adapter", "model", "summary.json", "analysis", "step-00000006")
+    copy = Path(shutil.copytree(folder, tmp_path / "run", ignore=left_out))
+    assert commands.run(["analyze", f"run={copy}"]) == 0
+    assert f"run={copy} is not finished: its newest checkpoint is taken, step 4 of 6" in capsys.readouterr().out
+    results, whole = results_of(copy), results_of(folder)
+    assert results["states"] == [{"step": 2, "source": "checkpoint"}, {"step": 4, "source": "checkpoint"}]
+    assert results["last_step"] == 4
+    expected = [point for point in whole["points"] if point["step"] < 6]
+    assert [point["layer"] for point in results["points"]] == [point["layer"] for point in expected]
+    for point, other in zip(results["points"], expected, strict=True):
+        assert point == pytest.approx(other)
+    shutil.rmtree(copy / "checkpoints")
+    assert commands.run(["analyze", f"run={copy}"]) == 2
+    told = capsys.readouterr().err
+    assert f"run={copy} is not finished, and has no checkpoint yet. Wait for its end, or start it again" in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "run is not set: give the folder of a finished run"),
+        ([], "run is not set: give the folder of a run"),
         (["run=./absent"], "run=absent: no run there"),
         (["run=./absent", "model.dtype=float32"], "model.dtype: run=DIR decides that"),
     ],

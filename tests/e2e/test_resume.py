@@ -194,6 +194,21 @@ def test_interrupted_run_is_evaluated_merged_and_talked_to(
     assert note in capsys.readouterr().err
 
 
+def test_report_of_an_interrupted_run_has_answers_of_its_newest_checkpoint(
+    interrupted: Path, data: Path, tmp_path: Path, capsys: Told
+) -> None:
+    run = Path(shutil.copytree(interrupted, tmp_path / "run"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["eval"] = str(data)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert command(["report", f"run={run}", "num_answers=2"]) == 0
+    assert f"run={run} is not finished: its newest checkpoint is taken, step 25 of 30" in capsys.readouterr().out
+    answers = json.loads((run / "answers.json").read_text())["answers"]
+    assert [answer["prompt"] for answer in answers] == ["0+0=", "1+1="]
+    assert all(answer["before"] != answer["after"] for answer in answers)
+    assert "After: by the checkpoint of step 25." in (run / "report.html").read_text()
+
+
 def test_damaged_checkpoint_is_passed_over_and_keeps_its_name(
     uninterrupted: dict[int, Path], tmp_path: Path, capsys: Told
 ) -> None:

@@ -42,6 +42,7 @@ from qdora.reporting.run import report
 from qdora.reporting.run_page import run_page
 from qdora.reporting.study_page import findings, study_page, verdict
 from qdora.run_folder import RunFolder
+from qdora.run_result import RunResult
 from tests.support.models import make_model
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" ${x} {{ 7 * 7 }} --> </svg> $\\frac{1$"
@@ -460,13 +461,14 @@ def test_answers_are_made_anew_where_the_adapter_has_changed(tmp_path: Path, mon
     base, plan = Path(str(config.model.path)), ParallelConfig(plan=Plan.none)
     loaded = load_model(base, config.model, config.quant, config.adapter, plan, world)
     peft_format.save(loaded.model, run.adapter, config.adapter, str(base), loaded.dtype, world)
-    (first,) = sample_answers(run, config, 1)
+    result = RunResult(run, config, [], run.adapter)
+    (first,) = sample_answers(result, 1)
     assert first.before == first.after, "a new adapter changes nothing"
     torch.manual_seed(3)
     for layer in adapted_layers(loaded.model).values():
         layer.lora_b.data.normal_()
     peft_format.save(loaded.model, run.adapter, config.adapter, str(base), loaded.dtype, world)
-    (second,) = sample_answers(run, config, 1)
+    (second,) = sample_answers(result, 1)
     assert second.before == first.before
     assert second.after != first.after
 
@@ -486,6 +488,10 @@ def test_report_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtu
     run.summary.unlink()
     assert report(ReportConfig(run=str(run.path))) == 0
     assert "without sample answers: the run is not finished" in capsys.readouterr().out
+    run.adapter.rmdir()
+    assert report(ReportConfig(run=str(run.path))) == 0
+    told = capsys.readouterr().out
+    assert f"without sample answers: run={run.path} is not finished, and has no checkpoint yet. Wait for" in told
 
 
 def test_numbers_are_for_people() -> None:
