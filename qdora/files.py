@@ -114,3 +114,8 @@ def forget_cached(descriptor: int, first: int, last: int) -> None:
     first use of each page costs more than the copying: merging 8.4 GB took 39 s instead of 25.
     """
     os.posix_fadvise(descriptor, first, last - first, os.POSIX_FADV_DONTNEED)
+
+
+def is_hub_id(given: str) -> bool:
+    """Whether it reads as org/name and no such folder or file is here."""
+    return given.count("/") == 1 and not given.startswith(("/", ".", "~")) and not Path(given).exists()

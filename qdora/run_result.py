@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qdora import checkpoint_folder, parallel
 from qdora.adapter import peft_format
-from qdora.adapter.trained_over import NOTE, write_note
+from qdora.adapter.trained_over import NOTE, gone, write_note
 from qdora.checkpoint_folder import Change, Manifest
 from qdora.checkpoint_reader import CheckpointTensors
 from qdora.config import AdapterMethod, RunConfig
@@ -171,10 +171,5 @@ def _write_tokenizer(folder: Path, manifest: Manifest, config: RunConfig, notes:
     write_tokenizer(folder, base, before, manifest.template)
     is_whole = before is None or Path(before).is_dir()
     if not is_whole:
-        print(
-            f"adapter.path={before}, with which the run began, is not there: the tokenizer of the base is taken; if "
-            "that folder had its own, put it back",
-            file=notes,
-            flush=True,
-        )
+        print(gone(str(before)), file=notes, flush=True)
     return is_whole

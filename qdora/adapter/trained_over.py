@@ -10,6 +10,7 @@ from typing import Any
 
 from qdora.config import QuantConfig, QuantMethod
 from qdora.config.commands import changed, given_options
+from qdora.errors import AdapterError
 from qdora.files import read_json, write_durably
 
 NOTE = "trained_over.json"
@@ -58,6 +59,25 @@ def read_base_fingerprint(folder: Path) -> str | None:
     """Returns the fingerprint of the weights that an adapter was trained over, where its folder has it."""
     value = read_json(folder / NOTE).get("base_fingerprint")
     return value if isinstance(value, str) else None
+
+
+def is_adapter(path: str) -> bool:
+    """Returns whether a folder has the config of an adapter."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def check_adapter(path: str) -> None:
+    """Raises `AdapterError` where `adapter.path` names no adapter."""
+    if not is_adapter(path):
+        raise AdapterError(f"adapter.path={path}: no {CONFIG} there: give the folder of an adapter in PEFT format")
+
+
+def gone(path: str) -> str:
+    """Returns what is told where the adapter with which a run began is not there any more."""
+    return (
+        f"adapter.path={path}, with which the run began, is not there: the tokenizer of the base is taken; if that "
+        "folder had its own, put it back"
+    )
 
 
 def is_stored_in_4_bits(base: Path) -> bool:

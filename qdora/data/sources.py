@@ -72,10 +72,17 @@ def data_files(source: str, without: Collection[Path] = ()) -> list[Path]:
             splits = ", ".join(str(one) for one in sorted(folder.iterdir()) if one.is_dir())
             raise DataError(f"{source} is a data set with several splits: name one of them ({splits})")
         return _files_of(folder, split, without)
-    name = source.partition("#")[0].partition(":")[0]
-    if source.startswith(("/", ".", "~")) or name.count("/") > 1 or _kind(Path(source)):
+    if is_missing(source):
         raise DataError(f"no such data file or folder: {source}")
     return []
+
+
+def is_missing(source: str) -> bool:
+    """Returns whether `source` is neither a file nor a folder here, and cannot be a hub id."""
+    if Path(source).expanduser().exists() or folder_of(source)[0] is not None:
+        return False
+    name = source.partition("#")[0].partition(":")[0]
+    return source.startswith(("/", ".", "~")) or name.count("/") > 1 or bool(_kind(Path(source)))
 
 
 def all_files(source: str) -> list[Path]:

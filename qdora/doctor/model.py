@@ -10,9 +10,9 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from qdora.config import AdapterConfig, ModelConfig, QuantConfig
 from qdora.doctor.finding import Finding, Verdict
 from qdora.errors import QdoraError, first_line
+from qdora.files import is_hub_id
 from qdora.model import check_vocabulary, load_tokenizer, model_folder
 from qdora.model.build import build_model
-from qdora.model.folder import is_hub_id
 
 GIB = 2**30
 

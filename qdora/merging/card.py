@@ -11,9 +11,9 @@ from qdora.adapter.peft_format import CONFIG
 from qdora.changes import of_learning, over_time, shown
 from qdora.checkpoint_folder import Manifest
 from qdora.config import MergeBase, QuantMethod, RunConfig
+from qdora.files import is_hub_id
 from qdora.merging.parts import Parts
 from qdora.model.companions import stored_template
-from qdora.model.folder import is_hub_id
 
 SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer

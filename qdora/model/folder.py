@@ -18,7 +18,7 @@ from qdora.adapter.peft_config import base_named
 from qdora.adapter.trained_over import CONFIG, read_base_fingerprint
 from qdora.config import ModelConfig
 from qdora.errors import ModelError, first_line
-from qdora.files import let_others_read
+from qdora.files import is_hub_id, let_others_read
 from qdora.model.companions import DOWNLOADED, has_tokenizer, leaves, stored_template
 from qdora.template_variables import with_defaults
 
@@ -93,11 +93,6 @@ def _download(config: ModelConfig, patterns: list[str]) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = first_line(error)
     raise ModelError(f"model.path={given}: no such folder, and downloading it failed: {reason}")
-
-
-def is_hub_id(given: str) -> bool:
-    """Whether it reads as org/name and no such folder or file is here."""
-    return given.count("/") == 1 and not given.startswith(("/", ".", "~")) and not Path(given).exists()
 
 
 def other_base(adapter: Path, config: ModelConfig, base: Path) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qdora.adapter.trained_over import check_adapter
 from qdora.config import ModelConfig, ShowConfig
 
 
@@ -16,6 +17,8 @@ def show(config: ShowConfig) -> int:
         QdoraError: the tokenizer or the data cannot be read, nothing of the data is left, what is asked for is not
             there, or the figure cannot be written.
     """
+    if config.adapter.path is not None:
+        check_adapter(config.adapter.path)
     with without_torch(config.model):
         from qdora.model.folder import load_tokenizer_alone
         from qdora.show.run import run

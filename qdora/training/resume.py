@@ -13,11 +13,14 @@ from pathlib import Path
 import psutil
 
 from qdora import checkpoint_folder
+from qdora.adapter.trained_over import check_adapter
 from qdora.changes import ways_out
 from qdora.checkpoint_folder import Manifest
 from qdora.config import RunConfig
 from qdora.config.values import option
-from qdora.errors import CheckpointError, ConfigError
+from qdora.data.sources import is_missing
+from qdora.errors import CheckpointError, ConfigError, DataError, ModelError
+from qdora.files import is_hub_id
 from qdora.planning.length import resumed
 from qdora.run_folder import RunFolder
 
@@ -35,12 +38,44 @@ def check_early(config: RunConfig) -> None:
         return
     folder = RunFolder(Path(config.output_dir or f"outputs/{config.run_id or new_run_id()}"))
     found = folder.find_checkpoint(config, in_full=False)
+    if found is not None:
+        config = as_it_was(config, num_ranks, found[1])
+        keep_rows_per_step(config, num_ranks, found[1])
+        if config.train.num_steps is not None and not folder.is_finished():
+            check_num_steps(config, *found, config.train.num_steps)
+    check_inputs(config, found)
+
+
+def check_inputs(config: RunConfig, found: tuple[Path, Manifest] | None) -> None:
+    """Refuses a model, data or an adapter that is not there, with each way out.
+
+    The adapter with which a run began is needed at its start alone: later its checkpoints have the weights.
+
+    Args:
+        found: the checkpoint that the run goes on from.
+
+    Raises:
+        ModelError, DataError, AdapterError: it is not there.
+    """
+    path = str(config.model.path)
+    if not Path(path).expanduser().exists() and not is_hub_id(path):
+        raise ModelError(f"model.path={path}: no such folder, and not a hub id such as org/name{if_moved(found)}")
+    train, held_out = config.data.train, config.data.eval
+    if train is not None and is_missing(train):
+        raise DataError(f"no such data file or folder: {train}{if_moved(found, 'data.train')}")
+    if held_out is not None and is_missing(held_out):
+        way = ". If it was moved, data.eval=NEW goes on with the run, and data.eval=null without held-out data"
+        raise DataError(f"no such data file or folder: {held_out}{way if found else ''}")
+    adapter = config.adapter.path
+    if found is None and adapter is not None:
+        check_adapter(adapter)
+
+
+def if_moved(found: tuple[Path, Manifest] | None, name: str = "model.path") -> str:
+    """Returns the end of a refusal where the model or the data of a run is not there; nothing of a first start."""
     if found is None:
-        return
-    config = as_it_was(config, num_ranks, found[1])
-    keep_rows_per_step(config, num_ranks, found[1])
-    if config.train.num_steps is not None and not folder.is_finished():
-        check_num_steps(config, *found, config.train.num_steps)
+        return ""
+    return f". If it was moved or renamed, {name}=NEW goes on with the run: its content is compared with {found[0]}'s"
 
 
 def new_run_id() -> str:
@@ -115,9 +150,10 @@ def check_fingerprints(config: RunConfig, path: Path, manifest: Manifest, finger
     for what, (group, name) in {"data": ("data", "train"), "model": ("model", "path")}.items():
         if stored[what] == fingerprints[what]:
             continue
+        why = ": other rows, another tokenizer or another chat template" if what == "data" else ""
         before, now = manifest.config[group][name], getattr(getattr(config, group), name)
         back = f"what {group}.{name}={now} held before, put back there," if before == now else ""
         raise CheckpointError(
-            f"the {what} is not that of {path} (fingerprint {fingerprints[what]}, then {stored[what]}). "
+            f"the {what} is not that of {path} (fingerprint {fingerprints[what]}, then {stored[what]}){why}. "
             + ways_out(config, back or option(f"{group}.{name}", before))
         )

@@ -9,10 +9,14 @@ from pathlib import Path
 import torch
 
 from qdora import checkpoint, checkpoint_folder, parallel
+from qdora.adapter import peft_format
+from qdora.adapter.trained_over import gone, is_adapter
 from qdora.changes import RANKS, changes_since, of_learning, shown, shown_change
 from qdora.checkpoint_folder import Change, Manifest
+from qdora.checkpoint_reader import CheckpointTensors
 from qdora.config import (
     ActivationCheckpointing,
+    AdapterConfig,
     AdapterMethod,
     Attention,
     OnExceed,
@@ -25,7 +29,7 @@ from qdora.config.groups import ACCUMULATION_STEPS
 from qdora.config.values import config_from_values, config_values
 from qdora.data import BatchLoader, TokenDataset, prepare
 from qdora.device_memory import explaining_shortage, free_memory
-from qdora.errors import EXIT_PREEMPTED, ConfigError, DataError, TrainingError
+from qdora.errors import EXIT_PREEMPTED, ConfigError, DataError, ModelError, TrainingError
 from qdora.interrupt import interrupt
 from qdora.model import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_folder
 from qdora.model.activations import compile_blocks
@@ -45,7 +49,14 @@ from qdora.tracking import make_tracker
 from qdora.training.graph import check_device, check_model
 from qdora.training.memory import StepBytes, choose_recomputation, remedies, step_bytes
 from qdora.training.results import conclude, num_trainable, template_to_write, versions, write_results
-from qdora.training.resume import as_it_was, check_fingerprints, check_num_steps, keep_rows_per_step, new_run_id
+from qdora.training.resume import (
+    as_it_was,
+    check_fingerprints,
+    check_num_steps,
+    if_moved,
+    keep_rows_per_step,
+    new_run_id,
+)
 from qdora.training.trainer import CHANGED, Trainer
 
 
@@ -100,9 +111,10 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
     if found is not None:
         given = as_it_was(given, world.size, found[1])
         config = keep_rows_per_step(given, world.size, found[1])
+        config = replace(config, adapter=_adapter_of_a_run_that_goes_on(config.adapter, found[0], world))
     torch.manual_seed(config.seed * 1000 + world.rank)  # dropout; every rank its own
 
-    sources = _read_sources(config, world)
+    sources = _read_sources(config, world, found)
     base, fingerprints = sources.base, sources.fingerprints
     train_loader = _loader(config, world, sources.train, sources.pad_token_id, shuffle=True)
     open_length, num_rows = config.train, train_loader.num_rows
@@ -157,7 +169,7 @@ def _train(config: RunConfig, world: World, folder: RunFolder, new_id: str) -> i
             config.tracker,
             output_dir=folder.path,
             run_id=run_id,
-            settings=_settings(config, trainer.changes),
+            settings=_settings(replace(config, adapter=given.adapter), trainer.changes),
             resume_id=found[1].tracker_id if found else None,
             is_main=world.is_main,
         )
@@ -233,15 +245,40 @@ def _check_is_shared(folder: RunFolder, world: World) -> None:
             mark.unlink()
 
 
-def _read_sources(config: RunConfig, world: World) -> Sources:
+def _adapter_of_a_run_that_goes_on(adapter: AdapterConfig, checkpoint: Path, world: World) -> AdapterConfig:
+    """Returns `adapter`, with the layers of the checkpoint where the one that the run began with is gone.
+
+    *Collective*.
+    """
+    is_gone = adapter.path is not None and not is_adapter(adapter.path)
+    if not parallel.broadcast(world, is_gone):
+        return adapter
+    if world.is_main:
+        print(gone(str(adapter.path)), flush=True)
+    with parallel.failing_together(world):
+        stored = peft_format.stored_parameters(CheckpointTensors(checkpoint).names())
+    return replace(adapter, path=None, target_modules=sorted({layer for layer, _ in stored.values()}))
+
+
+def _model_folder(config: RunConfig, found: tuple[Path, Manifest] | None) -> Path:
+    try:
+        return model_folder(config.model)
+    except ModelError as error:
+        raise ModelError(f"{error}{if_moved(found)}") from None
+
+
+def _read_sources(config: RunConfig, world: World, found: tuple[Path, Manifest] | None) -> Sources:
     """Finds the model and reads its tokenizer and the data. *Collective*.
+
+    Args:
+        found: the checkpoint that the run goes on from.
 
     Raises:
         DataError: they are not the same on every rank.
     """
     if world.is_main:
         print(f"loading {config.model.path} and {config.data.train}", flush=True)
-    base = parallel.main_first(world, lambda: model_folder(config.model))
+    base = parallel.main_first(world, lambda: _model_folder(config, found))
     with parallel.failing_together(world):
         path = config.adapter.path
         if path is not None and world.is_main and (other := other_base(Path(path), config.model, base)):

@@ -98,6 +98,35 @@ def test_each_way_out_of_a_refusal_goes_on(options: list[str], tmp_path: Path, c
     assert "changed from step 4: train.num_steps 3 -> 4, seed 0 -> 1" in told
 
 
+def test_run_goes_on_where_what_it_began_with_was_moved(
+    options: list[str], tiny: Path, data: Path, tmp_path: Path, capsys: Told
+) -> None:
+    """Model and data under new names, without held-out data, and without its first adapter: the same in each number."""
+    first, run, twin = (tmp_path / name for name in ("first", "run", "twin"))
+    layers = "adapter.target_modules=[q_proj,v_proj]"
+    trained(capsys, *options, layers, "train.num_steps=1", f"output_dir={first}")
+    shutil.copytree(tiny, tmp_path / "model")
+    for name in ("train.jsonl", "eval.jsonl"):
+        shutil.copy(data, tmp_path / name)
+    own = [f"{name}={tmp_path}/{file}" for name, file in (("data.train", "train.jsonl"), ("data.eval", "eval.jsonl"))]
+    given = [*options, f"model.path={tmp_path}/model", *own, f"adapter.path={first}/adapter"]
+    given += ["optim.schedule=constant", "optim.warmup_ratio=0"]  # which know nothing of the last step
+    trained(capsys, *given, "train.num_steps=4", f"output_dir={twin}")
+    trained(capsys, *given, "train.num_steps=2", f"output_dir={run}")
+    for name in ("first", "model", "train.jsonl", "eval.jsonl"):
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    assert command(["train", *given, "train.num_steps=4", f"output_dir={run}"]) == 2
+    assert "moved or renamed, model.path=NEW goes on with the run" in capsys.readouterr().err
+    moved = [f"model.path={tmp_path}/moved-model", f"data.train={tmp_path}/moved-train.jsonl", "data.eval=null"]
+    told = trained(capsys, *given, *moved, "train.num_steps=4", f"output_dir={run}")
+    assert f"adapter.path={first}/adapter, with which the run began, is not there: the tokenizer of the base" in told
+    assert "going on from step 2 of 4" in told
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, twin))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert yaml.safe_load((run / "config.yaml").read_text())["adapter"]["path"] == f"{first}/adapter"
+
+
 def test_other_data_is_refused_before_the_model_is_loaded(
     options: list[str], data: Path, tmp_path: Path, capsys: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qdora.adapter.trained_over import WEIGHTS
+from qdora.adapter.trained_over import CONFIG, WEIGHTS
 from qdora.changes import changes_since, check_identity, of_learning, over_time, shown
 from qdora.checkpoint_folder import MANIFEST, Change, Manifest, read_manifest
 from qdora.commands import compose, typed
@@ -25,7 +25,7 @@ from qdora.config import (
     TrainConfig,
 )
 from qdora.config.values import config_values
-from qdora.errors import ConfigError
+from qdora.errors import ConfigError, QdoraError
 from qdora.planning.length import fitted
 from qdora.run_folder import RunFolder
 from qdora.training.resume import as_it_was, check_early, check_num_steps
@@ -33,7 +33,7 @@ from tests.support import ROOT
 
 
 def run_config(**groups: object) -> RunConfig:
-    values = {"model": ModelConfig(path="model"), "data": DataConfig(train="data.jsonl"), **groups}
+    values = {"model": ModelConfig(path="org/model"), "data": DataConfig(train="org/data"), **groups}
     config = RunConfig(**values)  # type: ignore[arg-type]
     return replace(config, train=fitted(config.train, num_rows=1000, num_ranks=1))  # as after the data are read
 
@@ -261,13 +261,63 @@ def test_early_check_leaves_to_the_full_one_what_it_cannot_know(
     assert newest.exists()
 
 
+def written_inputs(folder: Path) -> RunConfig:
+    """Returns a run in `folder` whose model, data, held-out data and adapter lie beside it."""
+    for name in ("model", "adapter"):
+        (folder / name).mkdir()
+    (folder / "adapter" / CONFIG).write_text("{}")
+    for name in ("train.jsonl", "eval.jsonl"):
+        (folder / name).touch()
+    return run_config(
+        model=ModelConfig(path=str(folder / "model")),
+        data=DataConfig(train=str(folder / "train.jsonl"), eval=str(folder / "eval.jsonl")),
+        adapter=AdapterConfig(path=str(folder / "adapter")),
+        output_dir=str(folder / "run"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "later"),
+    [
+        ("model", "model: no such folder, and not a hub id", r"moved or renamed, model\.path=NEW goes on"),
+        ("train.jsonl", "no such data file or folder: .*train", r"moved or renamed, data\.train=NEW goes on"),
+        ("eval.jsonl", "no such data file or folder: .*eval", r"data\.eval=NEW goes on with the run, and .*=null"),
+        ("adapter", "no adapter_config.json there: give the folder of an adapter", None),
+    ],
+    ids=["model", "data", "held-out", "adapter"],
+)
+def test_what_is_not_there_is_told_with_each_way_out(tmp_path: Path, name: str, first: str, later: str | None) -> None:
+    """Of a first start, and of a run that goes on, which needs no adapter any more; before torch is imported."""
+    config = written_inputs(tmp_path)
+    check_early(config)
+    (tmp_path / name).rename(tmp_path / "moved")
+    with pytest.raises(QdoraError, match=first) as refused:
+        check_early(config)
+    assert "goes on" not in str(refused.value)
+    save_checkpoint(tmp_path / "run", manifest_of(config, 4))
+    RunFolder(tmp_path / "run").start(config, 4)
+    if later is None:
+        check_early(config)
+        return
+    with pytest.raises(QdoraError, match=f"{first}.*{later}"):
+        check_early(config)
+    moved = str(tmp_path / "moved")
+    ways = {
+        "model": [replace(config, model=ModelConfig(path=moved))],
+        "train.jsonl": [replace(config, data=replace(config.data, train=moved))],
+        "eval.jsonl": [replace(config, data=replace(config.data, eval=way)) for way in (moved, None)],
+    }
+    for way in ways[name]:
+        check_early(way)
+
+
 def test_refusal_comes_before_torch_is_imported(tmp_path: Path) -> None:
     """Which takes seconds, and transformers more; tokenisation and the model come after these."""
     config = run_config(output_dir=str(tmp_path))
     save_checkpoint(tmp_path, manifest_of(config, 4))
     RunFolder(tmp_path).start(config, 4)
     code = "import sys; from qdora.commands import run; print(run(sys.argv[1:]), {'torch', 'psutil'} & {*sys.modules})"
-    options = ["train", "model.path=model", "data.train=data.jsonl", f"output_dir={tmp_path}", "seed=1"]
+    options = ["train", "model.path=org/model", "data.train=org/data", f"output_dir={tmp_path}", "seed=1"]
     done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "2 {'psutil'}\n", done.stderr
     assert "seed=0 goes on with it" in done.stderr
