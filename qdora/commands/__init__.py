@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qdora import config
 from qdora.commands.explain import check_known, explain, own_yaml
 from qdora.commands.help import describe
-from qdora.commands.spelling import in_grammar, without_folders
+from qdora.commands.spelling import in_grammar, replace_mappings, without_folders
 from qdora.config.commands import naming
 from qdora.errors import EXIT_KEYBOARD, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, QdoraError, nearest
 from qdora.files import output_may_close
@@ -162,6 +162,7 @@ def compose(name: str, arguments: list[str]) -> DictConfig | None:
             raise ConfigError(own_yaml(name))
         for option, folder in folders.items():
             OmegaConf.update(values, option, folder)
+        replace_mappings(values, arguments, config_class)
     return composed[0] if composed else None
 
 

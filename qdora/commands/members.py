@@ -31,6 +31,7 @@ from omegaconf import DictConfig
 from qdora.changes import differing, with_one_epoch
 from qdora.changes import shown as shown_changes
 from qdora.commands import run_hydra, typed
+from qdora.commands.spelling import replace_mappings
 from qdora.commands.sweep_results import RECORDS, Member, bare, short
 from qdora.config import RunConfig
 from qdora.config.commands import written
@@ -116,6 +117,7 @@ def run_member(
     member.write(record)
     shown = f"== {member.number + 1}: {' '.join(f'{key}={value}' for key, value in swept.items()) or name}"
     try:
+        replace_mappings(values, given, RunConfig)
         config = typed(values, RunConfig)
         if _is_done(folder / name, config):
             changes = "; ".join(shown_changes(RunFolder(folder / name).read_changes()))

@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
 from qdora.commands.explain import option_kinds
 from qdora.config.commands import quoted, written
@@ -49,6 +50,7 @@ def in_grammar(arguments: list[str], config_class: type, sweep: bool = False) ->
     values_by_name = {option for option, kind in option_kinds(config_class) if kind == dict[str, Any]}
     lines = []
     named: dict[str, dict[str, str]] = {}
+    whole: set[str] = set()
     for argument in arguments:
         option, equals, value = argument.partition("=")
         plain = option.lstrip("+")
@@ -58,6 +60,8 @@ def in_grammar(arguments: list[str], config_class: type, sweep: bool = False) ->
             continue
         if equals and kinds.get(group) is dict:
             plain, value = group, f"{name}:{value}"
+        elif equals and kinds.get(plain) is dict:
+            whole.add(plain)
         if equals and kinds.get(plain) is dict:
             if sweep and re.search(r"\}\s*,\s*\{", value):  # several of them
                 lines.append(f"++{plain}={value}")
@@ -76,7 +80,8 @@ def in_grammar(arguments: list[str], config_class: type, sweep: bool = False) ->
         else:
             value = _list(value) if kind is list else _text(value)
         lines.append(f"{option}={value}")
-    return [*(_mapping(option, texts) for option, texts in named.items()), *lines]
+    mappings = [text for option, texts in named.items() for text in _mapping(option, texts, option in whole)]
+    return [*mappings, *lines]
 
 
 def without_folders(arguments: list[str], config_class: type, conf: Path) -> tuple[list[str], dict[str, str | None]]:
@@ -97,9 +102,25 @@ def without_folders(arguments: list[str], config_class: type, conf: Path) -> tup
     return kept, folders
 
 
-def _mapping(option: str, texts: dict[str, str]) -> str:
+def _mapping(option: str, texts: dict[str, str], whole: bool) -> list[str]:
     """What sets texts by names, also those that are not there yet, which Hydra refuses without the signs."""
-    return f"++{option}={{{','.join(f'{name}:{quoted(text)}' for name, text in texts.items())}}}"
+    if not whole:
+        return [f"++{option}.{name}={quoted(text)}" for name, text in texts.items()]
+    return [f"++{option}={{{','.join(f'{name}:{quoted(text)}' for name, text in texts.items())}}}"]
+
+
+def replace_mappings(values: DictConfig, arguments: Iterable[str], config_class: type) -> None:
+    """Puts texts by names that are given whole (`data.columns={...}`) in the place of a recipe's, which Hydra merges.
+
+    Args:
+        arguments: as `in_grammar` returned them.
+    """
+    mappings = [option for option, kind in option_kinds(config_class) if kind is dict]
+    parser = OverridesParser.create()
+    for argument in arguments:
+        option = argument.lstrip("+").partition("=")[0]
+        if option in mappings:
+            OmegaConf.update(values, option, parser.parse_override(argument).value(), merge=False, force_add=True)
 
 
 def _values_by_name(option: str, value: str, is_whole: bool, sweep: bool) -> str:

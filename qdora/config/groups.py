@@ -6,7 +6,9 @@ from typing import Any
 
 from qdora.config.words import (
     ASKED_KEYS,
+    ROLE_WORDS,
     ROW_KEYS,
+    TURN_KEYS,
     ActivationCheckpointing,
     AdapterMethod,
     Attention,
@@ -149,8 +151,10 @@ class DataConfig:
     format: DataFormat = DataFormat.auto
     """`messages`, `instruction` (instruction, input, output), `completion` (prompt, completion) or `text`."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns of other names, by the keys that qdora reads: `{prompt: question, completion: answer}`. A file that is
-    not trained on and has none of them is read by its own names."""
+    """Columns of other names, by the keys that qdora reads: `{prompt: question, completion: answer}`; `answers.text` is
+    what another column holds under that name. `role` and `content` name keys of turns, `user` and `assistant` the words
+    for roles there: `{messages: dialog, role: speaker, content: utterance, user: Customer, assistant: Agent}`. A file
+    that is not trained on and has none of them is read by its own names."""
     max_length: int = 1024
     """Tokens a sample at most; with packing, tokens a row."""
     overlong: Overlong = Overlong.auto
@@ -179,12 +183,15 @@ class DataConfig:
 
 
 def _check_columns(columns: dict[str, str]) -> None:
-    keys = sorted(ASKED_KEYS.union(*ROW_KEYS.values()))
+    of_rows, of_turns = sorted(ASKED_KEYS.union(*ROW_KEYS.values())), sorted(TURN_KEYS | ROLE_WORDS)
+    keys = [*of_rows, *of_turns]
     for key, column in columns.items():
-        known = f"there is no key {key!r} of a row{nearest(key, keys)}; there are: {', '.join(keys)}"
+        known = f"there is no key {key!r} of a row{nearest(key, keys)}; there are: {', '.join(of_rows)}"
+        known += f"; of turns: {', '.join(of_turns)}"
         require(key in keys, f"data.columns={{{key}:{column}}}: {known}")
         require(bool(column), f"data.columns={{{key}:}}: give the name of the column that has it, or leave it out")
-        others = [other for other in columns if columns[other] == column]
+        own_words = next(words for words in (TURN_KEYS, ROLE_WORDS, {*of_rows, key}) if key in words)
+        others = [other for other in columns if columns[other] == column and other in own_words]
         require(len(others) == 1, f"data.columns: {column!r} is given to {' and '.join(others)}: a column is one key")
 
 

@@ -69,6 +69,10 @@ NEEDED_KEYS = (
     (frozenset({"text"}), DataFormat.text),
 )
 """Keys that a row of each format must have; of several formats whose keys a row has, the first is taken."""
+TURN_KEYS = {"role", "content"}
+"""Keys of a turn that `data.columns` can map, beside those of a row."""
+ROLE_WORDS = {"user", "assistant", "tool"}
+"""Roles whose word in the turns `data.columns` can say; `system` is a column of a row."""
 ASKED_KEYS = {"answer", "choices"}
 """Keys of a row that evaluation reads, whatever its format."""
 

@@ -1,83 +1,25 @@
 """Which keys of a row are read as what: by their names, or by `data.columns` where a file has others.
 
-Rows are read here, so that every reader sees them under the same keys. Of a row whose keys are not known, the columns
-that most likely hold what is wanted are proposed: by their names (question, response, context, ...), else in order.
+Rows are read here, so that every reader sees them under the same keys.
 """
 
-import re
-import shlex
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from qdora.config import DataConfig, DataFormat
-from qdora.config.commands import written
-from qdora.config.words import ASKED_KEYS, NEEDED_KEYS
-from qdora.data.sources import Row, is_turns, load_rows
+from qdora.config.words import ASKED_KEYS, NEEDED_KEYS, ROLE_WORDS, TURN_KEYS
+from qdora.data.guess import ABSENT, as_option, leaves, value_at
+from qdora.data.sources import Row, load_rows
 from qdora.errors import DataError
-
-HARMLESS = frozenset(
-    [
-        "id",
-        "_id",
-        "idx",
-        "index",
-        "uid",
-        "uuid",
-        "row_id",
-        "prompt_id",
-        "conversation_id",
-        "conversation_hash",
-        "message_id",
-        "parent_id",
-        "source",
-        "dataset",
-        "origin",
-        "url",
-        "lang",
-        "language",
-        "category",
-        "task",
-        "topic",
-        "domain",
-        "license",
-        "author",
-        "model",
-        "model_name",
-        "timestamp",
-        "date",
-        "created_at",
-        "meta",
-        "metadata",
-        "tag",
-        "tags",
-        "split",
-        "difficulty",
-        "score",
-        "quality",
-        "token_count",
-        "num_tokens",
-        "num_turns",
-        "answer",
-    ]
-)
-"""Keys that say where a row comes from or what kind it is; `answer` is what an evaluation compares with."""
 
 _OPTIONAL = {"input", "system", "history", "tools", "functions", "chat_template_kwargs", *ASKED_KEYS}
 """Keys that some rows of a file may lack."""
-_QUESTION = ("question", "query", "input", "user", "human", "problem", "request")
-_ANSWER = ("answer", "response", "reply", "assistant", "solution", "target", "result")
-_WORDS = {
-    "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
-    "instruction": ("prompt", *_QUESTION),
-    "input": ("context", "passage", "background", "document"),
-    "output": ("completion", *_ANSWER),
-    "system": ("systemprompt", "systemmessage"),
-    "prompt": ("instruction", *_QUESTION),
-    "completion": (*_ANSWER, "output"),
-    "text": ("content", "body", "document", "article", "story", "code"),
-}
-"""Names under which people have what a key holds, the likeliest first; without case and punctuation."""
+_OF_TURNS = {"messages", "conversations", "prompt", "completion"}
+"""Keys of a row that may hold turns."""
+_TEXTS = {"instruction", "input", "output", "system", "prompt", "completion", "text"}
+"""Keys of a row that hold one text."""
 
 
 def form_of(row: Row, keys: Collection[str]) -> DataFormat | None:
@@ -108,10 +50,10 @@ def read_rows(
             key the row has already.
     """
     columns = config.columns
-    loaded = load_rows(source, limit, without, columns)
+    loaded = load_rows(source, limit, without, lambda values: _mapped(values, columns))
     rows: Iterator[Row] = (_without(row, config.ignore_keys) for row in loaded)
     for first in islice(rows, 1):
-        own_names = source != config.train and not {*columns.values()} & first.values.keys()
+        own_names = source != config.train and not _has_any(first.values, columns)
         if columns and own_names and form_of(first, first.values):
             tell("has no column of data.columns, and is read by its own names", first.where)
             columns = {}
@@ -119,11 +61,12 @@ def read_rows(
     if not columns:
         yield from rows
         return
-    unseen, where, names = set(columns.values()), source, set[str]()
+    unseen, where, names = {*_of_rows(columns).values()}, source, dict[str, None]()
     for row in rows:
-        unseen -= row.values.keys()
-        where, names = row.where, names | row.values.keys()
-        yield _renamed(row, columns)
+        unseen = {column for column in unseen if value_at(row.values, column) is ABSENT}
+        if unseen:
+            where, names = row.where, names | dict.fromkeys(leaves(row.values))
+        yield _renamed(row, columns, config.ignore_keys, tell)
     if unseen and names:
         raise _absent(sorted(unseen)[0], columns, f"no row of {source}, up to {where}, has", names)
 
@@ -132,19 +75,104 @@ def _without(row: Row, keys: Collection[str]) -> Row:
     return Row({key: value for key, value in row.values.items() if key not in keys}, row.where) if keys else row
 
 
-def _renamed(row: Row, columns: dict[str, str]) -> Row:
-    for key, column in columns.items():
-        if column not in row.values:
+def _of_rows(columns: Mapping[str, str]) -> dict[str, str]:
+    """Returns those of `data.columns` that name columns, and no keys of turns."""
+    return {key: column for key, column in columns.items() if key not in TURN_KEYS | ROLE_WORDS}
+
+
+def _mapped(values: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Returns a row with the keys that `data.columns` gives it beside its own, without a look at what is missing."""
+    given = {key: value_at(values, column) for key, column in _of_rows(columns).items()}
+    named = values | {key: value for key, value in given.items() if value is not ABSENT}
+    return {key: _with_roles(value, columns) if key in _OF_TURNS else value for key, value in named.items()}
+
+
+def _with_roles(turns: Any, columns: Mapping[str, str]) -> Any:
+    """Returns turns with `role` and `content` beside their own keys."""
+    if not isinstance(turns, list):
+        return turns
+    pairs = [(key, columns[key]) for key in TURN_KEYS if key in columns]
+    return [
+        turn | {key: turn[column] for key, column in pairs if column in turn} if isinstance(turn, dict) else turn
+        for turn in turns
+    ]
+
+
+def _has_any(values: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
+    """Returns whether a row, or a turn of it, has one of the columns."""
+    if any(value_at(values, column) is not ABSENT for column in _of_rows(columns).values()):
+        return True
+    if not columns.keys() & (TURN_KEYS | ROLE_WORDS):
+        return False
+    named = {columns[key] for key in TURN_KEYS if key in columns}
+    lists = [values[key] for key in _OF_TURNS if isinstance(values.get(key), list)]
+    return any(isinstance(turn, dict) and (not named or named & turn.keys()) for turns in lists for turn in turns)
+
+
+def _renamed(row: Row, columns: dict[str, str], ignored: Collection[str], tell: Callable[[str, str], None]) -> Row:
+    own = _of_rows(columns)
+    found = {}
+    for key, column in own.items():
+        value = value_at(row.values, column)
+        if value is ABSENT:
             if key in _OPTIONAL:
                 continue
-            raise _absent(column, columns, f"{row.where} does not have", row.values)
-        if key not in columns.values() and row.values.get(key) not in (None, "", [], {}):
+            raise _absent(column, columns, f"{row.where} does not have", leaves(row.values))
+        is_moved = any(key in (other, other.partition(".")[0]) for other in own.values())
+        if not is_moved and row.values.get(key) not in (None, "", [], {}):
             raise DataError(
                 f"{row.where} has {key!r} already, where {as_option(columns)} puts {column!r}: "
                 f"data.ignore_keys=[{key}] leaves the former out, or map it to another key, too"
             )
-    kept = {key: value for key, value in row.values.items() if key not in columns.values()}
-    return Row(kept | {key: row.values[name] for key, name in columns.items() if name in row.values}, row.where)
+        if key in _TEXTS and isinstance(value, list) and all(isinstance(one, str) for one in value):
+            if len(value) > 1:
+                tell(f"{column} has several values, of which the first is read", row.where)
+            value = value[0] if value else ""
+        found[key] = value
+    values = _beside(row.values, [*own.values()]) | found
+    if len(own) < len(columns):
+        for key in _OF_TURNS & values.keys():
+            if isinstance(values[key], list):
+                values[key] = [_renamed_turn(turn, columns, ignored, row.where) for turn in values[key]]
+    return Row(values, row.where)
+
+
+def _beside(values: dict[str, Any], paths: list[str]) -> dict[str, Any]:
+    """Returns what a row holds beside some columns, by dots where they lie within others."""
+    if not any("." in path for path in paths):
+        return {key: value for key, value in values.items() if key not in paths}
+    within = {path.partition(".")[0] for path in paths if path not in values}
+    read = [*paths, *(".".join(part for part in path.split(".") if not part.isdecimal()) for path in paths)]
+    left = {key: value for key, value in values.items() if key not in paths and key not in within}
+    inner = leaves({key: value for key, value in values.items() if key in within})
+    return left | {
+        name: value
+        for name, value in inner.items()
+        if not any(name == path or name.startswith(f"{path}.") or path.startswith(f"{name}.") for path in read)
+    }
+
+
+def _renamed_turn(turn: Any, columns: dict[str, str], ignored: Collection[str], where: str) -> Any:
+    """Returns a turn with `role` and `content` under these names, and the role in the words of qdora."""
+    if not isinstance(turn, dict):
+        return turn
+    moved = {key: columns[key] for key in sorted(TURN_KEYS) if key in columns}
+    said = {key: value for key, value in turn.items() if key not in moved.values() and key not in ignored}
+    for key, column in moved.items():
+        if column in turn:
+            if said.get(key) not in (None, "", [], {}):
+                raise DataError(
+                    f"{where}: a turn has {key!r} already, where {as_option(columns)} puts {column!r}: "
+                    f"data.ignore_keys=[{key}] leaves the former out"
+                )
+            said[key] = turn[column]
+        elif key == "role" and "from" not in said and "role" not in said:
+            raise _absent(column, columns, f"{where}: a turn does not have", turn)
+    words = {columns[word]: word for word in ROLE_WORDS if word in columns}
+    name = "role" if "role" in said else "from"
+    if isinstance(said.get(name), str):
+        said[name] = words.get(said[name], said[name])
+    return said
 
 
 def _absent(column: str, columns: dict[str, str], who: str, names: Collection[str]) -> DataError:
@@ -152,71 +180,3 @@ def _absent(column: str, columns: dict[str, str], who: str, names: Collection[st
         f"{who} the column {column!r} of {as_option(columns)}; there are {sorted(names)}. Name one of these; "
         "data.columns={} takes rows as they are"
     )
-
-
-def as_option(columns: dict[str, str]) -> str:
-    """`data.columns=...` as a shell takes it; where it expands the braces, the command line understands that, too."""
-    plain = all(re.fullmatch(r"[\w.-]+", column) for column in columns.values())
-    if plain:
-        return f"data.columns={{{','.join(f'{key}:{column}' for key, column in columns.items())}}}"
-    return shlex.quote(f"data.columns={written(columns)}")
-
-
-def proposed(row: Row, form: DataFormat = DataFormat.auto) -> str:
-    """The end of a refusal: the option that reads the row, in a format if one is wanted; nothing where none would."""
-    columns = propose(row, form)
-    return f". For other names: {as_option(columns)}" if columns else ""
-
-
-def propose(row: Row, form: DataFormat = DataFormat.auto) -> dict[str, str]:
-    """The columns that most likely hold what a format needs; nothing where no column can."""
-    wanted = [form] if form is not DataFormat.auto else [one for one in DataFormat if one is not form]
-    turns = [key for key, value in row.values.items() if is_turns(value)]
-    texts = [key for key, value in row.values.items() if isinstance(value, str)]
-    for one in wanted:
-        if one is DataFormat.messages:
-            found = _filled(("messages",), (), turns)
-        elif one is DataFormat.instruction:
-            found = _filled(("instruction", "output"), ("input", "system"), texts)
-            if form is DataFormat.auto and not {"input", "system"} & found.keys() and "instruction" not in texts:
-                continue  # nothing that a prompt and its completion would lose
-        else:
-            needed = ("prompt", "completion") if one is DataFormat.completion else ("text",)
-            found = _filled(needed, (), texts)
-        if found:
-            return {key: column for key, column in found.items() if key != column}
-    return {}
-
-
-def _filled(needed: Sequence[str], optional: Sequence[str], columns: list[str]) -> dict[str, str]:
-    """A column for each needed key, and for optional ones whose name says it; nothing where a needed one has none."""
-    found: dict[str, str] = {}
-    free = dict.fromkeys(columns)
-
-    def take(key: str, column: str | None) -> None:
-        if column is not None and key not in found:
-            found[key] = column
-            del free[column]
-
-    for key in (*needed, *optional):
-        take(key, key if key in free else None)
-    for by_name in (_is_named, _names):
-        for key in (*needed, *optional):
-            take(key, next((column for word in _WORDS[key] for column in free if by_name(column, word)), None))
-    for key in needed:
-        others = (column for column in free if column not in HARMLESS and not _is_known(column))
-        take(key, next(others, None) if key not in found else None)
-    return found if found.keys() >= {*needed} else {}
-
-
-def _is_known(column: str) -> bool:
-    """Whether a column has the name of what some key holds: an answer is no question, whatever else is missing."""
-    return any(_is_named(column, word) for key, words in _WORDS.items() for word in (key, *words))
-
-
-def _is_named(column: str, word: str) -> bool:
-    return re.sub(r"[\W_]", "", column.lower()) == word
-
-
-def _names(column: str, word: str) -> bool:
-    return word in re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", column).lower().replace("_", " "))

@@ -11,7 +11,8 @@ from typing import Any, TypeGuard
 
 from qdora.config import DataConfig, DataFormat, Reasoning, UnknownKeys
 from qdora.config.words import ROW_KEYS
-from qdora.data.columns import HARMLESS, is_conversational, proposed
+from qdora.data.columns import is_conversational
+from qdora.data.guess import HARMLESS, ROLES, as_option, proposed, turn_columns
 from qdora.data.sources import Row
 from qdora.errors import DataError
 from qdora.template_variables import NAME, refusal
@@ -21,19 +22,6 @@ KEYS = {
     DataFormat.instruction: "instruction, output (and input, system, history)",
     DataFormat.completion: "prompt, completion",
     DataFormat.text: "text",
-}
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function": "tool",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
 }
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _WEIGHTS = ("weight", "train", "training")
@@ -185,7 +173,7 @@ def conversation(
             raise DataError(f"{row.where} has no messages, as data.format={form.name} wants; {found}")
         given = row.values.get("messages", row.values.get("conversations"))
         raise DataError(f"{row.where}: messages must be a list of turns and not empty, this is {given!r:.60}")
-    turns = [_turn(turn, row.where, config, told) for turn in given]
+    turns = [_turn(turn, given, row.where, config, told) for turn in given]
     messages = [message for message, _ in turns]
     learned = [one and index >= completed for index, (_, one) in enumerate(turns)]
     system = row.values.get("system")
@@ -222,16 +210,21 @@ def _is_pair(pair: Any) -> bool:
     return isinstance(pair, list | tuple) and len(pair) == 2 and all(is_text(text) for text in pair)
 
 
-def _turn(turn: Any, where: str, config: DataConfig, told: Told) -> tuple[dict[str, Any], bool]:
+def _for_other_names(turns: list[Any]) -> str:
+    columns = turn_columns(turns)
+    return f". For other names: {as_option(columns)}" if columns else ""
+
+
+def _turn(turn: Any, turns: list[Any], where: str, config: DataConfig, told: Told) -> tuple[dict[str, Any], bool]:
     """A turn as templates take it, and whether it is learned."""
     said = {key: value for key, value in turn.items() if key not in config.ignore_keys} if _is_object(turn) else {}
     role = said.get("role") or said.get("from")
     content = said["value"] if said.get("content") is None and "value" in said else said.get("content")
-    named = _ROLES.get(role) if isinstance(role, str) else None
+    named = ROLES.get(role) if isinstance(role, str) else None
     if named is None:
         raise DataError(
-            f"{where}: a turn has role (or from), one of {', '.join(_ROLES)}, and content (or value), a text; "
-            f"this is {turn!r:.80}"
+            f"{where}: a turn has role (or from), one of {', '.join(ROLES)}, and content (or value), a text; "
+            f"this is {turn!r:.80}{_for_other_names(turns)}"
         )
     _check(said, _TURN_KEYS, "a turn's ", where, config, told)
     message: dict[str, Any] = {"role": named}
@@ -252,7 +245,7 @@ def _turn(turn: Any, where: str, config: DataConfig, told: Told) -> tuple[dict[s
         content = json.dumps(content, ensure_ascii=False)
     if not is_text(content) or not (thought is None or is_text(thought)):
         raise DataError(
-            f"{where}: a turn has role (or from), one of {', '.join(_ROLES)}, and content (or value), a text; "
+            f"{where}: a turn has role (or from), one of {', '.join(ROLES)}, and content (or value), a text; "
             f"this is {turn!r:.80}"
         )
     message["content"] = content

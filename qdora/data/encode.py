@@ -29,7 +29,7 @@ from qdora.chat_template import (
     with_thoughts_shown,
 )
 from qdora.config import DataConfig, DataFormat
-from qdora.data.columns import form_of, proposed
+from qdora.data.columns import form_of
 from qdora.data.conversation import (
     KEYS,
     LENIENT,
@@ -40,6 +40,7 @@ from qdora.data.conversation import (
     conversation,
     text_of,
 )
+from qdora.data.guess import proposed
 from qdora.data.sources import Row
 from qdora.errors import DataError
 from qdora.template_variables import NAME, unknown, variables_of

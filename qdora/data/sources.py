@@ -18,7 +18,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -39,6 +39,9 @@ _PARQUET_BATCH = 1000
 _UNREADABLE = (OSError, EOFError, zlib.error)
 """What a file that is missing, cut or damaged raises, compressed or not."""
 csv.field_size_limit(2**31 - 1)  # Python's own limit of 131,072 characters is less than a long document
+
+
+Mapped = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,18 +159,18 @@ def _digest_of(file: Path, *_: int) -> bytes:
 
 
 def load_rows(
-    source: str, limit: int | None = None, without: Collection[Path] = (), columns: Mapping[str, str] | None = None
+    source: str, limit: int | None = None, without: Collection[Path] = (), mapped: Mapped = lambda values: values
 ) -> Iterator[Row]:
     """Yields the rows of `source` as they are, at most `limit`; of a folder without some of its files.
 
     Args:
-        columns: `data.columns`, to know a row by that is alone in a .json file.
+        mapped: makes what `data.columns` says of the keys of a row, to know one by that is alone in a .json file.
 
     Raises:
         DataError: nothing there, or a file or line that cannot be read.
     """
     files = data_files(source, without)
-    rows = (row for file in files for row in _file_rows(file, columns or {})) if files else _hub_rows(source)
+    rows = (row for file in files for row in _file_rows(file, mapped)) if files else _hub_rows(source)
     for index, row in enumerate(rows):
         if limit is not None and index >= limit:
             return
@@ -179,12 +182,12 @@ def _kind(path: Path) -> str:
     return suffix if suffix in (*SUFFIXES, _SAVED) else ""
 
 
-def _file_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+def _file_rows(file: Path, mapped: Mapped) -> Iterator[Row]:
     kind = _kind(file)
     readers = {".parquet": _parquet_rows, ".csv": _csv_rows, _SAVED: _saved_rows}
     try:
         if _is_a_list(file, kind):
-            yield from _list_rows(file, columns)
+            yield from _list_rows(file, mapped)
         else:
             yield from readers.get(kind, _jsonl_rows)(file)
     except _UNREADABLE as error:
@@ -239,14 +242,17 @@ def is_turns(value: Any) -> bool:
     return isinstance(first, dict) and bool({"role", "from"} & first.keys())
 
 
-def _is_row(values: dict[str, Any], columns: Mapping[str, str]) -> bool:
-    """Returns whether an object is a row, also by the keys of `data.columns`, and not one that holds a list of rows."""
-    mapped = values | {key: values[column] for key, column in columns.items() if column in values}
+def _is_row(values: dict[str, Any]) -> bool:
+    """Returns whether an object has the keys of a row, and is not one that holds a list of rows."""
     for needed, form in NEEDED_KEYS:
-        is_one = form is not DataFormat.messages or all(is_turns(mapped.get(key)) for key in needed)
-        if is_one and needed <= mapped.keys():
+        is_one = form is not DataFormat.messages or all(is_turns(values.get(key)) for key in needed)
+        if is_one and needed <= values.keys():
             return True
     return False
+
+
+def _holds_objects(values: list[Any]) -> bool:
+    return bool(values) and isinstance(values[0], dict)
 
 
 def _jsonl_rows(file: Path) -> Iterator[Row]:
@@ -293,18 +299,19 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
             raise DataError(f"{file} cannot be read as parquet: {error}") from None
 
 
-def _list_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+def _list_rows(file: Path, mapped: Mapped) -> Iterator[Row]:
     with _open_text(file) as stream:
         content = stream.read()
     try:
         loaded = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from None
-    if isinstance(loaded, dict) and _is_row(loaded, columns):
-        loaded = [loaded]
-    elif isinstance(loaded, dict):
-        lists = [value for value in loaded.values() if isinstance(value, list)]
-        loaded = lists[0] if len(lists) == 1 else None
+    if isinstance(loaded, dict):
+        objects = [value for value in loaded.values() if isinstance(value, list) and _holds_objects(value)]
+        if _is_row(mapped(loaded)) or not objects or is_turns(objects[0]):
+            loaded = [loaded]
+        else:
+            loaded = objects[0] if len(objects) == 1 else None
     if not isinstance(loaded, list):
         raise DataError(f"{file}: a .json file holds a list of rows; for a row a line use .jsonl")
     for index, values in enumerate(loaded, 1):

@@ -25,8 +25,9 @@ from qdora.config import (
     UnknownKeys,
 )
 from qdora.data import prepare
-from qdora.data.columns import as_option, form_of, propose, read_rows
+from qdora.data.columns import form_of, read_rows
 from qdora.data.encode import detect, encode, reference
+from qdora.data.guess import as_option, propose
 from qdora.data.sources import Row
 from qdora.errors import ConfigError, DataError
 from qdora.reporting.answers import _prompts
@@ -105,6 +106,38 @@ def test_mapped_columns_are_learned_as_if_they_had_these_names(tmp_path: Path, n
         ({"frage, kurz": "a", "it's": "b"}, {"prompt": "frage, kurz", "completion": "it's"}, "completion"),
         ({"content": "ab", "url": "x"}, {"text": "content"}, "text"),
         (
+            {
+                "id": "1",
+                "title": "t",
+                "context": "c",
+                "question": "a",
+                "answers": {"text": ["b", "d"], "answer_start": [1, 2]},
+            },
+            {"instruction": "question", "output": "answers.text", "input": "context"},
+            "instruction",
+        ),
+        ({"q": {"question": "a"}, "answer": "b"}, {"prompt": "q.question", "completion": "answer"}, "completion"),
+        (
+            {"question": "a", "answers": [{"text": "b", "votes": 2}, {"text": "c", "votes": 1}]},
+            {"prompt": "question", "completion": "answers.text"},
+            "completion",
+        ),
+        (
+            {"dialog": [{"speaker": "user", "utterance": "a"}, {"speaker": "assistant", "utterance": "b"}]},
+            {"messages": "dialog", "role": "speaker", "content": "utterance"},
+            "messages",
+        ),
+        (
+            {"messages": [{"author": "Customer", "text": "a"}, {"author": "Agent", "text": "b"}]},
+            {"role": "author", "content": "text", "user": "Customer", "assistant": "Agent"},
+            "messages",
+        ),
+        (
+            {"conversations": [{"from": "Anna", "value": "a"}, {"from": "Bo Li", "value": "b"}]},
+            {"user": "Anna", "assistant": "Bo Li"},
+            "messages",
+        ),
+        (
             {"userQuestion": "a", "modelReply": "b", "n": 3},
             {"prompt": "userQuestion", "completion": "modelReply"},
             "completion",
@@ -117,7 +150,7 @@ def test_what_a_refusal_proposes_reads_the_file(
     """The line is taken from the message and given to a shell, as a user does."""
     source, tokenizer = written(tmp_path, "a.jsonl", [values]), make_tokenizer()
     config = DataConfig(train=source, cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(DataError, match="line 1 has the keys") as refused:
+    with pytest.raises(DataError, match=r"line 1(: a turn has role| has the keys)") as refused:
         prepare(config, source, tokenizer)
     line = str(refused.value).partition("For other names: ")[2]
     said = subprocess.run(["bash", "-c", rf"printf '%s\0' {line}"], capture_output=True, text=True, check=True).stdout
@@ -261,6 +294,80 @@ def test_held_out_file_of_another_format_is_learned_as_it_is_without_columns(
     assert held_out.fingerprint == prepare(DataConfig(eval=own, cache_dir=cache), own, make_tokenizer()).fingerprint
 
 
+def test_nested_columns_and_turns_of_other_words_are_learned_as_if_they_had_qdoras_names(tmp_path: Path) -> None:
+    """Also through parquet, and with what a row may lack."""
+    squad = [
+        {"question": f"{n}?", "about": {"context": "c", "n": n}, "answers": {"text": [str(n), "x"], "at": [n, n]}}
+        for n in range(2)
+    ]
+    talk = [
+        {"chat": {"turns": [{"who": "Kim", "line": "a"}, {"who": "Bot", "line": str(n)}], "id": "7"}} for n in range(2)
+    ]
+    cases = (
+        (
+            squad,
+            {"instruction": "question", "input": "about.context", "output": "answers.text"},
+            [{"instruction": f"{n}?", "input": "c", "output": str(n)} for n in range(2)],
+            ["answers.text has several values, of which the first is read", "about.n is not read", "answers.at is not"],
+        ),
+        (
+            talk,
+            {"messages": "chat.turns", "role": "who", "content": "line", "user": "Kim", "assistant": "Bot"},
+            [{"messages": [user("a"), answer(str(n))]} for n in range(2)],
+            ["chat.id is not read"],
+        ),
+    )
+    for index, (rows, columns, own, notes) in enumerate(cases):
+        for name in ("a.jsonl", "a.parquet"):
+            source = written(tmp_path / f"{index}", name, rows)
+            plain = written(tmp_path / f"own-{index}", "a.jsonl", own)
+            config = DataConfig(train=source, columns=columns, cache_dir=str(tmp_path / "cache"))
+            found = prepare(config, source, make_tokenizer())
+            config = DataConfig(train=plain, cache_dir=str(tmp_path / "cache"))
+            assert found.fingerprint == prepare(config, plain, make_tokenizer()).fingerprint
+            assert len(found.report.notes) == len(notes)
+            assert all(any(note.startswith(start) for note in found.report.notes) for start in notes)
+
+
+def test_answer_that_a_nested_column_lacks_is_left_out_and_a_column_that_is_misspelt_is_told(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"question": "a", "answers": {"text": ["b"]}},
+        {"question": "c", "answers": {"text": []}},
+    ]
+    source = written(tmp_path, "a.jsonl", rows)
+    config = DataConfig(train=source, columns={"prompt": "question", "completion": "answers.text"})
+    report = prepare(replace(config, cache_dir=str(tmp_path)), source, make_tokenizer()).report
+    assert (report.num_samples, report.num_dropped_without_labels) == (1, 1)
+    config = DataConfig(train=source, columns={"prompt": "question", "completion": "answers.txt"})
+    with pytest.raises(
+        DataError, match=r"does not have the column 'answers.txt' .*; there are \['answers.text', 'question'"
+    ):
+        [*read_rows(config, source)]
+    turns = written(tmp_path, "b.jsonl", [{"messages": [{"who": "user", "line": "a"}, {"line": "b"}]}])
+    with pytest.raises(DataError, match=r"a turn does not have the column 'who' .*; there are \['line'\]"):
+        [*read_rows(DataConfig(train=turns, columns={"role": "who", "content": "line"}), turns)]
+
+
+def test_index_takes_one_of_a_list(tmp_path: Path) -> None:
+    rows = [{"q": "a", "choices": [{"message": {"content": "b"}}, {"message": {"content": "c"}}]}]
+    source = written(tmp_path, "a.jsonl", rows)
+    columns = {"prompt": "q", "completion": "choices.1.message.content"}
+    (row,) = read_rows(DataConfig(train=source, columns=columns), source)
+    assert row.values == {"prompt": "a", "completion": "c"}
+
+
+def test_object_alone_in_a_file_under_foreign_names_is_refused_with_its_columns(tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({**ROWS[0], "tags": ["x"]}, "data.columns={prompt:question,completion:answer}"),
+        ({"chat": [user("a"), answer("b")]}, "data.columns={messages:chat}"),
+    ]
+    for index, (values, columns) in enumerate(cases):
+        file = tmp_path / f"{index}.json"
+        file.write_text(json.dumps(values, indent=1))
+        with pytest.raises(DataError, match=re.escape(f"For other names: {columns}")):
+            prepare(DataConfig(train=str(file), cache_dir=str(tmp_path)), str(file), make_tokenizer())
+
+
 def test_object_alone_in_a_file_is_a_row_by_mapped_names(tmp_path: Path) -> None:
     """Also where it holds a list, which could be one of rows."""
     chat = {"chat": [user("a"), answer("b")]}
@@ -321,6 +428,20 @@ def test_columns_that_mean_nothing_are_refused(override: str, message: str) -> N
 def test_last_columns_replace_those_before() -> None:
     assert given("data.columns={text:body}", "data.columns={}").columns == {}
     assert given("data.columns={text:body}", "data.columns=null").columns == {}
+
+
+def test_columns_given_whole_replace_a_recipes_and_single_ones_are_added(tmp_path: Path) -> None:
+    """The line that a refusal proposes has to work over any recipe."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndata:\n  columns: {prompt: frage, completion: antwort}\n"
+    )
+    recipe = [f"hydra.searchpath=[{tmp_path}]", "+experiment=mine"]
+    assert given(*recipe).columns == {"prompt": "frage", "completion": "antwort"}
+    assert given(*recipe, "data.columns={text:body}").columns == {"text": "body"}
+    assert given(*recipe, "data.columns=text:body").columns == {"text": "body"}
+    assert given(*recipe, "data.columns={}").columns == {}
+    assert given(*recipe, "data.columns.completion=reply").columns == {"prompt": "frage", "completion": "reply"}
 
 
 def test_answers_of_a_report_are_asked_under_mapped_names(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl line 2 is not JSON"),
         ("a.jsonl", '{"text": "a"}\n["b"]\n', "a.jsonl line 2: a row is a JSON object"),
         ("a.json", '{"text": "a"', "a.json is not JSON"),
-        ("a.json", '{"mood": "a"}', "use .jsonl"),
+        ("a.json", '{"train": [{"text": "a"}], "test": [{"text": "b"}]}', "use .jsonl"),
         ("a.json", '["a"]', "a.json row 1: a row is a JSON object"),
         ("a.parquet", "not parquet", "a.parquet cannot be read as parquet"),
         ("a.parquet.gz", "not parquet", "a.parquet.gz cannot be read as parquet"),
