@@ -22,6 +22,7 @@ from qdora.config.words import (
     Plan,
     QuantMethod,
     Reasoning,
+    SampleBy,
     Schedule,
     TrackerKind,
     TrackerMode,
@@ -145,7 +146,7 @@ class AdapterConfig:
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     train: str | None = None
-    """File (jsonl, json, parquet, csv, each also .gz), folder, or hub id (`name#split`, `name:subset#split`)."""
+    """File (jsonl, json, parquet, csv, tsv, txt, also .gz), folder, or hub id (`name#split`, `name:subset#split`)."""
     eval: str | None = None
     """The same, held out: what is evaluated on; null means that training does not evaluate."""
     format: DataFormat = DataFormat.auto
@@ -160,6 +161,8 @@ class DataConfig:
     overlong: Overlong = Overlong.auto
     """What happens to a sample above `max_length`; counts are reported. `split` cuts a text into samples, each token of
     which is learned once; `auto` is that for the format `text`, and `truncate` for the others."""
+    sample_by: SampleBy = SampleBy.document
+    """What of a .txt file is a text: all of it, what stands between blank lines, or a line."""
     reasoning: Reasoning = Reasoning.keep
     """What becomes of the thoughts of assistant turns (`reasoning_content`): in earlier turns `keep` leaves it to the
     chat template whether they are shown."""

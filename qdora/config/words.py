@@ -84,6 +84,12 @@ class Overlong(Enum):
     drop = "drop"
 
 
+class SampleBy(Enum):
+    document = "document"
+    paragraph = "paragraph"
+    line = "line"
+
+
 class Reasoning(Enum):
     keep = "keep"
     drop = "drop"

@@ -50,7 +50,7 @@ def read_rows(
             key the row has already.
     """
     columns = config.columns
-    loaded = load_rows(source, limit, without, lambda values: _mapped(values, columns))
+    loaded = load_rows(source, limit, without, lambda values: _mapped(values, columns), config.sample_by)
     rows: Iterator[Row] = (_without(row, config.ignore_keys) for row in loaded)
     for first in islice(rows, 1):
         own_names = source != config.train and not _has_any(first.values, columns)

@@ -5,18 +5,20 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qdora.chat_template import DEFAULT_TEMPLATE
-from qdora.config import DataConfig, DataFormat, Overlong
-from qdora.data.columns import read_rows
+from qdora.config import DataConfig, DataFormat, Overlong, SampleBy
+from qdora.data.columns import form_of, read_rows
 from qdora.data.conversation import Told
 from qdora.data.encode import NothingToLearn, detect, encode
-from qdora.data.sources import Row, all_files, data_files, fingerprint, folder_of
+from qdora.data.sources import Row, all_files, data_files, fingerprint, folder_of, is_text, passed_over
 from qdora.errors import DataError
 
 if TYPE_CHECKING:  # torch takes seconds to load, which `qdora show` need not wait for
@@ -172,6 +174,7 @@ def _key(config: DataConfig, source: str, tokenizer: Any) -> str:
         config.format.name,
         config.max_length,
         config.overlong.name,
+        config.sample_by.name,
         config.reasoning.name,
         config.unknown_keys.name,
         sorted(config.ignore_keys),
@@ -208,6 +211,12 @@ def _samples(
     for file in all_files(source) if held_out else []:
         if any(file.samefile(other) for other in held_out):
             told.add("not trained on, as data.eval holds it out", str(file))
+    if config.sample_by is SampleBy.document:
+        for file in data_files(source, held_out):
+            if is_text(file):
+                told.add("is one text; data.sample_by=line or paragraph reads each as one", str(file))
+    for file in passed_over(source):
+        told.add(f"is not read beside files of other kinds: data.train={file} does", str(file))
     yield from samples_of(source_rows(config, source, told.add), config, tokenizer, report, told, row_lengths)
     report.notes, report.system = told.lines(), told.system
 
@@ -225,10 +234,11 @@ def samples_of(
     Raises:
         DataError: a row is not as its format wants it.
     """
-    form = config.format
+    form, first = config.format, ""
+    rows = iter(rows)
     for row in rows:
         if form is DataFormat.auto:
-            form = detect(row, config)
+            form, first = detect(row, config), row.where
             report.format = form.name
         report.num_rows += 1
         try:
@@ -237,6 +247,10 @@ def samples_of(
             report.num_dropped_without_labels += 1
             told.add(f"left out: {str(nothing).removeprefix(row.where).lstrip(': ')}", row.where)
             continue
+        except DataError:
+            if config.format is DataFormat.auto and form_of(row, row.values) not in (None, form):
+                raise _several_formats(form, first, chain([row], rows)) from None
+            raise
         row_lengths.append(len(ids))
         length, step = config.max_length, config.max_length
         if len(ids) > length:
@@ -263,6 +277,26 @@ def samples_of(
             report.num_tokens += len(some)
             report.num_label_tokens += num_labels
             yield some, of_these, row.where
+
+
+def _several_formats(form: DataFormat, first: str, others: Iterable[Row]) -> DataError:
+    """Returns what is said of rows of several formats: the first place of each.
+
+    Args:
+        form: that of the rows before, and the place of the first of them.
+        others: the rows from the first one of another format on.
+    """
+    places = {form: first}
+    with suppress(DataError):  # what cannot be read is told once the formats are sorted out
+        for row in others:
+            other = form_of(row, row.values)
+            if other is not None:
+                places.setdefault(other, row.where)
+    found = ", ".join(f"{other.name}: {where}" for other, where in places.items())
+    return DataError(
+        f"the rows are of several formats ({found}), and a run reads one: give the files of one format, in a folder of "
+        "their own or by name (data.train=FILE), or write all rows as messages"
+    )
 
 
 def _is_split(overlong: Overlong, form: DataFormat) -> bool:

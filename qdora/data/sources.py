@@ -1,44 +1,43 @@
-"""Rows of a data set: jsonl, json, parquet or csv (each also .gz), a folder of them, or a hub id.
+"""Rows of a data set: jsonl, json, parquet, csv, tsv or txt (each also .gz), a folder of them, or a hub id.
 
 A folder that `datasets` has saved is read, too. What begins with a dot, and files about data sets, are passed over; of
 several splits (`train.jsonl`, `test.jsonl`) one is to be named. A .json file may hold a row a line, and a .jsonl file a
 list.
 
-The cells of a csv are texts, whatever they look like; an empty or missing one is an empty text. Texts are UTF-8, with
-or without a byte order mark, or UTF-16 or 32 by their first bytes, as spreadsheets and Windows write them.
 A row keeps where it came from, so that an error can say which line of which file to look at. Parquet and the hub import
 what they need when it is needed, as it takes every rank most of a second.
 """
 
 import codecs
-import csv
 import functools
-import gzip
 import hashlib
-import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from qdora.config import DataFormat
+from qdora.config import DataFormat, SampleBy
 from qdora.config.words import NEEDED_KEYS
 from qdora.data.splits import ALL, of_split
+from qdora.data.texts import open_file, open_text, table_rows, text_rows
 from qdora.errors import DataError
 from qdora.files import read_json
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+_TEXT = ".txt"
+"""Not read beside files of other kinds, as it is mostly about them."""
 _SAVED = ".arrow"
 """A file of a folder that `datasets` has saved."""
+_NO_TEXT = re.compile(r"(readme|licen[cs]e|notice|changelog|requirements|robots|citation)\b", re.IGNORECASE)
+"""What the name of a .txt begins with that is about others."""
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _PARQUET_BATCH = 1000
 """Rows in memory at a time."""
 _UNREADABLE = (OSError, EOFError, zlib.error)
 """What a file that is missing, cut or damaged raises, compressed or not."""
-csv.field_size_limit(2**31 - 1)  # Python's own limit of 131,072 characters is less than a long document
 
 
 Mapped = Callable[[dict[str, Any]], dict[str, Any]]
@@ -65,7 +64,7 @@ def data_files(source: str, without: Collection[Path] = ()) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_file():
         if not _kind(path):
-            raise DataError(f"{source}: qdora reads {', '.join(SUFFIXES)}, each also with .gz")
+            raise DataError(f"{source}: qdora reads {', '.join((*SUFFIXES, _TEXT))}, each also with .gz")
         return [path]
     folder, split = folder_of(source)
     if folder is not None:
@@ -107,14 +106,28 @@ def _files_of(folder: Path, split: str, without: Collection[Path]) -> list[Path]
     files = [folder / str(entry.get("filename")) for entry in read_json(folder / "state.json").get("_data_files", [])]
     for file in [] if files else sorted(folder.rglob("*")):
         is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if not is_hidden and _kind(file) not in ("", _SAVED) and file.name not in _ABOUT and file.is_file():
+        is_about = file.name in _ABOUT or (_kind(file) == _TEXT and _NO_TEXT.match(file.name))
+        if not is_hidden and _kind(file) not in ("", _SAVED) and not is_about and file.is_file():
             files.append(file)
     if not files:
-        raise DataError(f"the folder {folder} holds no {', '.join(SUFFIXES)} (or .gz of one)")
+        raise DataError(f"the folder {folder} holds no {', '.join((*SUFFIXES, _TEXT))} (or .gz of one)")
+    if any(_kind(file) != _TEXT for file in files):
+        files = [file for file in files if _kind(file) != _TEXT]
     left = [file for file in files if not any(file.samefile(other) for other in without)]
     if not left:
         raise DataError(f"the folder {folder} holds nothing but what data.eval holds out")
     return of_split(folder, left, split)
+
+
+def passed_over(source: str) -> list[Path]:
+    """Returns the .txt files of a folder that are not read, as others lie beside them."""
+    folder, _ = folder_of(source)
+    if folder is None or (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return []
+    texts = [file for file in sorted(folder.rglob(f"*{_TEXT}*")) if _kind(file) == _TEXT and file.is_file()]
+    texts = [file for file in texts if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    read = {*all_files(source)} if texts else {*texts}
+    return [file for file in texts if file not in read and not _NO_TEXT.match(file.name)]
 
 
 def fingerprint(source: str, without: Collection[Path] = ()) -> str:
@@ -159,18 +172,23 @@ def _digest_of(file: Path, *_: int) -> bytes:
 
 
 def load_rows(
-    source: str, limit: int | None = None, without: Collection[Path] = (), mapped: Mapped = lambda values: values
+    source: str,
+    limit: int | None = None,
+    without: Collection[Path] = (),
+    mapped: Mapped = lambda values: values,
+    sample_by: SampleBy = SampleBy.document,
 ) -> Iterator[Row]:
     """Yields the rows of `source` as they are, at most `limit`; of a folder without some of its files.
 
     Args:
         mapped: makes what `data.columns` says of the keys of a row, to know one by that is alone in a .json file.
+        sample_by: what of a .txt is a row.
 
     Raises:
         DataError: nothing there, or a file or line that cannot be read.
     """
     files = data_files(source, without)
-    rows = (row for file in files for row in _file_rows(file, mapped)) if files else _hub_rows(source)
+    rows = (row for file in files for row in _file_rows(file, mapped, sample_by)) if files else _hub_rows(source)
     for index, row in enumerate(rows):
         if limit is not None and index >= limit:
             return
@@ -179,13 +197,23 @@ def load_rows(
 
 def _kind(path: Path) -> str:
     suffix = Path(path.name.removesuffix(".gz")).suffix
-    return suffix if suffix in (*SUFFIXES, _SAVED) else ""
+    return suffix if suffix in (*SUFFIXES, _TEXT, _SAVED) else ""
 
 
-def _file_rows(file: Path, mapped: Mapped) -> Iterator[Row]:
+def is_text(file: Path) -> bool:
+    """Returns whether a file is plain text (.txt)."""
+    return _kind(file) == _TEXT
+
+
+def _file_rows(file: Path, mapped: Mapped, sample_by: SampleBy) -> Iterator[Row]:
     kind = _kind(file)
-    readers = {".parquet": _parquet_rows, ".csv": _csv_rows, _SAVED: _saved_rows}
+    readers = {".parquet": _parquet_rows, _SAVED: _saved_rows}
     try:
+        if kind in (".csv", ".tsv", _TEXT):
+            delimiter = "," if kind == ".csv" else "\t"
+            rows = text_rows(file, sample_by) if kind == _TEXT else table_rows(file, delimiter)
+            yield from (Row(values, where) for values, where in rows)
+            return
         if _is_a_list(file, kind):
             yield from _list_rows(file, mapped)
         else:
@@ -194,32 +222,11 @@ def _file_rows(file: Path, mapped: Mapped) -> Iterator[Row]:
         raise DataError(f"{file} cannot be read: {error}") from None
 
 
-def _open(file: Path) -> Any:
-    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
-
-
-def _open_text(file: Path) -> Any:
-    """The bytes of a text as UTF-8; one in UTF-16 or 32, by its first bytes, is converted in memory.
-
-    Raises:
-        DataError: it is not what they say.
-    """
-    stream = _open(file)
-    encoding = json.detect_encoding(stream.peek(4)[:4])
-    if encoding.startswith("utf-8"):
-        return stream
-    with stream:
-        try:
-            return io.BytesIO(stream.read().decode(encoding).encode())
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file} begins as {encoding} and is something else: {error}. Save it as UTF-8") from None
-
-
 def _is_a_list(file: Path, kind: str) -> bool:
     """Whether JSON is one value, not a row a line, by its beginning."""
     if kind not in (".json", ".jsonl"):
         return False
-    with _open_text(file) as stream:
+    with open_text(file) as stream:
         lines = (line for line in stream if line.strip())
         first, is_alone = next(lines, b""), next(lines, None) is None
     if kind == ".json" and is_alone:
@@ -256,29 +263,11 @@ def _holds_objects(values: list[Any]) -> bool:
 
 
 def _jsonl_rows(file: Path) -> Iterator[Row]:
-    with _open_text(file) as stream:
+    with open_text(file) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 where = f"{file} line {number}"
                 yield Row(_parse(line, where), where)
-
-
-def _csv_rows(file: Path) -> Iterator[Row]:
-    with _open_text(file) as stream:
-        reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
-        try:
-            keys = next(reader, [])
-            number = reader.line_num + 1
-            for cells in reader:
-                where, number = f"{file} line {number}", reader.line_num + 1
-                if len(cells) > len(keys):
-                    raise DataError(f"{where} has {len(cells)} cells, but the first line names {len(keys)} columns")
-                if cells:
-                    yield Row(dict(zip_longest(keys, cells, fillvalue="")), where)
-        except csv.Error as error:
-            raise DataError(f"{file} line {reader.line_num} is not csv: {error}") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file} is not UTF-8: {error}. Save it as UTF-8 (iconv converts it)") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
@@ -287,7 +276,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     number = 0
-    with _open(file) as stream:
+    with open_file(file) as stream:
         try:
             parquet = pq.ParquetFile(stream)
             for batch in parquet.iter_batches(_PARQUET_BATCH):
@@ -300,7 +289,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 
 
 def _list_rows(file: Path, mapped: Mapped) -> Iterator[Row]:
-    with _open_text(file) as stream:
+    with open_text(file) as stream:
         content = stream.read()
     try:
         loaded = json.loads(content)

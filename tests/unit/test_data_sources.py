@@ -5,12 +5,13 @@ import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
 
-from qdora.config import DataConfig
+from qdora.config import DataConfig, SampleBy
 from qdora.data.dataset import prepare
 from qdora.data.sources import SUFFIXES, fingerprint, load_rows
 from qdora.data.splits import split_of
@@ -50,6 +51,90 @@ def test_json_gives_its_rows(tmp_path: Path, name: str, content: object) -> None
 def test_csv_gives_its_rows(tmp_path: Path, name: str) -> None:
     lines = ["prompt,completion", *(f"{row['prompt']},{row['completion']}" for row in ROWS)]
     assert _values(write(tmp_path / name, "\n".join(lines) + "\n")) == ROWS
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
+def test_tsv_gives_its_rows(tmp_path: Path, name: str) -> None:
+    """Commas are of the text."""
+    rows = [*ROWS, {"prompt": "one, two", "completion": 'three\t"four"'}]
+    lines = ["prompt\tcompletion", *(f"{row['prompt']}\t{row['completion']}" for row in ROWS)]
+    lines.append('one, two\t"three\t""four"""')
+    assert _values(write(tmp_path / name, "\n".join(lines) + "\n")) == rows
+
+
+TEXT = 'Once,\nupon a time.\n\n\n"The end", said Ada.\n'
+
+
+@pytest.mark.parametrize(
+    ("by", "texts", "lines"),
+    [
+        (SampleBy.document, [TEXT], [1]),
+        (SampleBy.paragraph, ["Once,\nupon a time.", '"The end", said Ada.'], [1, 5]),
+        (SampleBy.line, ["Once,", "upon a time.", '"The end", said Ada.'], [1, 2, 5]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "encoding", "newline"),
+    [("a.txt", "utf-8", "\n"), ("a*(1).txt", "utf-8-sig", "\r\n"), ("b.txt.gz", "utf-16", "\n")],
+)
+def test_txt_gives_its_texts(
+    tmp_path: Path, by: SampleBy, texts: list[str], lines: list[int], name: str, encoding: str, newline: str
+) -> None:
+    content = TEXT.replace("\n", newline).encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    rows = list(load_rows(str(tmp_path / name), sample_by=by))
+    assert [row.values for row in rows] == [{"text": text} for text in texts]
+    assert [row.where for row in rows] == [f"{tmp_path / name} line {line}" for line in lines]
+
+
+def test_txt_files_of_a_folder_are_a_text_each_and_that_is_told(tmp_path: Path) -> None:
+    """With the option that reads it otherwise, which does; what is only about the others is not read."""
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for name in ("1.txt", "2.txt", "README.txt"):
+        write(folder / name, TEXT)
+    write(folder / "empty.txt", " \n")
+    config = DataConfig(train=str(folder), cache_dir=str(tmp_path / "cache"), max_length=16)
+    report = prepare(config, str(folder), make_tokenizer()).report
+    assert (report.format, report.num_rows, report.num_split) == ("text", 2, 2)
+    assert report.notes[0] == (
+        f"is one text; data.sample_by=line or paragraph reads each as one (3 times, first in {folder}/1.txt)"
+    )
+    config = replace(config, sample_by=SampleBy.line)
+    report = prepare(config, str(folder), make_tokenizer()).report
+    assert report.num_rows == 6
+    assert not any("sample_by" in note for note in report.notes)
+
+
+def test_text_beside_other_files_is_not_read_and_told(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "a.jsonl", _jsonl(ROWS))
+    for name in ("notes.txt", "LICENSE.txt"):
+        write(folder / name, TEXT)
+    config = DataConfig(train=str(folder), cache_dir=str(tmp_path / "cache"))
+    report = prepare(config, str(folder), make_tokenizer()).report
+    assert report.num_rows == len(ROWS)
+    file = folder / "notes.txt"
+    assert report.notes == [
+        f"is not read beside files of other kinds: data.train={file} does (1 time, first in {file})"
+    ]
+    assert prepare(replace(config, train=str(file)), str(file), make_tokenizer()).report.num_rows == 1
+
+
+def test_rows_of_several_formats_are_told_with_the_place_of_each(tmp_path: Path) -> None:
+    """A file of one of them, as the message says, is read."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "a.jsonl", _jsonl(ROWS))
+    write(folder / "b.csv", "instruction,output\na,b\n")
+    write(folder / "c.jsonl", '{"text": "a"}\n')
+    config = DataConfig(train=str(folder), cache_dir=str(tmp_path / "cache"))
+    places = f"completion: {folder}/a.jsonl line 1, instruction: {folder}/b.csv line 2, text: {folder}/c.jsonl line 1"
+    with pytest.raises(DataError, match=re.escape(f"several formats ({places}), and a run reads one")):
+        prepare(config, str(folder), make_tokenizer())
+    one = str(folder / "b.csv")
+    assert prepare(replace(config, train=one), one, make_tokenizer()).report.format == "instruction"
 
 
 def test_csv_cells_are_texts(tmp_path: Path) -> None:
@@ -112,7 +197,8 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
         ("a.parquet.gz", "not parquet", "a.parquet.gz cannot be read as parquet"),
         ("a.csv", "text\na\nb,c\n", "a.csv line 3 has 2 cells, but the first line names 1 columns"),
         ("a.csv", 'text\na\n"b\n', "a.csv line 3 is not csv"),
-        ("a.txt", "words", "qdora reads .jsonl"),
+        ("a.tsv", 'text\na\n"b\n', "a.tsv line 3 is not tsv"),
+        ("a.md", "words", "qdora reads .jsonl"),
     ],
 )
 def test_broken_source_is_told_with_its_place(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -240,14 +326,15 @@ def test_splits_of_a_folder_are_held_out_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.jsonl.gz"])
 def test_text_in_another_unicode_encoding_is_read(tmp_path: Path, encoding: str, name: str) -> None:
     rows = [{"prompt": "größer\u2028?", "completion": "ਊ😀"}, {"prompt": "b", "completion": "c\u0a0d"}]
     text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     if name == "a.json":
         text = json.dumps(rows, ensure_ascii=False)
-    if name == "a.csv":
-        text = "\r\n".join(["prompt,completion", *(",".join(row.values()) for row in rows)])
+    if name in ("a.csv", "a.tsv"):
+        delimiter = "," if name == "a.csv" else "\t"
+        text = "\r\n".join([f"prompt{delimiter}completion", *(delimiter.join(row.values()) for row in rows)])
     content = text.encode(encoding)
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert [row.values for row in load_rows(str(tmp_path / name))] == rows
