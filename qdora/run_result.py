@@ -3,7 +3,7 @@
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from qdora import checkpoint_folder, parallel
 from qdora.adapter import peft_format
 from qdora.adapter.trained_over import NOTE, gone, write_note
+from qdora.card import Trained, write_adapter_card
 from qdora.checkpoint_folder import Change, Manifest
 from qdora.checkpoint_reader import CheckpointTensors
 from qdora.config import AdapterMethod, RunConfig
@@ -27,9 +28,9 @@ from qdora.run_folder import RunFolder
 
 FOLDER = "adapters"
 """Within a run's: the adapters of checkpoints that were asked for, as PEFT reads them."""
-WRITTEN_AS = 2
+WRITTEN_AS = 3
 """Goes up with what `write_adapter` writes, so that what was written otherwise before is written anew; 1 had no
-tokenizer and no system turn."""
+tokenizer and no system turn, 2 no card."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,10 @@ def write_adapter(
         names = sorted({layer for layer, _ in layers.values()})
         peft_format.write_config(partial, config.adapter, str(config.model.path), names, with_projections=False)
         is_whole = _write_tokenizer(partial, manifest, config, notes)
+        trained = replace(config.adapter, target_modules=names)
+        run = RunFolder(checkpoint.parent.parent)
+        result = RunResult(run, config, manifest.changes, folder, checkpoint, manifest)
+        write_adapter_card(Trained(_base(config), config.model, config.quant, partial, trained, result), folder)
         write_note(
             partial,
             config.quant,
@@ -162,12 +167,17 @@ def write_adapter(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _base(config: RunConfig) -> Path | None:
+    """Returns the folder of the base's tokenizer; None where it was moved, as another model.path may be given."""
+    with suppress(ModelError):
+        return config_folder(config.model)
+    return None
+
+
 def _write_tokenizer(folder: Path, manifest: Manifest, config: RunConfig, notes: TextIO | None) -> bool:
     """Writes the tokenizer of the training as a run's end does; returns whether all that it comes from was there."""
-    before, base = config.adapter.path, None
-    if manifest.template is not None:
-        with suppress(ModelError):  # moved: another model.path may be given
-            base = config_folder(config.model)
+    before = config.adapter.path
+    base = _base(config) if manifest.template is not None else None
     write_tokenizer(folder, base, before, manifest.template)
     is_whole = before is None or Path(before).is_dir()
     if not is_whole:

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from qdora import parallel
 from qdora.adapter import peft_format
 from qdora.adapter.trained_over import read_system, write_note
+from qdora.card import CARD, model_card
 from qdora.config import MergeBase, MergeConfig, MergeFormat, QuantConfig, QuantMethod
 from qdora.errors import EXIT_NOT_VERIFIED, ConfigError
 from qdora.files import NO_ROOM, lock, write_durably
-from qdora.merging.card import model_card
 from qdora.merging.formats import exactness, write
 from qdora.merging.lora import lora_rank
 from qdora.merging.parts import Parts
@@ -34,7 +34,6 @@ from qdora.model.writer import JOURNAL, finish
 RECORD = "merge.json"
 """What was merged; written with the checkpoint, so that the same merge is not made twice."""
 VERIFICATION = "verification.json"
-CARD = "README.md"
 MARK = "FAILED_VERIFICATION.txt"
 
 

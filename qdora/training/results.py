@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from qdora import checkpoint_folder, parallel
 from qdora.adapter import peft_format
 from qdora.adapter.trained_over import write_note
+from qdora.card import Trained, write_adapter_card
 from qdora.chat_template import DEFAULT_TEMPLATE
 from qdora.config import AdapterMethod, DataFormat, RunConfig
 from qdora.device_memory import memory_gib
@@ -20,6 +21,7 @@ from qdora.model import LoadedModel
 from qdora.model.companions import Stored, stored_template, write_tokenizer
 from qdora.model.export import export_model
 from qdora.run_folder import ENDED, RunFolder
+from qdora.run_result import RunResult
 from qdora.sharding import reshard, weight_bytes
 from qdora.template_variables import with_defaults
 from qdora.training.progress import summary_table
@@ -99,6 +101,10 @@ def write_results(trainer: Trainer, status: str, base: Path, contents: dict[str,
                 "versions": versions(),
             }
         )
+        if ended and config.adapter.method is not AdapterMethod.none:
+            adapter = replace(config.adapter, target_modules=loaded.report.adapted)
+            result = RunResult(folder, config, trainer.changes, folder.adapter)
+            write_adapter_card(Trained(base, config.model, config.quant, folder.adapter, adapter, result))
         if config.train.report:
             from qdora.reporting.run import write_run_figure, write_run_page  # here: rank 0 alone needs matplotlib
 

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from qdora.config import OptimConfig
@@ -148,6 +150,45 @@ def test_run_leaves_its_result(runs: tuple[str, dict[int, Path]]) -> None:
             assert values["use_dora"] == ("dora" in method)
             names = load_file(folder / "adapter" / "adapter_model.safetensors").keys()
             assert any("magnitude" in name for name in names) == ("dora" in method)
+
+
+def test_adapter_has_a_card_whose_lines_load_it(
+    runs: tuple[str, dict[int, Path]], tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it is of, what it was trained on and over, and code that works as it stands."""
+    name, folders = runs
+    folder = folders[1]
+    if name == "full":
+        assert not (folder / "adapter").exists()
+        return
+    card = (folder / "adapter" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head == {"library_name": "peft", "tags": ["qdora", METHODS[name][0].partition("=")[2]]}
+    over = "NF4, block scales in 8 bits" if "quant=nf4" in METHODS[name] else "as stored"
+    for key, value in {
+        "Base": f"`{tiny}`",
+        "Rank": "4",
+        "Adapted layers": "7",
+        "Base weights while training": over,
+        "Training data": f"`{data}`",
+        "Status": "finished",
+        "Steps": f"{summary_of(folder)['steps']}",
+    }.items():
+        assert f"| {key} | {value} |" in card
+    assert "Verification" not in card
+    assert f"qdora merge adapter={folder}/adapter model.path={tiny} output=MERGED" in card
+    snippet = card.partition("```python\n")[2].partition("```")[0].replace("max_new_tokens=200", "max_new_tokens=2")
+    assert ("BitsAndBytesConfig" in snippet) == ("quant=nf4" in METHODS[name])
+    found: dict[str, Any] = {}
+    exec(snippet, found)  # as a user does
+    assert found["model"].active_adapters == ["default"]
+    assert found["generated"].shape[1] == found["inputs"]["input_ids"].shape[1] + 2
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    name_of_one = "model.layers.0.self_attn.q_proj.lora_B"
+    loaded = {key: value for key, value in found["model"].named_parameters() if f"{name_of_one}.default" in key}
+    (stored,) = (value for key, value in weights.items() if f"{name_of_one}." in key)
+    assert all(torch.equal(value.float(), stored.float()) for value in loaded.values())
+    assert len(loaded) == 1
 
 
 def test_evaluation_of_the_result_is_that_of_the_run(

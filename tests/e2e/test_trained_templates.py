@@ -110,7 +110,7 @@ def test_run_of_plain_texts_claims_no_template(base: Path, tmp_path: Path) -> No
     data.write_text('{"prompt": "a", "completion": "b"}\n' * 8)
     run = train(base, data, tmp_path / "run")
     assert sorted(file.name for file in (run / "adapter").iterdir()) == [
-        *(peft_format.CONFIG, peft_format.WEIGHTS, "trained_over.json")
+        *("README.md", peft_format.CONFIG, peft_format.WEIGHTS, "trained_over.json")
     ]
     assert command(["merge", f"run={run}", f"output={tmp_path}/merged", "verify=false"]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template is None
@@ -369,8 +369,8 @@ def test_unfinished_run_has_the_tokenizer_and_system_turn_of_its_end(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Returns what an adapter's folder holds, but the note and the config, which may name its layers in two ways."""
-    own = ("trained_over.json", peft_format.CONFIG)
+    """Returns what an adapter's folder holds, but note, card and config, which may name its layers in two ways."""
+    own = ("trained_over.json", peft_format.CONFIG, "README.md")
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in own}
 
 

@@ -390,7 +390,7 @@ def test_merge_into_a_base_that_the_adapter_does_not_name_is_told_and_not_claime
 ) -> None:
     adapter = tmp_path / "adapter"
     saved_by_peft(load_base(base), adapter)
-    monkeypatch.setattr("qdora.merging.card.is_hub_id", lambda given: True)  # as of a hub id, whose files are here
+    monkeypatch.setattr("qdora.card.is_hub_id", lambda given: True)  # as of a hub id, whose files are here
     merged(base, adapter, tmp_path / "right")
     assert "names" not in capsys.readouterr().out
     right, wrong = (tmp_path / name / "README.md" for name in ("right", "wrong"))

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qdora import nf4
 from qdora.adapter import peft_format
 from qdora.adapter.dora import AdaptedLinear, adapted_layers, switched_off
+from qdora.card import model_card
 from qdora.config import (
     AdapterConfig,
     DataConfig,
@@ -37,7 +38,6 @@ from qdora.config import (
     RunConfig,
 )
 from qdora.errors import DataError, ModelError
-from qdora.merging.card import model_card
 from qdora.merging.parts import Parts
 from qdora.merging.verification import (
     CERTAIN,

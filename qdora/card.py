@@ -1,20 +1,23 @@
-"""README.md of what a merge wrote: what it is, where it comes from, how good it is and how to load it."""
+"""README.md of an adapter, or of a merge: what it is, where it comes from, how good it is and how to load it."""
 
 import json
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
 from qdora.adapter.peft_format import CONFIG
 from qdora.changes import of_learning, over_time, shown
-from qdora.checkpoint_folder import Manifest
-from qdora.config import MergeBase, QuantMethod, RunConfig
-from qdora.files import is_hub_id
-from qdora.merging.parts import Parts
-from qdora.model.companions import stored_template
+from qdora.checkpoint_folder import Change, Manifest
+from qdora.config import AdapterConfig, AdapterMethod, MergeBase, ModelConfig, QuantConfig, QuantMethod, RunConfig
+from qdora.files import is_hub_id, write_durably
+from qdora.model.companions import has_tokenizer, stored_template
+from qdora.run_folder import RunFolder
 
+CARD = "README.md"
 SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +28,24 @@ tokenizer = AutoTokenizer.from_pretrained(folder{trusted})
 generated = model.generate(**inputs.to(model.device), max_new_tokens=200)
 print(tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
+BESIDE = """\
+{imports}
+
+folder = {folder}
+base = AutoModelForCausalLM.from_pretrained({base}, {how}, device_map="auto"{trusted})
+model = PeftModel.from_pretrained(base, folder)
+tokenizer = AutoTokenizer.from_pretrained({tokenizer}{trusted})
+{prompt}
+generated = model.generate(**inputs.to(model.device), max_new_tokens=200)
+print(tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+IN_NF4 = """\
+quantization_config=BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant={double},
+    bnb_4bit_compute_dtype=torch.{dtype},
+)"""
 CHAT = """\
 messages = [{"role": "user", "content": "Who are you?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
@@ -36,6 +57,7 @@ KINDS = {
     "hf": "an ordinary transformers checkpoint",
     "nf4": "a transformers checkpoint whose linear layers bitsandbytes holds in NF4",
     "gguf": "a GGUF file for llama.cpp",
+    "adapter": "an adapter, to be loaded beside its base",
     "lora": "a LoRA adapter in PEFT format, to be served beside its base",
 }
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -47,6 +69,82 @@ NUMBERS = {
     "mean_logit_difference": "mean difference of logits",
     "max_logit_difference": "largest difference of logits",
 }
+
+
+class Training(Protocol):
+    """The run that trained an adapter, as `RunResult` has it."""
+
+    @property
+    def run(self) -> RunFolder:
+        """Its folder."""
+
+    @property
+    def config(self) -> RunConfig:
+        """Its options."""
+
+    @property
+    def changes(self) -> Sequence[Change]:
+        """What was otherwise before it was resumed."""
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What its checkpoint says, where it is not finished."""
+
+
+class Parts(Protocol):
+    """A base, an adapter and where they come from, as `qdora.merging.parts.Parts` has them."""
+
+    @property
+    def base(self) -> Path | None:
+        """Folder of the base, if it is here."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The base by name."""
+
+    @property
+    def quant(self) -> QuantConfig:
+        """What the base was quantised to in training."""
+
+    @property
+    def adapter_folder(self) -> Path:
+        """Folder of the adapter."""
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """Its options, with each layer by name."""
+
+    @property
+    def result(self) -> Training | None:
+        """The run that trained it, where that is known."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether `quant` is known."""
+
+    @property
+    def named_base(self) -> str | None:
+        """The base that the adapter names, where that is another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """An adapter as its run leaves it."""
+
+    base: Path | None
+    model: ModelConfig
+    quant: QuantConfig
+    adapter_folder: Path
+    adapter: AdapterConfig
+    result: Training
+    is_known: bool = True
+    named_base: str | None = None
+
+
+def write_adapter_card(trained: Trained, output: Path | None = None) -> None:
+    """Writes the card of an adapter into its own folder, which will be called `output` if that is given."""
+    text = model_card(trained, {"format": "adapter"}, None, output or trained.adapter_folder)
+    write_durably(trained.adapter_folder / CARD, text)
 
 
 def model_card(parts: Parts, record: dict[str, Any], verification: dict[str, Any] | None, output: Path) -> str:
@@ -61,7 +159,9 @@ def model_card(parts: Parts, record: dict[str, Any], verification: dict[str, Any
     lines = [*_front_matter(parts, kind), "", f"# {output.resolve().name}", ""]
     lines += [f"{_headline(parts)}, as {KINDS[kind]}.", ""]
     lines += _table(["", ""], _facts(parts, record))
-    lines += ["", "## Training", "", *_training(parts), "", "## Verification", "", *_verification(verification)]
+    lines += ["", "## Training", "", *_training(parts)]
+    if kind != "adapter":
+        lines += ["", "## Verification", "", *_verification(verification)]
     return "\n".join([*lines, "", "## How to load", "", *_loading(parts, record, output), ""])
 
 
@@ -81,7 +181,7 @@ def _front_matter(parts: Parts, kind: str) -> list[str]:
     if is_hub_id(str(parts.model.path)) and parts.named_base is None:
         values["base_model"] = parts.model.path
     if kind != "gguf":
-        values["library_name"] = "peft" if kind == "lora" else "transformers"
+        values["library_name"] = "peft" if kind in ("adapter", "lora") else "transformers"
     values["tags"] = ["qdora", parts.adapter.method.name]
     return ["---", yaml.safe_dump(values, sort_keys=False).strip(), "---"]
 
@@ -105,8 +205,9 @@ def _facts(parts: Parts, record: dict[str, Any]) -> list[list[str]]:
         ["Scaling", f"{adapter.scaling:g}"],
         ["Adapted layers", f"{len(adapter.target_modules)}"],
         ["Base weights while training", trained_over],
-        ["Base weights here", _base_weights(parts, record)],
     ]
+    if record["format"] != "adapter":
+        rows += [["Base weights here", _base_weights(parts, record)]]
     if "dtype" in record:
         rows += [["Weights written as", f"{record['dtype']}"]]
     if "relative_error" in record:
@@ -209,6 +310,8 @@ def _loading(parts: Parts, record: dict[str, Any], output: Path) -> list[str]:
     if kind == "gguf":
         file = shlex.quote(str(output / "model.gguf"))
         return ["With llama.cpp:", "", "```sh", f"llama-cli -m {file}", f"llama-server -m {file} --port 8080", "```"]
+    if kind == "adapter":
+        return _beside_its_base(parts, output)
     if kind == "lora":
         rank = int(record["lora_rank"])
         served = next((allowed for allowed in SERVED_RANKS if allowed >= rank), rank)
@@ -223,13 +326,48 @@ def _loading(parts: Parts, record: dict[str, Any], output: Path) -> list[str]:
             *["", "```sh", command, "```", ""],
             "With PEFT, `model` being the base: `PeftModel.from_pretrained(model, " + json.dumps(str(output)) + ")`.",
         ]
-    chats = bool(stored_template(parts.adapter_folder) or stored_template(parts.base))
-    trusted = ", trust_remote_code=True" if parts.model.trust_remote_code else ""
+    chats, trusted = _chats(parts), _trusted(parts)
     snippet = SNIPPET.format(folder=json.dumps(str(output)), prompt=CHAT if chats else PLAIN, trusted=trusted)
     lines = ["With transformers:", "", "```python", *snippet.splitlines(), "```", ""]
     if not chats:
         lines += [f"There is no chat template; qdora puts conversations as {json.dumps(TURNS)}.", ""]
     return [*lines, "With vLLM:", "", "```sh", f"vllm serve {folder}", "```"]
+
+
+def _chats(parts: Parts) -> bool:
+    return bool(stored_template(parts.adapter_folder) or (parts.base is not None and stored_template(parts.base)))
+
+
+def _trusted(parts: Parts) -> str:
+    return ", trust_remote_code=True" if parts.model.trust_remote_code else ""
+
+
+def _beside_its_base(parts: Parts, output: Path) -> list[str]:
+    """How an adapter is loaded: by PEFT over what it was trained over, or merged."""
+    base, folder = str(parts.model.path), json.dumps(str(output))
+    merge = f"qdora merge adapter={shlex.quote(str(output))} model.path={shlex.quote(base)} output=MERGED"
+    merged = ["As a model of its own, which any program serves (`format=lora`: a LoRA adapter for vLLM):"]
+    merged += ["", "```sh", merge, "```"]
+    if parts.adapter.method is AdapterMethod.dvora:
+        return ["PEFT has no DVoRA.", "", *merged]
+    in_nf4 = parts.quant.method is QuantMethod.nf4
+    classes = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if in_nf4 else [])]
+    imports = [*(["import torch"] if in_nf4 else []), "from peft import PeftModel"]
+    imports.append(f"from transformers import {', '.join(classes)}")
+    dtype, how = parts.model.dtype.name, 'dtype="auto"'
+    if in_nf4:
+        how = f"dtype=torch.{dtype}, {IN_NF4.format(double=parts.quant.double_quant, dtype=dtype)}"
+    snippet = BESIDE.format(
+        imports="\n".join(imports),
+        folder=folder,
+        base=json.dumps(base),
+        how=how,
+        trusted=_trusted(parts),
+        tokenizer="folder" if has_tokenizer(parts.adapter_folder) else json.dumps(base),
+        prompt=CHAT if _chats(parts) else PLAIN,
+    )
+    over = "in NF4, as it was while this was trained" if in_nf4 else "as it is stored"
+    return [f"With PEFT, over the base {over}:", "", "```python", *snippet.splitlines(), "```", "", *merged]
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
