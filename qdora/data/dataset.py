@@ -45,6 +45,8 @@ class DataReport:
     num_split: int = 0
     num_dropped_overlong: int = 0
     num_dropped_without_labels: int = 0
+    num_unknown: int = 0
+    """Tokens that stand for what the tokenizer does not know."""
     fingerprint: str = ""
     """Of the samples as they are trained on, wherever they came from."""
     system: str | None = None
@@ -252,6 +254,10 @@ def samples_of(
                 raise _several_formats(form, first, chain([row], rows)) from None
             raise
         row_lengths.append(len(ids))
+        num_unknown = _num_unknown(ids, tokenizer)
+        if num_unknown:
+            report.num_unknown += num_unknown
+            told.add(f"has text that the tokenizer does not know, as {tokenizer.unk_token}", row.where)
         length, step = config.max_length, config.max_length
         if len(ids) > length:
             if config.overlong is Overlong.drop:
@@ -277,6 +283,13 @@ def samples_of(
             report.num_tokens += len(some)
             report.num_label_tokens += num_labels
             yield some, of_these, row.where
+
+
+def _num_unknown(ids: list[int], tokenizer: Any) -> int:
+    """Returns how many tokens stand for unknown text; none where that token has another use, as an end of sequence."""
+    unknown = tokenizer.unk_token_id
+    others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    return 0 if unknown is None or unknown in others else ids.count(unknown)
 
 
 def _several_formats(form: DataFormat, first: str, others: Iterable[Row]) -> DataError:

@@ -174,7 +174,7 @@ def turn_columns(value: Any) -> dict[str, str] | None:
     None where the list is of no turns, as far as can be guessed: who speaks, what, and in which words.
     """
     if is_turns(value):
-        return _role_words([turn.get("role", turn.get("from")) for turn in value if isinstance(turn, dict)])
+        return _role_words([turn.get("role") or turn.get("from") for turn in value if isinstance(turn, dict)])
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
         return None
     texts = [key for key in value[0] if all(isinstance(turn.get(key), str) for turn in value)]
@@ -190,11 +190,11 @@ def turn_columns(value: Any) -> dict[str, str] | None:
 
 def _role_words(spoken: Sequence[Any]) -> dict[str, str] | None:
     """Returns the words for roles that are not qdora's; None where nobody can tell which is the assistant's."""
+    if not all(isinstance(word, str) for word in spoken):
+        return None
     unknown = [word for word in dict.fromkeys(spoken) if word not in ROLES]
     if not unknown:
         return {}
-    if not all(isinstance(word, str) for word in unknown):
-        return None
     known = {ROLES[word] for word in spoken if word in ROLES}
     found = {}
     for role, words in _WORDS_OF_ROLES.items():

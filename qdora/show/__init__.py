@@ -11,12 +11,14 @@ from qdora.config import ModelConfig, ShowConfig
 
 
 def show(config: ShowConfig) -> int:
-    """Prints samples, counts and lengths of the data; returns 0.
+    """Prints samples, counts and lengths of the data, under torchrun on rank 0 alone; returns 0.
 
     Raises:
         QdoraError: the tokenizer or the data cannot be read, nothing of the data is left, what is asked for is not
             there, or the figure cannot be written.
     """
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     if config.adapter.path is not None:
         check_adapter(config.adapter.path)
     with without_torch(config.model):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -48,6 +49,14 @@ class Sample:
         return [False, *(self.labels[:-1] != IGNORED).tolist()]
 
 
+def num_ranks() -> int:
+    """Returns how many ranks would train: torchrun's, else those that `NPROC` asks the launch scripts for, else one."""
+    for name in ("WORLD_SIZE", "NPROC"):
+        if (number := os.environ.get(name, "")).isdecimal() and int(number):
+            return int(number)
+    return 1
+
+
 class Source:
     """The data of one option: tokenised as a run does it, or read from where a run has left it."""
 
@@ -64,12 +73,12 @@ class Source:
             max_length=config.data.max_length,
             packing=config.data.packing,
             rank=0,
-            world_size=1,
+            world_size=num_ranks() if is_trained else 1,
             seed=config.seed,
             shuffle=is_trained,
         )
         if is_trained:
-            length = fitted(config.train, self.loader.num_rows, num_ranks=1)
+            length = fitted(config.train, self.loader.num_rows, num_ranks=num_ranks())
             self.loader.num_accumulation_steps = length.num_accumulation_steps or ACCUMULATION_STEPS
         self.names, self.places = self.data.places()
         then = "left out" if self.report.num_dropped_overlong else "cut"
@@ -207,6 +216,7 @@ def summary(source: Source, colours: bool) -> Iterator[str]:
         (report.num_samples, "samples"),
         (report.num_tokens, "tokens"),
         (report.num_label_tokens, f"learned, {share:.1%} of them"),
+        (report.num_unknown, f"that the tokenizer does not know: {source.tokenizer.unk_token}"),
     ):
         if count or what in ("rows read", "samples"):
             yield f"  {count:>13,}  {what}"
@@ -215,7 +225,8 @@ def summary(source: Source, colours: bool) -> Iterator[str]:
     full = f" of {config.data.max_length:,} tokens, {loader.packing_efficiency:.0%} full" if config.data.packing else ""
     steps = f"{loader.steps_per_epoch:,} step{'s' * (loader.steps_per_epoch > 1)}"
     steps += f" of {loader.rows_per_step} row{'s' * (loader.rows_per_step > 1)}"
-    of_rank = f"; {steps} on one rank" if source.name == "data.train" else ""
+    ranks = loader.world_size
+    of_rank = f"; {steps} on {'one rank' if ranks == 1 else f'{ranks} ranks'}" if source.name == "data.train" else ""
     yield f"  {'an epoch' if of_rank else 'an evaluation'}: {rows}{full}{of_rank}\n"
     numbers = lengths.numbers()
     yield bold("tokens a row before anything is cut", colours) + (

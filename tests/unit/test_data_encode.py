@@ -14,7 +14,7 @@ from qdora.data.conversation import Told
 from qdora.data.encode import detect, encode, encode_prompt, reference, with_answer
 from qdora.data.sources import Row
 from qdora.errors import DataError
-from tests.support.models import make_tokenizer
+from tests.support.models import byte_fallback, make_tokenizer
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] | trim + '<|eot|>' }}"
@@ -84,6 +84,17 @@ def test_answer_that_the_question_repeats_is_found_in_its_own_place(smollm2: Pat
     turns = [{"role": "user", "content": "Say yes"}, {"role": "assistant", "content": "yes"}]
     ids, mask = encode(Row({"messages": turns}, "x"), DataFormat.messages, tokenizer)
     assert tokenizer.decode(ids[: mask.index(True)]).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("text", ["\U0001f994 ok", "ሰላም"])
+def test_every_byte_of_a_character_that_is_not_in_the_vocabulary_is_learned(text: str) -> None:
+    tokenizer = byte_fallback()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    row = Row({"prompt": "Name a ", "completion": text}, "x")
+    ids, learned = encode(row, DataFormat.completion, tokenizer)
+    taught = [number for number, one in zip(ids, learned, strict=True) if one]
+    assert tokenizer.decode(taught) == f"{text}</s>"
+    assert sum(token.startswith("<0x") for token in tokenizer.convert_ids_to_tokens(taught)) >= 4
 
 
 def test_sharegpt_is_the_same_conversation() -> None:

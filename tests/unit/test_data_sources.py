@@ -109,12 +109,13 @@ def test_txt_files_of_a_folder_are_a_text_each_and_that_is_told(tmp_path: Path) 
 def test_text_beside_other_files_is_not_read_and_told(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
-    write(folder / "a.jsonl", _jsonl(ROWS))
+    rows = [{"text": "a"}, {"text": "b"}]
+    write(folder / "a.jsonl", _jsonl(rows))
     for name in ("notes.txt", "LICENSE.txt"):
         write(folder / name, TEXT)
     config = DataConfig(train=str(folder), cache_dir=str(tmp_path / "cache"))
     report = prepare(config, str(folder), make_tokenizer()).report
-    assert report.num_rows == len(ROWS)
+    assert report.num_rows == len(rows)
     file = folder / "notes.txt"
     assert report.notes == [
         f"is not read beside files of other kinds: data.train={file} does (1 time, first in {file})"

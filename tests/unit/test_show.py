@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from qdora.commands import COMMANDS, compose, conf_folder, run, typed
 from qdora.config import DataConfig, DataFormat, ModelConfig, RunConfig
@@ -32,7 +31,7 @@ from qdora.show.spelling import Run, Spelling
 from qdora.show.terminal import NEW_LINE, painted, shown, wants_colours
 from qdora.training.run import _loader
 from tests.support.chats import CONVERSATIONS, TEMPLATES, tokenizer_of
-from tests.support.models import make_tokenizer
+from tests.support.models import byte_fallback, make_tokenizer
 from tests.unit.test_golden_chats import shown as golden
 from tests.unit.test_model_sources import gguf
 
@@ -92,16 +91,6 @@ TALK = [
         ]
     },
 ]
-
-
-def byte_fallback() -> PreTrainedTokenizerFast:
-    """A tokenizer as Llama 2's: blanks as U+2581, and bytes for what the vocabulary has not."""
-    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"Nnametrowki", "na"]
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [("n", "a")], unk_token="<unk>", byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", "never", False)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -406,6 +395,7 @@ def test_tokenizer_of_the_adapter_that_training_goes_on_from_is_shown(
     told: Callable[..., str], folder: Path, tmp_path: Path
 ) -> None:
     tokenizer_of("llama3_1").save_pretrained(tmp_path / "adapter")
+    write(tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     options = [f"data.train={write(tmp_path / 'talk.jsonl', *TALK)}", "num=1"]
     assert "<|im_start|>" in told(*options)
     text = told(*options, f"adapter.path={tmp_path / 'adapter'}")
@@ -498,6 +488,40 @@ def test_yaml_file_of_a_run_can_be_shown(told: Callable[..., str], tmp_path: Pat
     assert text.startswith(f"{file}:3  sample 2 of 2: ")
     assert "1 step of 3 rows on one rank" in text
     assert typed(compose("train", ["model.path=m", "data.train=d"]), RunConfig).__class__ is RunConfig  # type: ignore[arg-type]
+
+
+def test_unknown_text_is_counted_and_told(told: Callable[..., str], folder: Path, tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(folder)
+    file = write(tmp_path / "texts.jsonl", {"text": "plain"}, {"text": "größer, süß"}, {"text": "ä"})
+    text = told(f"data.train={file}", "num=0")
+    assert re.search(r"^ +5  that the tokenizer does not know: <unk>$", text, re.MULTILINE)
+    assert f"has text that the tokenizer does not know, as <unk> (2 times, first in {file} line 2)" in text
+    known = write(tmp_path / "known.jsonl", {"text": "plain"})
+    assert "does not know" not in told(f"data.train={known}", "num=0")
+
+
+@pytest.mark.parametrize(
+    ("environment", "steps"),
+    [
+        ({}, "5 steps of 8 rows on one rank"),
+        ({"NPROC": "2"}, "3 steps of 16 rows on 2 ranks"),
+        ({"WORLD_SIZE": "4", "RANK": "0"}, "2 steps of 32 rows on 4 ranks"),
+        ({"WORLD_SIZE": "4", "RANK": "1"}, None),
+    ],
+)
+def test_steps_are_those_of_the_ranks_and_rank_0_alone_prints(
+    told: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    steps: str | None,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    file = write(tmp_path / "texts.jsonl", *({"text": f"{n}"} for n in range(40)))
+    fixed = ["data.packing=false", "train.num_accumulation_steps=8", "train.micro_batch_size=1", "num=1"]
+    text = told(f"data.train={file}", *fixed)
+    assert (text == "") if steps is None else (f"; {steps}" in text)
 
 
 def test_numbers_of_lines_are_read() -> None:
