@@ -246,7 +246,7 @@ def _turn(turn: Any, turns: list[Any], where: str, config: DataConfig, told: Tol
     if not is_text(content) or not (thought is None or is_text(thought)):
         raise DataError(
             f"{where}: a turn has role (or from), one of {', '.join(ROLES)}, and content (or value), a text; "
-            f"this is {turn!r:.80}"
+            f"this is {turn!r:.80}{_for_other_names(turns)}"
         )
     message["content"] = content
     if named == "assistant":

@@ -173,19 +173,21 @@ def turn_columns(value: Any) -> dict[str, str] | None:
 
     None where the list is of no turns, as far as can be guessed: who speaks, what, and in which words.
     """
-    if is_turns(value):
-        return _role_words([turn.get("role") or turn.get("from") for turn in value if isinstance(turn, dict)])
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
         return None
-    texts = [key for key in value[0] if all(isinstance(turn.get(key), str) for turn in value)]
-    found: dict[str, str] = {}
-    for key, words in _WORDS_OF_TURNS.items():
-        named = (one for word in words for one in texts if _is_named(one, word) and one not in found.values())
-        found[key] = next(named, "")
+    ours, first = is_turns(value), value[0]
+    texts = [key for key in first if all(isinstance(turn.get(key), str) for turn in value)]
+    found: dict[str, str] = {"role": "role" if first.get("role") else "from"} if ours else {}
+    if ours and {"content", "value", "tool_calls"} & first.keys():
+        found["content"] = "content"
+    for key in sorted(_WORDS_OF_TURNS.keys() - found.keys(), reverse=True):
+        free = [one for one in texts if one not in found.values()]
+        found[key] = next((one for word in _WORDS_OF_TURNS[key] for one in free if _is_named(one, word)), "")
     if not all(found.values()):
         return None
-    roles = _role_words([turn[found["role"]] for turn in value])
-    return None if roles is None else {key: column for key, column in found.items() if key != column} | roles
+    roles = _role_words([turn.get(found["role"]) or turn.get("from") for turn in value])
+    moved = {key: column for key, column in found.items() if column not in (key, "from", "value")}
+    return None if roles is None else moved | roles
 
 
 def _role_words(spoken: Sequence[Any]) -> dict[str, str] | None:

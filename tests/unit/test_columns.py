@@ -133,6 +133,11 @@ def test_mapped_columns_are_learned_as_if_they_had_these_names(tmp_path: Path, n
             "messages",
         ),
         (
+            {"conversations": [{"from": "human", "text": "a"}, {"from": "gpt", "text": "b"}]},
+            {"content": "text"},
+            "messages",
+        ),
+        (
             {"conversations": [{"from": "Anna", "value": "a"}, {"from": "Bo Li", "value": "b"}]},
             {"user": "Anna", "assistant": "Bo Li"},
             "messages",
