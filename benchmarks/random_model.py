@@ -29,11 +29,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "thin": {
         "vocab_size": 256,
-        "hidden_size": 128,
-        "intermediate_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 64,
         "num_hidden_layers": 16,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
     },
     "tiny": {
         "vocab_size": 512,

@@ -38,8 +38,9 @@ LOSS_TOLERANCE, NORM_TOLERANCE = 0.002, 0.05
 
 
 def measure(arms: dict[str, Arm], case: Case, world: World, vocabulary: int, warmup: int, steps: int) -> dict[str, Any]:
-    """Seconds of each step after the warm-up, and every loss, by arm; None where the memory does not suffice."""
-    results: dict[str, Any] = {name: {"seconds": [], "losses": [], "grad_norms": []} for name in arms}
+    """Returns each step's seconds and CPU seconds after the warm-up, and every loss, by arm; None: no memory."""
+    kinds = ("seconds", "cpu_seconds", "losses", "grad_norms")
+    results: dict[str, Any] = {name: {kind: [] for kind in kinds} for name in arms}
     names = list(arms)
     use_gpu = world.device.type == "cuda"
     for index in range(warmup + steps):
@@ -53,7 +54,7 @@ def measure(arms: dict[str, Arm], case: Case, world: World, vocabulary: int, war
             before = torch.cuda.memory_allocated()
             if use_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             try:
                 loss, norm = arm.step(batches)
             except torch.OutOfMemoryError:
@@ -68,6 +69,7 @@ def measure(arms: dict[str, Arm], case: Case, world: World, vocabulary: int, war
             results[name]["grad_norms"].append(norm)
             if index >= warmup:
                 results[name]["seconds"].append(time.perf_counter() - started)
+                results[name]["cpu_seconds"].append(time.process_time() - cpu_started)
             if use_gpu:  # of this arm: what it holds between steps, and what a step adds to all that is there
                 if not index:
                     arm.held_bytes += torch.cuda.memory_allocated() - before

@@ -397,7 +397,7 @@ class _Opaque:
 
 @contextmanager
 def opaque_layers() -> Iterator[None]:
-    """Inside the block each frozen or adapted layer is one operator, which torch.compile makes it anyhow.
+    """Inside the block a frozen or adapted layer calls one operator, below autograd, that does all it does.
 
     For a `TorchDispatchMode` that keeps or counts what operators return: inside a layer, results are overwritten in
     the reused buffer.
@@ -410,13 +410,13 @@ def opaque_layers() -> Iterator[None]:
 
 
 def is_opaque() -> bool:
-    """Whether a layer is to be one operator."""
-    return torch.compiler.is_compiling() or _Opaque.depth > 0
+    """Returns whether a layer is to call one operator."""
+    return _Opaque.depth > 0
 
 
 def frozen_linear(x: Tensor, base: list[Tensor]) -> Tensor:
     """x W^T (..., out) of a frozen weight, given as `weight_from` takes it, which the backward dequantises again."""
-    y: Tensor = opaque_frozen_linear(x, base) if is_opaque() else _FrozenLinear.apply(x, *base)
+    y: Tensor = opaque_frozen_linear(x, base) if torch.compiler.is_compiling() else _FrozenLinear.apply(x, *base)
     return y
 
 
@@ -424,12 +424,16 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, *base: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(*base)
+        if is_opaque():
+            return opaque_frozen_linear(x, [*base])
         return torch.nn.functional.linear(x, weight_from([*base], x.dtype))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def, override]
         base = [*ctx.saved_tensors]
+        if is_opaque():
+            return opaque_frozen_linear_backward(dy, base), *[None] * len(base)
         return dy @ weight_from(base, dy.dtype), *[None] * len(base)
 
 

@@ -1,8 +1,8 @@
 """The arithmetic of an adapted layer, forward and backward; dora.py has the formulas.
 
-Eagerly a layer is a plain `torch.autograd.Function`. Under torch.compile, and inside `nf4.opaque_layers`, it is one
-operator a direction, which takes longer: a compiler must not see, and move, reads of the buffer that weights are
-dequantised into, and selective recomputation keeps y itself.
+Eagerly a layer is a plain `torch.autograd.Function`. Inside `nf4.opaque_layers` that function calls one operator a
+direction, for modes that keep or count what operators return. Under torch.compile the operator has an autograd of its
+own, which takes longer: a compiler must not see, and move, reads of the buffer that weights are dequantised into.
 """
 
 from collections.abc import Callable
@@ -72,13 +72,15 @@ def adapted_linear(
         gain: (out, 4) uint8, the bytes of g; None for LoRA.
         lora_a, lora_b, magnitude: only receive gradients, in their own dtypes.
     """
-    y: Tensor
-    if nf4.is_opaque():
-        padded = [*base, *[None] * (4 - len(base))]
-        y, _ = opaque_adapted_linear(x, lora_a, lora_b, magnitude, *padded, gain, *factors)
-    else:
-        y = _AdaptedLinear.apply(x, lora_a, lora_b, magnitude, base, gain, factors)
-    return y
+    if torch.compiler.is_compiling():
+        y, _ = opaque_adapted_linear(x, lora_a, lora_b, magnitude, *_padded(base), gain, *factors)
+        return y
+    return _AdaptedLinear.apply(x, lora_a, lora_b, magnitude, base, gain, factors)  # type: ignore[no-any-return]
+
+
+def _padded(base: list[Tensor]) -> list[Tensor | None]:
+    """Returns `base` with None for what `nf4.weight_from` takes and it has not."""
+    return [*base, *[None] * (4 - len(base))]
 
 
 def _forward(x: Tensor, base: list[Tensor], gain: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -184,7 +186,10 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def, override]
         ctx, x: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, base, gain, factors
     ) -> Tensor:
-        y, xa = _forward(x, base, gain, factors)
+        if nf4.is_opaque():
+            y, xa = opaque_adapted_linear(x, lora_a, lora_b, magnitude, *_padded(base), gain, *factors)
+        else:
+            y, xa = _forward(x, base, gain, factors)
         # Frozen parameters are there anyhow; what may be made for a call is saved, so that recomputation frees it.
         ctx.base, ctx.gain = base, gain
         ctx.dtype, ctx.dtype_m = lora_a.dtype, None if magnitude is None else magnitude.dtype
@@ -195,8 +200,15 @@ class _AdaptedLinear(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def, override]
         x, xa, y, *factors = ctx.saved_tensors
-        need_dx = ctx.needs_input_grad[0]
-        dx, da, db, dm = _backward(dy.contiguous(), x, xa, y, ctx.base, ctx.gain, Factors(*factors), ctx.dtype, need_dx)
+        dy, need_dx = dy.contiguous(), ctx.needs_input_grad[0]
+        dx: Tensor | None
+        dm: Tensor | None
+        if nf4.is_opaque():
+            others = (*_padded(ctx.base), ctx.gain, *factors)
+            dx, da, db, dm = opaque_adapted_linear_backward(dy, x, xa, y, *others, ctx.dtype, need_dx)
+            dx, dm = dx if need_dx else None, None if y is None else dm
+        else:
+            dx, da, db, dm = _backward(dy, x, xa, y, ctx.base, ctx.gain, Factors(*factors), ctx.dtype, need_dx)
         return dx, da, db, None if dm is None else dm.to(ctx.dtype_m), None, None, None
 
 

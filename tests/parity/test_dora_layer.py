@@ -15,6 +15,7 @@ from qdora import nf4
 from qdora.adapter.dora import AdaptedLinear, refresh, row_norms
 from qdora.adapter.operator import scaled_factors
 from qdora.config import (
+    ActivationCheckpointing,
     AdapterConfig,
     AdapterMethod,
     ModelConfig,
@@ -23,6 +24,7 @@ from qdora.config import (
     QuantConfig,
 )
 from qdora.model import load_model
+from qdora.model.activations import checkpoint_activations
 from qdora.parallel import start_alone
 from tests.support.adapters import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE
 from tests.support.models import make_model
@@ -309,7 +311,7 @@ def test_magnitudes_of_zero_have_a_gradient_of_zero() -> None:
 @pytest.mark.parametrize("quantised", [True, False])
 @pytest.mark.parametrize("dora", [True, False])
 def test_opaque_operators_compute_as_the_eager_function(quantised: bool, dora: bool) -> None:
-    """They are what a compiler, selective recomputation and counts are shown."""
+    """They are what selective recomputation and counts are shown, below the autograd of the eager function."""
     torch.manual_seed(0)
     layer = make_layer(Case(dtype=torch.bfloat16, quantised=quantised, dora=dora), torch.randn(OUT, IN), None)
     x, upstream = torch.randn(4, IN).bfloat16(), torch.randn(4, OUT).bfloat16()
@@ -324,6 +326,32 @@ def test_opaque_operators_compute_as_the_eager_function(quantised: bool, dora: b
         found.append([y, given.grad, *gradients])
         assert ({"adapted_linear", "adapted_linear_backward"} <= seen.names) == is_opaque
         assert ("addmm_" in seen.names) != is_opaque
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_selective_recomputation_computes_a_layer_once(dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapted or frozen, in the forward; gradients are those of a block that recomputes nothing, to the bit."""
+    torch.manual_seed(0)
+    adapted = make_layer(Case(dtype=torch.bfloat16, quantised=True, dora=dora), torch.randn(OUT, IN), None)
+    frozen = make_layer(Case(dtype=torch.bfloat16, quantised=True), torch.randn(OUT, IN), None).base
+    down = nn.Linear(OUT, IN, dtype=torch.bfloat16).requires_grad_(False)
+    block = nn.Sequential(adapted, nn.SiLU(), down, frozen)
+    x, computed = torch.randn(4, IN).bfloat16(), []
+    weight_from = nf4.weight_from
+    monkeypatch.setattr(nf4, "weight_from", lambda *args: computed.append(args) or weight_from(*args))  # type: ignore[func-returns-value]
+    found = []
+    for kind in (ActivationCheckpointing.none, ActivationCheckpointing.selective):
+        computed.clear()
+        checkpoint_activations([block], kind)
+        given = x.clone().requires_grad_()
+        block.zero_grad()
+        with Seen() as seen:
+            block(given).float().square().sum().backward()
+        found.append([given.grad, *(p.grad for p in block.parameters() if p.requires_grad)])
+        assert len(computed) == 4, "each weight is dequantised once in the forward and once in the backward"
+        assert ("adapted_linear" in seen.names) == (kind is ActivationCheckpointing.selective)
+        assert "adapted_linear_backward" not in seen.names, "the eager function has its own backward"
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
