@@ -1,6 +1,6 @@
 """What the benchmark compares: the same model, NF4 bytes, adapters and batches, as PEFT and as qdora train them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,18 @@ class Arm:
     """Allocated on the GPU when it was built."""
     keeps_gradients: bool = False
     """Whether they are set to zero and not dropped."""
+    late: Sequence[Tensor] = ()
+    """What is read along with the loss: whether rows have cancelled at the update."""
 
     def step(self, batches: list[Tensor]) -> tuple[float, float]:
         """One update; returns loss and gradient norm before it. *Collective*."""
         loss, norm = self.gradients(batches)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
-        read_loss, read_norm = torch.stack([loss, norm.to(loss)]).tolist()
+        read_loss, read_norm, *cancelled = torch.stack(
+            [loss, norm.to(loss), *(one.to(loss) for one in self.late)]
+        ).tolist()
+        assert not any(cancelled), "a step of the benchmark has no time for rows that cancel"
         return read_loss, read_norm
 
 
@@ -127,16 +132,23 @@ def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
         compile_blocks(loaded.blocks, world.device)
     loaded.model.train()
     optimizer = build_optimizer(loaded.model, OptimConfig(learning_rate=LEARNING_RATE))
-    optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
+    late: list[Tensor] = []
+
+    def refresh(*_: Any) -> None:
+        cancelled = loaded.refresh(world.device, defer=True)
+        late[:] = [] if cancelled is None else [cancelled]
+
+    optimizer.register_step_post_hook(refresh)
 
     shape = case.tokens // case.length, case.length
     add = GraphedGradients(loaded.model, world, *shape) if is_graph else None
 
     def gradients(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
-        sums = accumulate_gradients(loaded.model, [_batch(tokens) for tokens in batches], world, add=add)
-        return sums[0], clip_gradients(loaded.model, OptimConfig().max_grad_norm, world.shard_group)
+        loss, _ = accumulate_gradients(loaded.model, [_batch(tokens) for tokens in batches], world, add=add)
+        total, norm = clip_gradients(loaded.model, OptimConfig().max_grad_norm, world, loss).unbind()
+        return total, norm
 
-    return Arm(gradients, optimizer, work_of(loaded, world, parallel), keeps_gradients=is_graph)
+    return Arm(gradients, optimizer, work_of(loaded, world, parallel), keeps_gradients=is_graph, late=late)
 
 
 def _batch(tokens: Tensor) -> Batch:

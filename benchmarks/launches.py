@@ -44,7 +44,7 @@ ARMS = ("peft-qlora", "peft-qdora", "qlora", "qdora", "qdora-norm-in-forward")
 LAYERS, WIDTH, TOKENS, RANK, SCALING = 16, 256, 64, 16, 2.0
 MOST = {
     "qlora": {"forward": 4, "backward": 7, "optimiser and refresh": 0.5, "waits a step": 0},
-    "qdora": {"forward": 4, "backward": 8, "optimiser and refresh": 4.5, "waits a step": 1},
+    "qdora": {"forward": 4, "backward": 8, "optimiser and refresh": 4.5, "waits a step": 0},
 }
 """Launches a layer, and waits a step; what is done once for all layers is a fraction of a launch."""
 DTYPE = torch.bfloat16
@@ -156,7 +156,7 @@ def ours(name: str) -> tuple[nn.Module, Callable[[], torch.optim.Optimizer]]:
 
     def optimizer() -> torch.optim.Optimizer:
         built = build_optimizer(model, OptimConfig())
-        after = _round_factors if kind is NormInForward else lambda *_: refresh([model], DEVICE, DTYPE)
+        after = _round_factors if kind is NormInForward else lambda *_: refresh([model], DEVICE, DTYPE, defer=True)
         built.register_step_post_hook(torch.no_grad()(lambda *_: after(layers, DTYPE)))
         return built
 

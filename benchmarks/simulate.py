@@ -209,7 +209,7 @@ def two_steps(
     rows, length = config.train.micro_batch_size, config.data.max_length
     batches = config.train.num_accumulation_steps or ACCUMULATION_STEPS
     optimizer = build_optimizer(model, config.optim)
-    optimizer.register_step_post_hook(lambda *_: loaded.refresh(device))
+    optimizer.register_step_post_hook(lambda *_: loaded.refresh(device, defer=True))
     model.train()
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     positions = torch.arange(length // 2).repeat(rows, 2)  # two samples a row
@@ -224,7 +224,7 @@ def two_steps(
             counted["forward"] = max(counted["forward"], phase_peak())
             total.backward()
             counted["backward"] = max(counted["backward"], phase_peak())
-        clip_gradients(model, config.optim.max_grad_norm, world.shard_group)
+        clip_gradients(model, config.optim.max_grad_norm, world)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         counted["optimiser"] = phase_peak()

@@ -84,13 +84,12 @@ def waits_of(empty: EmptyModel, asked: Asked) -> dict[str, list[str]]:
         move_buffers(empty.model, world.device)
         loaded = assemble(empty, config, asked.kind, world)
         optimizer = build_optimizer(loaded.model, config.optim)
-        optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
+        optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device, defer=True))
         loaded.model.train()
         for _ in range(2):
             waits.found = found["gradients"] = []
-            sums = accumulate_gradients(loaded.model, [batch, batch], world)
-            norm = clip_gradients(loaded.model, config.optim.max_grad_norm, world.shard_group)
-            torch.cat([sums, norm.to(sums)[None]])
+            loss, _ = accumulate_gradients(loaded.model, [batch, batch], world)
+            clip_gradients(loaded.model, config.optim.max_grad_norm, world, loss)
             waits.found = found["update"] = []
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

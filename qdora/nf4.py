@@ -416,8 +416,8 @@ def is_opaque() -> bool:
 
 def frozen_linear(x: Tensor, base: list[Tensor]) -> Tensor:
     """x W^T (..., out) of a frozen weight, given as `weight_from` takes it, which the backward dequantises again."""
-    y: Tensor = opaque_frozen_linear(x, base) if torch.compiler.is_compiling() else _FrozenLinear.apply(x, *base)
-    return y
+    function: Callable[..., Tensor] = _FrozenLinear.apply
+    return opaque_frozen_linear(x, base) if torch.compiler.is_compiling() else function(x, *base)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -425,7 +425,7 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, *base: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(*base)
         if is_opaque():
-            return opaque_frozen_linear(x, [*base])
+            return opaque_frozen_linear(x, [*base])  # type: ignore[no-any-return]
         return torch.nn.functional.linear(x, weight_from([*base], x.dtype))
 
     @staticmethod

@@ -3,10 +3,10 @@
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from qdora.config import OptimConfig, Schedule
+from qdora.parallel import World, summed
 from qdora.sharding import own_rows, reshard
 
 
@@ -47,20 +47,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def clip_gradients(model: nn.Module, max_norm: float, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Scales the gradients down to a global L2 norm of `max_norm` (0: not at all); the norm before, float32, ().
+def clip_gradients(model: nn.Module, max_norm: float, world: World, *values: float | Tensor) -> Tensor:
+    """Scales the gradients down to a global L2 norm of `max_norm` (0: not at all). *Collective*.
 
-    *Collective* over `group`, the ranks that share one copy of the weights. Not finite if any gradient is not. The norm
-    is where the gradients are, which are not waited for.
+    Args:
+        values: numbers, and scalars of the device, that are summed over the ranks on this occasion.
+
+    Returns:
+        (values + 1,) float64 on the device, which is not waited for: these sums, and the norm before, in the precision
+        of float32. That is not finite if any gradient is not.
     """
     gradients = [own_rows(parameter.grad)[0] for parameter in model.parameters() if parameter.grad is not None]
-    squared = nn.utils.get_total_norm(gradients).square()
-    if group is not None:
-        dist.all_reduce(squared, group=group)
-    norm = squared.sqrt()
+    totals = summed(world, *values, nn.utils.get_total_norm(gradients).square())
+    # Under hsdp and ddp several ranks have the same share of the gradients.
+    norm = totals[-1].mul_(world.num_shards / world.size).sqrt_().float()
+    totals[-1].copy_(norm)
     if max_norm > 0:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+        torch._foreach_mul_(gradients, (max_norm / (norm.to(gradients[0].device) + 1e-6)).clamp(max=1.0))
+    return totals
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

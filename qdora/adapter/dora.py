@@ -246,7 +246,9 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def refresh(blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+def refresh(
+    blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype, *, defer: bool = False
+) -> Tensor | None:
     """Recomputes every DoRA layer's gain from its magnitude, A, B and W, on each rank's own rows. *Collective*.
 
     Must follow every change of those: the optimiser's step, a load, a switch of adapters. One collective a block. Also
@@ -255,7 +257,12 @@ def refresh(blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtyp
     Args:
         blocks: the modules to go through, the same on all ranks.
         dtype: compute dtype, to which the forward rounds A and B.
+        defer: whether a GPU is not waited for. Rows that have cancelled have a wrong gain until a refresh without.
+
+    Returns:
+        With `defer`, and if there is a DoRA layer, whether such a row is among the rank's own, () bool on `device`.
     """
+    cancelled: list[Tensor] | None = [] if defer else None
     adapted = [list(adapted_layers(block).values()) for block in blocks]
     layers: list[AdaptedLinear] = []
     trained: list[Tensor] = []
@@ -267,20 +274,28 @@ def refresh(blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtyp
             trained += gather_rows([layer.trained_factors()[0] for layer in dora], dtype, device)
             numel += sum(layer.factor_numel() for layer in dora)
         if numel > REFRESHED_NUMEL:
-            _write_gains(layers, trained, device)
+            _write_gains(layers, trained, device, cancelled)
             layers, trained, numel = [], [], 0
     if layers:
-        _write_gains(layers, trained, device)
+        _write_gains(layers, trained, device, cancelled)
     whole = [layer for own in adapted for layer in own if layer.is_whole and not layer.are_factors_computed]
     if whole:
         _round_factors(whole, dtype)
+    if not cancelled:
+        return None
+    return cancelled[0] if len(cancelled) == 1 else torch.stack(cancelled).any()
 
 
-def _write_gains(layers: Sequence[AdaptedLinear], trained: Sequence[Tensor], device: torch.device) -> None:
+def _write_gains(
+    layers: Sequence[AdaptedLinear],
+    trained: Sequence[Tensor],
+    device: torch.device,
+    cancelled: list[Tensor] | None,
+) -> None:
     # Layers of a shape beside each other, for what is done for them together.
     order = sorted(range(len(layers)), key=lambda index: _likeness(layers[index]))
     layers, trained = [layers[index] for index in order], [trained[index] for index in order]
-    norms = row_norms(layers, trained)
+    norms = row_norms(layers, trained, cancelled)
     magnitudes = torch.cat([own_rows(layer.magnitude)[0] for layer in layers]).to(device)  # type: ignore[arg-type]
     gains = [own_rows(layer.gain)[0].view(torch.float32)[:, 0] for layer in layers]  # type: ignore[arg-type]
     torch._foreach_copy_(gains, (magnitudes / norms).split([gain.numel() for gain in gains]))
@@ -292,15 +307,18 @@ def _likeness(layer: AdaptedLinear) -> tuple[float, ...]:
 
 
 @torch.no_grad()
-def row_norms(layers: Sequence[AdaptedLinear], trained: Sequence[Tensor]) -> Tensor:
+def row_norms(
+    layers: Sequence[AdaptedLinear], trained: Sequence[Tensor], cancelled: list[Tensor] | None = None
+) -> Tensor:
     """n of the own rows of each layer after the other, (own rows of all,) float32.
 
     What can be is computed for all layers at once, or for those of a shape that follow each other. Waits for a GPU
-    once, unless rows have cancelled.
+    once, unless rows have cancelled; with `cancelled` never.
 
     Args:
         layers: of one rank r.
         trained: all that A is made of, of each layer, in the dtype to which the forward rounds A and B.
+        cancelled: gets whether a row has cancelled, () bool on the device; such rows are wrong then.
     """
     factors = [layer.own_factors(trained_a) for layer, trained_a in zip(layers, trained, strict=True)]
     groups = [list(group) for _, group in groupby(range(len(layers)), lambda index: _likeness(layers[index]))]
@@ -320,7 +338,9 @@ def row_norms(layers: Sequence[AdaptedLinear], trained: Sequence[Tensor]) -> Ten
     base = torch.cat([layer.base_norm_squared for layer in layers])  # type: ignore[misc]
     squared = products.mul_(every_b).sum(1).add_(base)
     lost = squared < CANCELLATION * base
-    if lost.any():
+    if cancelled is not None:
+        cancelled.append(lost.any())
+    elif lost.any():
         parts = zip(layers, own_a, own_b, squared.split(sizes), lost.split(sizes), strict=True)
         for layer, a, b, own, of_own in parts:
             if of_own.any():

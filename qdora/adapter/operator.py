@@ -72,10 +72,12 @@ def adapted_linear(
         gain: (out, 4) uint8, the bytes of g; None for LoRA.
         lora_a, lora_b, magnitude: only receive gradients, in their own dtypes.
     """
+    y: Tensor
     if torch.compiler.is_compiling():
         y, _ = opaque_adapted_linear(x, lora_a, lora_b, magnitude, *_padded(base), gain, *factors)
-        return y
-    return _AdaptedLinear.apply(x, lora_a, lora_b, magnitude, base, gain, factors)  # type: ignore[no-any-return]
+    else:
+        y = _AdaptedLinear.apply(x, lora_a, lora_b, magnitude, base, gain, factors)
+    return y
 
 
 def _padded(base: list[Tensor]) -> list[Tensor | None]:
@@ -186,6 +188,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def, override]
         ctx, x: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, base, gain, factors
     ) -> Tensor:
+        y: Tensor
         if nf4.is_opaque():
             y, xa = opaque_adapted_linear(x, lora_a, lora_b, magnitude, *_padded(base), gain, *factors)
         else:

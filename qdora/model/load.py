@@ -59,12 +59,12 @@ class LoadedModel:
             recompute_by_parts(self.blocks)
         self.recomputation = kind
 
-    def refresh(self, device: torch.device) -> None:
+    def refresh(self, device: torch.device, *, defer: bool = False) -> Tensor | None:
         """Recomputes DoRA's row norms and what forwards take of A and B; must follow every change of the adapters.
 
-        *Collective*.
+        *Collective*. `defer` and what is returned are those of `dora.refresh`.
         """
-        dora.refresh(self.blocks, device, self.dtype)
+        return dora.refresh(self.blocks, device, self.dtype, defer=defer)
 
 
 def load_model(

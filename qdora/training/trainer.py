@@ -80,7 +80,9 @@ class Trainer:
         """Records nothing until the run has been accepted and another takes its place."""
         self.optimizer = build_optimizer(self.model, config.optim)
         # DoRA's row norms, and the rounded factors, follow the weights here and nowhere else in training.
-        self.optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device))
+        self.optimizer.register_step_post_hook(self._refresh)
+        self._cancelled: Tensor | None = None
+        """Whether rows of the rank cancelled at the last update, on the device."""
         self.num_steps = steps_of(config.train, train_loader.num_rows, world.size)
         self.checkpoints = Checkpoints(folder.checkpoints, world, config.train.keep_checkpoints)
         self.guard = StepGuard(config.train.on_bad_step, config.train.spike_deviations)
@@ -149,7 +151,7 @@ class Trainer:
         where spikes are looked for.
         """
         started = time.perf_counter()
-        sums = accumulate_gradients(
+        own_loss, counts = accumulate_gradients(
             self.model,
             batches,
             self.world,
@@ -157,40 +159,53 @@ class Trainer:
             keep_gathered=self.work.gathers_once,
             add=self.add_gradients,
         )
-        norm = clip_gradients(self.model, self.config.optim.max_grad_norm, self.world.shard_group)
-        asked = summed(self.world, interrupt.received, self.checkpoints.written)
-        numbers = torch.cat([sums, asked, norm.to(sums)[None]])
+        asked = interrupt.received, self.checkpoints.written
+        numbers = clip_gradients(self.model, self.config.optim.max_grad_norm, self.world, own_loss, *asked)
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, self.step, self.num_steps))
         is_bad = (numbers[0] + numbers[-1]).isfinite().logical_not()
         fault = None
         if self.guard.looks_for_spikes:
             fault = self.guard.check(*numbers[[0, -1]].tolist())
             is_bad.fill_(fault is not None)
-        self.optimizer.found_inf = is_bad.to(norm)  # type: ignore[attr-defined]  # of AdamW: nothing changes where 1
+        self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]  # of AdamW: nothing changes where 1
         self.optimizer.step()
-        loss, *counts, grad_norm = numbers.tolist()
-        num_label_tokens, num_tokens, interrupts, written = map(int, counts)
+        loss, interrupts, written, grad_norm, num_label_tokens, num_tokens = self._read(numbers, counts)
         if not self.guard.looks_for_spikes:
             fault = self.guard.check(loss, grad_norm)
         if fault is not None:
             self._handle_bad_step(fault, batches, gradient_alone=math.isfinite(loss) and not math.isfinite(grad_norm))
         self.optimizer.zero_grad(set_to_none=not self.config.train.cuda_graph)
-        self.num_tokens += num_tokens
+        self.num_tokens += int(num_tokens)
         seconds = time.perf_counter() - started
         share = (num_tokens / self.world.size, num_label_tokens / self.world.size)
         mfu = self.work.bound_s(self.rates, *share, len(batches)) / seconds
         metrics = StepMetrics(
             loss,
             grad_norm,
-            num_tokens,
+            int(num_tokens),
             seconds,
             mfu,
             skipped=fault is not None,
-            interrupts=interrupts,
-            written=written,
+            interrupts=int(interrupts),
+            written=int(written),
         )
-        self.step_seconds.append((num_tokens, metrics.seconds))
+        self.step_seconds.append((metrics.num_tokens, metrics.seconds))
         return metrics
+
+    def _refresh(self, *_: Any) -> None:
+        self._cancelled = self.loaded.refresh(self.world.device, defer=True)
+
+    def _read(self, *numbers: Tensor) -> list[float]:
+        """Returns `numbers` at once, the step's one wait for a GPU. *Collective*.
+
+        Sees to rows that cancelled at the update: their norms are computed again before anything asks for them.
+        """
+        if self._cancelled is None:
+            return torch.cat(numbers).tolist()  # type: ignore[no-any-return]
+        *values, num_ranks = torch.cat([*numbers, summed(self.world, self._cancelled)]).tolist()
+        if num_ranks:
+            self.loaded.refresh(self.world.device)
+        return values
 
     def _handle_bad_step(self, fault: str, batches: list[Batch], gradient_alone: bool) -> None:
         """Says what is wrong with the step and on which rows; stops, or lets the step be left out. *Collective*.
@@ -300,10 +315,11 @@ def accumulate_gradients(
     reduce_each: bool = False,
     keep_gathered: bool = False,
     add: AddGradients | None = None,
-) -> Tensor:
-    """Leaves the step's gradients on the parameters; returns loss, label tokens and tokens of all ranks. *Collective*.
+) -> tuple[Tensor, Tensor]:
+    """Leaves the step's gradients on the parameters. *Collective*.
 
-    They are (3,) float64 on the device, which is not waited for.
+    Returns the rank's own share of the loss, (), and label tokens and tokens of all ranks, (2,) float64, on the device,
+    which is not waited for.
     The loss is the sum over label tokens divided by their number over all ranks and micro-batches, so that a division
     of the same samples changes a gradient by rounding only. Reducing the gradients divides by the ranks, which the loss
     makes up for. With `reduce_each` every micro-batch reduces, else the last one alone; with `keep_gathered` the others
@@ -318,4 +334,4 @@ def accumulate_gradients(
         arm_watchdog(world)
         total += add(batch, num_label_tokens)
     average_gradients(model, world)
-    return torch.cat([summed(world, total), counts])
+    return total, counts

@@ -112,7 +112,7 @@ def run_case(case: dict[str, Any], models: Path, output: Path) -> dict[str, floa
     work = work_of(loaded, world, config)
     received = ReceivedBytes()
     with nullcontext() if case.get("compiled") else received:  # nothing is compiled under a dispatch mode
-        sums = accumulate_gradients(
+        own_loss, _ = accumulate_gradients(
             loaded.model, batches, world, reduce_each=work.reduces_each, keep_gathered=work.gathers_once
         )
     counters = torch._dynamo.utils.counters
@@ -126,12 +126,12 @@ def run_case(case: dict[str, Any], models: Path, output: Path) -> dict[str, floa
         gradients[name] = whole.contiguous().clone()
     if world.is_main:
         save_file(gradients, output / f"{case['name']}.safetensors")
-    grad_norm = clip_gradients(loaded.model, CLIPPED_NORM, world.shard_group)
-    clipped_norm = clip_gradients(loaded.model, 0.0, world.shard_group)
+    loss, grad_norm = clip_gradients(loaded.model, CLIPPED_NORM, world, own_loss).tolist()
+    (clipped_norm,) = clip_gradients(loaded.model, 0.0, world).tolist()
     return {
-        "loss": float(sums[0]),
-        "grad_norm": float(grad_norm),
-        "clipped_norm": float(clipped_norm),
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "clipped_norm": clipped_norm,
         "received_bytes": received.count,
         "expected_bytes": work.step_bytes(len(batches)),
     }

@@ -109,8 +109,8 @@ def train_three_steps(gather: Gather, recomputation: ActivationCheckpointing, fo
         batches = batches_of(world, accumulate=True)
         gathered.begin_step()
         with opaque_layers(), gathered:
-            loss, *_ = accumulate_gradients(loaded.model, batches, world).tolist()
-        losses.append(loss)
+            own_loss, _ = accumulate_gradients(loaded.model, batches, world)
+        losses += parallel.all_sum(world, float(own_loss))
         optimizer.step()
         optimizer.zero_grad()
     losses.append(mean_loss(loaded.model, [batches_of(world, accumulate=True)], world))

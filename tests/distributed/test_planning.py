@@ -128,7 +128,7 @@ def step_memory(folder: Path, case: Case) -> int:
             keep = not config.parallel.reshard_after_forward
             full = config.adapter.method is AdapterMethod.none
             accumulate_gradients(loaded.model, batches, world, reduce_each=full, keep_gathered=keep)
-            clip_gradients(loaded.model, config.optim.max_grad_norm, world.shard_group)
+            clip_gradients(loaded.model, config.optim.max_grad_norm, world)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     peaks = peaks_after_marks(record)

@@ -231,14 +231,19 @@ def test_gradients_of_packed_rows_wait_for_nothing(kind: ActivationCheckpointing
     loaded.model.train()
     tokens = torch.randint(4, 200, (2, 32), generator=torch.Generator().manual_seed(0))
     batch = Batch(tokens, torch.arange(16).repeat(2, 2), tokens, tokens.numel(), tokens.numel())
+    optimizer = build_optimizer(loaded.model, OptimConfig())
+    optimizer.register_step_post_hook(lambda *_: loaded.refresh(world.device, defer=True))
     accumulate_gradients(loaded.model, [batch, batch], world)
+    optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sums = accumulate_gradients(loaded.model, [batch, batch], world)
-        clip_gradients(loaded.model, 1.0)
+        loss, counts = accumulate_gradients(loaded.model, [batch, batch], world)
+        sums = clip_gradients(loaded.model, 1.0, world, loss)
+        optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sums.isfinite().all()
+    assert counts.tolist() == [2 * batch.num_label_tokens, 2 * batch.num_tokens]
 
 
 def test_compiled_blocks_take_any_number_of_samples_in_few_graphs(tmp_path: Path) -> None:
@@ -281,11 +286,11 @@ def test_a_graph_a_micro_batch_trains_as_single_launches_do(
         steps = [["full", "short rows"], ["many samples", "one row"]] * 4
         found = []
         for names in steps:
-            sums = accumulate_gradients(loaded.model, [BATCHES[name] for name in names], world, add=add)
-            clip_gradients(loaded.model, 1.0)
+            loss, _ = accumulate_gradients(loaded.model, [BATCHES[name] for name in names], world, add=add)
+            clip_gradients(loaded.model, 1.0, world)
             optimizer.step()
             optimizer.zero_grad(set_to_none=not is_graph)
-            found.append(float(sums[0]))
+            found.append(float(loss))
             mean_loss(loaded.model, [[BATCHES["one row"]]], world)
         losses.append(found)
     assert losses[1] == pytest.approx(losses[0], rel=BFLOAT16_TOLERANCE)

@@ -71,7 +71,7 @@ def test_gradients_are_those_without_a_graph(loaded: LoadedModel, kind: Activati
                 elif parameter in add._gradients:
                     parameter.grad = add._gradients[parameter].zero_()
             sums = accumulate_gradients(loaded.model, batches, world, add=way)
-            found.append([sums, *gradients_of(loaded)])
+            found.append([*sums, *gradients_of(loaded)])
         assert len(found[0]) == len(found[1]) > 10
         for ours, eager in zip(found[1], found[0], strict=True):
             torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5 * float(eager.abs().max()))
@@ -128,7 +128,7 @@ def test_all_that_a_graph_reads_stays_where_it_is(loaded: LoadedModel) -> None:
                 recorded.replay()
             torch._foreach_copy_([*add._gradients.values()], before)
             seen.append(given.addresses)
-        clip_gradients(loaded.model, 1.0)
+        clip_gradients(loaded.model, 1.0, world)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         with torch.no_grad():

@@ -9,6 +9,7 @@ from torch import nn
 from qdora.config import OptimConfig, Schedule
 from qdora.errors import ConfigError
 from qdora.optim import build_optimizer, clip_gradients, learning_rate
+from qdora.parallel import start_alone
 
 
 def course(schedule: Schedule, warmup_ratio: float = 0.1) -> list[float]:
@@ -101,11 +102,11 @@ def test_updates_are_those_of_adamw_by_hand() -> None:
 def test_gradients_are_scaled_down_to_the_norm(max_norm: float, expected: float) -> None:
     model = nn.Linear(4, 4, bias=False)
     model.weight.grad = torch.full((4, 4), 2.5)
-    assert float(clip_gradients(model, max_norm)) == pytest.approx(10.0)
+    assert clip_gradients(model, max_norm, start_alone("tests"), 3.0).tolist() == pytest.approx([3.0, 10.0])
     assert float(model.weight.grad.norm()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_norm_of_a_gradient_that_is_not_finite_is_not_finite() -> None:
     model = nn.Linear(4, 4, bias=False)
     model.weight.grad = torch.full((4, 4), torch.nan)
-    assert not clip_gradients(model, 1.0).isfinite()
+    assert not clip_gradients(model, 1.0, start_alone("tests")).isfinite()
