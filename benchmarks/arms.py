@@ -2,15 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from provenance import NEEDS
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations.liger import apply_liger_kernel
 
 from qdora.adapter.dora import adapted_layers
 from qdora.config import (
@@ -37,11 +41,15 @@ from qdora.training.graph import GraphedGradients
 from qdora.training.trainer import accumulate_gradients
 
 ARMS = ("peft-lora", "peft-qlora", "peft-qdora", "dora", "qlora", "qdora", "qdora-compiled")
-ON_GPU = (*ARMS, "qdora-graph")
+ON_GPU = (*ARMS, "qdora-graph", *NEEDS)
 """With what has nothing to measure elsewhere."""
-SAME = (("peft-qlora", "qlora"), ("peft-qdora", "qdora", "qdora-compiled", "qdora-graph"))
+SAME = (
+    ("peft-qlora", "qlora"),
+    ("peft-qdora", "qdora", "qdora-compiled", "qdora-graph", "qdora-liger", "peft-qdora-axolotl"),
+)
 """Arms that compute the same loss and gradients."""
-QUANTISED = ("peft-qlora", "peft-qdora", "qlora", "qdora", "qdora-compiled")
+UNQUANTISED = ("peft-lora", "dora")
+QUANTISED = tuple(arm for arm in ARMS if arm not in UNQUANTISED)
 LEARNING_RATE = 1e-4
 
 
@@ -113,7 +121,7 @@ def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
     loaded = load_model(
         folder,
         ModelConfig(path=str(folder), attention=Attention.varlen if is_graph else Attention.auto),
-        QuantConfig(method=QuantMethod.nf4 if name.removesuffix("-graph") in QUANTISED else QuantMethod.none),
+        QuantConfig(method=QuantMethod.none if name in UNQUANTISED else QuantMethod.nf4),
         AdapterConfig(method=AdapterMethod.dora if "dora" in name else AdapterMethod.lora, rank=case.rank),
         parallel,
         world,
@@ -128,6 +136,10 @@ def _ours(name: str, folder: Path, case: Case, world: World) -> Arm:
             own.copy_(value[first : first + own.shape[0]])
     loaded.refresh(world.device)
     loaded.recompute(case.recomputation, keep_random_state=not is_graph)
+    if name.endswith("-liger"):
+        # Of this process: it puts its rotary embedding into transformers' module. The loss is ours.
+        kernels = {"rope": True, "rms_norm": True, "swiglu": True}
+        apply_liger_kernel(loaded.model, kernels | {"cross_entropy": False, "fused_linear_cross_entropy": False})
     if name.endswith("-compiled"):
         compile_blocks(loaded.blocks, world.device)
     loaded.model.train()
@@ -160,7 +172,7 @@ def _batch(tokens: Tensor) -> Batch:
 
 def _theirs(name: str, folder: Path, case: Case, world: World) -> Arm:
     """PEFT, over bitsandbytes' Linear4bit or bfloat16, adapters in bfloat16; on several ranks under `fully_shard`."""
-    quantised, dora = name in QUANTISED, "dora" in name
+    quantised, dora = name not in UNQUANTISED, "dora" in name
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -197,6 +209,8 @@ def _theirs(name: str, folder: Path, case: Case, world: World) -> Arm:
                 vector.weight.data = vector.weight.data.bfloat16()
     if case.recomputation is not ActivationCheckpointing.none:
         peft_model.gradient_checkpointing_enable({"use_reentrant": False})
+    if name.endswith("-axolotl"):
+        _take_axolotls_kernels(peft_model, folder)
     peft_model.train()
     if world.size > 1:
         _shard_plainly(peft_model, world)
@@ -216,6 +230,21 @@ def _theirs(name: str, folder: Path, case: Case, world: World) -> Arm:
         return summed(world, total)[0] / world.size, whole
 
     return Arm(gradients, torch.optim.AdamW(parameters, LEARNING_RATE, fused=True))
+
+
+def _take_axolotls_kernels(peft_model: Any, folder: Path) -> None:
+    """Gives the layers of `peft_model`, and those of no other arm, axolotl's fused functions of LoRA and DoRA."""
+    kernels, dictionary = (import_module(f"axolotl.{name}") for name in ("monkeypatch.lora_kernels", "utils.dict"))
+    asked = dict.fromkeys(("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel"), True)
+    config = dictionary.DictDefault({"base_model": str(folder), **asked})
+    layers = [block.self_attn for block in peft_model.get_base_model().model.layers]
+    kind = type(layers[0])
+    plain = kind.forward
+    kernels.patch_self_attn_lora(config)  # of the class, which other arms have, too
+    fused, kind.forward = kind.forward, plain
+    kernels.apply_lora_kernel_patches(peft_model, config)
+    for layer in layers:
+        layer.forward = MethodType(fused, layer)
 
 
 def _shard_plainly(model: Any, world: World) -> None:

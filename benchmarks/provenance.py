@@ -1,4 +1,4 @@
-"""What a figure is from."""
+"""What a figure is from, and what it may lack."""
 
 import os
 import platform
@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 from qdora.training.results import versions
+
+NEEDS = {"qdora-liger": "liger_kernel", "peft-qdora-axolotl": "axolotl"}
+"""Arms with a package that no other arm needs, and that none of qdora's installs bring."""
 
 
 def provenance() -> dict[str, Any]:

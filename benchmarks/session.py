@@ -3,8 +3,10 @@
     python benchmarks/session.py OUTPUT [--only NAME ...] [--seconds 720] [--tiny]
 
 OUTPUT/session.json is written after each part, with how long it took, how it ended, the names of tests that failed and
-what it measured; OUTPUT/session.log has all that was printed. A part that fails keeps none from being tried. `--tiny`
-takes a toy model, on any device: it shows that the parts run, its figures mean nothing.
+what it measured (of steps also `bound_share`, the share of the machine's own bound); OUTPUT/session.log has all that
+was printed. Steps with Liger's kernels and with axolotl's are taken last, where these packages are installed. A part
+that fails keeps none from being tried. `--tiny` takes a toy model, on any device: it shows that the parts run, its
+figures mean nothing.
 """
 
 import argparse
@@ -17,14 +19,17 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 from xml.etree import ElementTree
 
-from provenance import provenance
+from provenance import NEEDS, provenance
 from random_model import write_random_model
 
 ROOT = Path(__file__).parents[1]
+ABSENT = "left out"
+"""Begins the status of a part whose package is not there, which is no failure."""
 OUTCOMES = ("PASSED", "FAILED", "ERROR")
 """As pytest's workers print them, each before the name of a test."""
 EAGER = ("peft-qlora", "peft-qdora", "qlora", "qdora")
@@ -36,6 +41,8 @@ class Part:
 
     command: tuple[str, ...]
     limit_s: int
+    needs: str | None = None
+    """A package without which the part is left out."""
 
     @property
     def is_of_tests(self) -> bool:
@@ -74,6 +81,9 @@ def parts(tiny: bool) -> dict[str, Part]:
         "memory against the plan": tests("tests/gpu/test_planning.py", 3, 90, tiny),
         "8B under 24 GiB": Part(capped, 50),
         "compiled steps of 1B": Part(steps(*small, "none", times, ("peft-qlora", "qdora", "qdora-compiled")), 80),
+        **{  # a process each: Liger changes transformers for all arms
+            f"steps of 1B, {arm}": Part(steps(*small, "none", times, (arm,)), 40, needs) for arm, needs in NEEDS.items()
+        },
     }
 
 
@@ -165,7 +175,11 @@ def main() -> None:
         for name in names:
             left = last - time.monotonic()
             limit = min(patience * every[name].limit_s, left)
-            found = run(every[name], limit, log) if left > 10 else {"status": "no time left"}
+            needs = every[name].needs
+            if needs and find_spec(needs) is None:
+                found = {"status": f"{ABSENT}: {needs} is not installed"}
+            else:
+                found = run(every[name], limit, log) if left > 10 else {"status": "no time left"}
             record["parts"][name] = found
             text = json.dumps(record, indent=2)
             (options.output / "session.json").write_text(text + "\n", encoding="utf-8")
@@ -175,7 +189,8 @@ def main() -> None:
                 sep="\n  ",
                 flush=True,
             )
-    sys.exit(any(found["status"] != "passed" for found in record["parts"].values()))
+    statuses = [found["status"] for found in record["parts"].values()]
+    sys.exit(any(status != "passed" and not status.startswith(ABSENT) for status in statuses))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import gc
 import json
+import statistics
 import time
 from collections import Counter
 from pathlib import Path
@@ -130,6 +131,12 @@ def bounds(arms: dict[str, Arm], case: Case, rates: Rates) -> dict[str, float]:
     return {name: arm.work.bound_s(rates, tokens, labels, case.accumulation) for name, arm in arms.items() if arm.work}
 
 
+def bound_shares(bounds: dict[str, float], results: dict[str, Any]) -> dict[str, float]:
+    """Returns which share of each arm's median step its bound is."""
+    measured = {name: bound for name, bound in bounds.items() if results[name] and results[name]["seconds"]}
+    return {name: bound / statistics.median(results[name]["seconds"]) for name, bound in measured.items()}
+
+
 def main() -> None:
     """Measures and writes JSON (rank 0)."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -158,11 +165,13 @@ def main() -> None:
     rates = measure_rates(world, torch.bfloat16)
     reset_peak(world)
     results = measure(arms, case, world, vocabulary, options.warmup, options.steps)
+    least = bounds(arms, case, rates)
     record = {
         "ranks": world.size,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "results": results,
-        "bounds": bounds(arms, case, rates),
+        "bounds": least,
+        "bound_share": bound_shares(least, results),
         "rates": {"matrix": rates.matrix, "copy": rates.copy, "link": rates.link if world.size > 1 else None},
         "peak_bytes": round(max(parallel.gather(world, memory_gib(world))) * 2**30),
     }

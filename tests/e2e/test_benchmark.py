@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,18 @@ def test_overhead_is_measured_against_peft(tmp_path: Path, root: Path) -> None:
     assert (done.returncode == 0) == ("more of PEFT" not in done.stderr)
 
 
+@pytest.mark.nightly
+def test_phases_of_a_thin_step_are_measured(tmp_path: Path, root: Path) -> None:
+    """What a refresh of DoRA costs is in its own phase, and LoRA has hardly any."""
+    output = tmp_path / "phases.json"
+    done = run([sys.executable, str(root / "benchmarks" / "phases.py"), "--steps=5", f"--output={output}"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(output.read_text())["us_a_layer"]
+    assert found["without adapters"].keys() == {"forward", "backward"}
+    assert found["qlora"].keys() == found["qdora"].keys() == {"forward", "backward", "clipping", "AdamW", "refresh"}
+    assert found["qdora"]["refresh"] > found["qlora"]["refresh"]
+
+
 @pytest.mark.nightly(paths=["benchmarks/session.py", "benchmarks/gpu.sh"])
 @pytest.mark.timeout(1800)
 def test_session_of_a_gpu_runs_on_a_toy_model(tmp_path: Path, root: Path) -> None:
@@ -83,13 +96,20 @@ def test_session_of_a_gpu_runs_on_a_toy_model(tmp_path: Path, root: Path) -> Non
     record = json.loads((tmp_path / "out" / "session.json").read_text())
     assert record["gpu"] is None
     parts = record["parts"]
-    assert len(parts) == 7
+    assert len(parts) == 9
+    optional = {"steps of 1B, qdora-liger": "liger_kernel", "steps of 1B, peft-qdora-axolotl": "axolotl"}
+    for name, package in optional.items():
+        assert find_spec(package) is None, "this test is of its absence"
+        assert parts.pop(name) == {"status": f"left out: {package} is not installed"}
     assert all(part["status"] == "passed" for part in parts.values())
     assert parts["ranks"]["num_passed"] == 3
     assert len(parts["tests"]["skipped"]) > 20
     for name in ("steps of 1B", "steps of 8B", "compiled steps of 1B"):
         results = parts[name]["results"]["results"]
         assert all(result["seconds"] and result["profile"]["operators"] > 100 for result in results.values())
+        shares = parts[name]["results"]["bound_share"]
+        assert shares.keys() == {arm for arm in results if not arm.startswith("peft")}
+        assert all(0 < share < 2 for share in shares.values())
     assert "qdora-graph" in parts["steps of 1B"]["results"]["results"]
     assert parts["8B under 24 GiB"]["results"][0]["step_s"] > 0
 
