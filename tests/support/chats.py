@@ -12,11 +12,15 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from qdora.template_variables import with_defaults
+from tests.support import ROOT
 from tests.support.models import make_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TEMPLATES = {file.stem: file.read_text(encoding="utf-8") for file in sorted((GOLDEN / "templates").glob("*.jinja"))}
 """Written for these tests, after the formats that the families publish; `qdora` has none of its own but the default."""
+_SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct" / "chat_template.jinja"
+if _SMOLLM2.exists():  # launch/setup.sh makes it
+    TEMPLATES["smollm2"] = _SMOLLM2.read_text(encoding="utf-8")
 TEMPLATES["qwen3_thinking_off"] = with_defaults(TEMPLATES["qwen3"], {"enable_thinking": False})
 GIVEN = {
     file.stem: file.read_text(encoding="utf-8")

@@ -99,6 +99,7 @@ ENDS = {
     "qwen2_5": {"<|im_end|>"},
     "qwen3": {"<|im_end|>"},
     "qwen3_thinking_off": {"<|im_end|>"},
+    "smollm2": {"<|im_end|>"},
     "smollm3": {"<|im_end|>"},
 }
 
