@@ -167,7 +167,10 @@ class Trainer:
         if self.guard.looks_for_spikes:
             fault = self.guard.check(*numbers[[0, -1]].tolist())
             is_bad.fill_(fault is not None)
-        self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]  # of AdamW: nothing changes where 1
+        # Read by AdamW, which changes nothing where it is 1. With shards in host memory that is the CPU, to which torch
+        # would copy it without waiting, and read it before it is there.
+        found_inf = is_bad.to(self.optimizer.param_groups[0]["params"][0].device, torch.float32)
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.optimizer.step()
         loss, interrupts, written, grad_norm, num_label_tokens, num_tokens = self._read(numbers, counts)
         if not self.guard.looks_for_spikes:
