@@ -170,7 +170,7 @@ def conversation(
     if not isinstance(given, list) or not given:
         if not {"messages", "conversations"} & row.values.keys():
             found = f"it has {[*row.values]}{proposed(row, form)}"
-            raise DataError(f"{row.where} has no messages, as data.format={form.name} wants; {found}")
+            raise DataError(f"{row.where} has no messages, as the format {form.name} wants; {found}")
         given = row.values.get("messages", row.values.get("conversations"))
         raise DataError(f"{row.where}: messages must be a list of turns and not empty, this is {given!r:.60}")
     turns = [_turn(turn, given, row.where, config, told) for turn in given]
@@ -210,9 +210,10 @@ def _is_pair(pair: Any) -> bool:
     return isinstance(pair, list | tuple) and len(pair) == 2 and all(is_text(text) for text in pair)
 
 
-def _for_other_names(turns: list[Any]) -> str:
+def _for_other_names(turns: list[Any], given: Mapping[str, str]) -> str:
+    """Returns the end of a refusal: the whole option that reads the turns, with what is `given` of it already."""
     columns = turn_columns(turns)
-    return f". For other names: {as_option(columns)}" if columns else ""
+    return f". For other names: {as_option({**given, **columns})}" if columns else ""
 
 
 def _turn(turn: Any, turns: list[Any], where: str, config: DataConfig, told: Told) -> tuple[dict[str, Any], bool]:
@@ -224,7 +225,7 @@ def _turn(turn: Any, turns: list[Any], where: str, config: DataConfig, told: Tol
     if named is None:
         raise DataError(
             f"{where}: a turn has role (or from), one of {', '.join(ROLES)}, and content (or value), a text; "
-            f"this is {turn!r:.80}{_for_other_names(turns)}"
+            f"this is {turn!r:.80}{_for_other_names(turns, config.columns)}"
         )
     _check(said, _TURN_KEYS, "a turn's ", where, config, told)
     message: dict[str, Any] = {"role": named}
@@ -246,7 +247,7 @@ def _turn(turn: Any, turns: list[Any], where: str, config: DataConfig, told: Tol
     if not is_text(content) or not (thought is None or is_text(thought)):
         raise DataError(
             f"{where}: a turn has role (or from), one of {', '.join(ROLES)}, and content (or value), a text; "
-            f"this is {turn!r:.80}{_for_other_names(turns)}"
+            f"this is {turn!r:.80}{_for_other_names(turns, config.columns)}"
         )
     message["content"] = content
     if named == "assistant":

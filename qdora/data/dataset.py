@@ -15,9 +15,9 @@ import numpy as np
 
 from qdora.chat_template import DEFAULT_TEMPLATE
 from qdora.config import DataConfig, DataFormat, Overlong, SampleBy
-from qdora.data.columns import form_of, read_rows
+from qdora.data.columns import read_rows
 from qdora.data.conversation import Told
-from qdora.data.encode import NothingToLearn, detect, encode
+from qdora.data.encode import NothingToLearn, detect, encode, own_form
 from qdora.data.sources import Row, all_files, data_files, fingerprint, folder_of, is_text, passed_over
 from qdora.errors import DataError
 
@@ -218,7 +218,7 @@ def _samples(
             if is_text(file):
                 told.add("is one text; data.sample_by=line or paragraph reads each as one", str(file))
     for file in passed_over(source):
-        told.add(f"is not read beside files of other kinds: data.train={file} does", str(file))
+        told.add("is not read beside files of other kinds, only where it is named itself", str(file))
     yield from samples_of(source_rows(config, source, told.add), config, tokenizer, report, told, row_lengths)
     report.notes, report.system = told.lines(), told.system
 
@@ -249,10 +249,13 @@ def samples_of(
             report.num_dropped_without_labels += 1
             told.add(f"left out: {str(nothing).removeprefix(row.where).lstrip(': ')}", row.where)
             continue
-        except DataError:
-            if config.format is DataFormat.auto and form_of(row, row.values) not in (None, form):
-                raise _several_formats(form, first, chain([row], rows)) from None
-            raise
+        except DataError as error:
+            own = own_form(row, config)
+            if config.format is not DataFormat.auto or own is form or row.where == first:
+                raise
+            if own is None:
+                raise DataError(f"{error}. The format is that of the first row, {first}") from None
+            raise _several_formats(form, first, chain([row], rows), config) from None
         row_lengths.append(len(ids))
         num_unknown = _num_unknown(ids, tokenizer)
         if num_unknown:
@@ -292,7 +295,7 @@ def _num_unknown(ids: list[int], tokenizer: Any) -> int:
     return 0 if unknown is None or unknown in others else ids.count(unknown)
 
 
-def _several_formats(form: DataFormat, first: str, others: Iterable[Row]) -> DataError:
+def _several_formats(form: DataFormat, first: str, others: Iterable[Row], config: DataConfig) -> DataError:
     """Returns what is said of rows of several formats: the first place of each.
 
     Args:
@@ -302,7 +305,7 @@ def _several_formats(form: DataFormat, first: str, others: Iterable[Row]) -> Dat
     places = {form: first}
     with suppress(DataError):  # what cannot be read is told once the formats are sorted out
         for row in others:
-            other = form_of(row, row.values)
+            other = own_form(row, config)
             if other is not None:
                 places.setdefault(other, row.where)
     found = ", ".join(f"{other.name}: {where}" for other, where in places.items())

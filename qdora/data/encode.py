@@ -53,6 +53,12 @@ class NothingToLearn(DataError):
     """A row whose answer is empty, or excluded, or absent."""
 
 
+def own_form(row: Row, config: DataConfig | None = None) -> DataFormat | None:
+    """Returns the format of a row by those of its keys that `data.columns` makes, or by all; None where it has none."""
+    mapped = row.values.keys() & config.columns.keys() if config is not None else ()
+    return form_of(row, mapped) or form_of(row, row.values)  # a row that is read by its own names has none mapped
+
+
 def detect(row: Row, config: DataConfig | None = None) -> DataFormat:
     """Returns the format of a row: `data.format`, or by those of its keys that `data.columns` makes, or by all of them.
 
@@ -61,9 +67,7 @@ def detect(row: Row, config: DataConfig | None = None) -> DataFormat:
     """
     if config is not None and config.format is not DataFormat.auto:
         return config.format
-    keys = row.values.keys()
-    mapped = keys & config.columns.keys() if config is not None else ()  # none of a row that is read by its own names
-    form = form_of(row, mapped) or form_of(row, keys)
+    keys, form = row.values.keys(), own_form(row, config)
     if form is not None:
         return form
     if keys >= PREFERENCES:

@@ -100,13 +100,14 @@ _WORDS = {
 def value_at(values: Any, path: str) -> Any:
     """Returns what a column of a row holds, or what others hold by dots (`answers.text`); `ABSENT` where none does.
 
-    Of a list of objects that is a list; a number takes one of its elements.
+    Of a list of objects that is a list; a number takes one of its elements. A null, which parquet has for an object
+    that a row lacks, holds nulls.
     """
     if path in values:
         return values[path]
     value = values
     for part in path.split("."):
-        value = _within(value, part)
+        value = None if value is None else _within(value, part)
     return value
 
 

@@ -60,7 +60,10 @@ def table_rows(file: Path, delimiter: str) -> Iterator[tuple[dict[str, str], str
                 if cells:
                     yield dict(zip_longest(keys, cells, fillvalue="")), where
         except csv.Error as error:
-            raise DataError(f"{file} line {reader.line_num} is not {kind}: {error}") from None
+            raise DataError(
+                f"{file} line {reader.line_num} is not {kind}: {error}. A cell that begins with a quote ends with one, "
+                "and quotes within it are doubled"
+            ) from None
         except UnicodeDecodeError as error:
             raise DataError(f"{file} is not UTF-8: {error}. Save it as UTF-8 (iconv converts it)") from None
 

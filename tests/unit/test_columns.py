@@ -338,11 +338,12 @@ def test_answer_that_a_nested_column_lacks_is_left_out_and_a_column_that_is_miss
     rows: list[dict[str, Any]] = [
         {"question": "a", "answers": {"text": ["b"]}},
         {"question": "c", "answers": {"text": []}},
+        {"question": "d", "answers": None},
     ]
     source = written(tmp_path, "a.jsonl", rows)
     config = DataConfig(train=source, columns={"prompt": "question", "completion": "answers.text"})
     report = prepare(replace(config, cache_dir=str(tmp_path)), source, make_tokenizer()).report
-    assert (report.num_samples, report.num_dropped_without_labels) == (1, 1)
+    assert (report.num_samples, report.num_dropped_without_labels) == (1, 2)
     config = DataConfig(train=source, columns={"prompt": "question", "completion": "answers.txt"})
     with pytest.raises(
         DataError, match=r"does not have the column 'answers.txt' .*; there are \['answers.text', 'question'"
@@ -351,6 +352,19 @@ def test_answer_that_a_nested_column_lacks_is_left_out_and_a_column_that_is_miss
     turns = written(tmp_path, "b.jsonl", [{"messages": [{"who": "user", "line": "a"}, {"line": "b"}]}])
     with pytest.raises(DataError, match=r"a turn does not have the column 'who' .*; there are \['line'\]"):
         [*read_rows(DataConfig(train=turns, columns={"role": "who", "content": "line"}), turns)]
+
+
+def test_word_for_a_role_that_is_missing_is_proposed_with_the_columns_that_are_given(tmp_path: Path) -> None:
+    """The line takes the place of the one that was refused."""
+    turns = [{"speaker": "Customer", "utterance": "a"}, {"speaker": "Agent", "utterance": "b"}]
+    source = written(tmp_path, "a.jsonl", [{"dialog": turns}])
+    given = {"messages": "dialog", "role": "speaker", "content": "utterance", "user": "Customer"}
+    config = DataConfig(train=source, columns=given, cache_dir=str(tmp_path))
+    with pytest.raises(DataError, match="this is") as refused:
+        prepare(config, source, make_tokenizer())
+    columns = {**given, "assistant": "Agent"}
+    assert str(refused.value).endswith(f". For other names: {as_option(columns)}")
+    assert prepare(replace(config, columns=columns), source, make_tokenizer()).report.num_samples == 1
 
 
 def test_index_takes_one_of_a_list(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_unknown_keys_are_told_with_what_is_accepted() -> None:
         (
             {"prompt": "a"},
             DataFormat.messages,
-            r"line 7 has no messages, as data.format=messages wants; it has \['prompt'",
+            r"line 7 has no messages, as the format messages wants; it has \['prompt'",
         ),
         ({"messages": [{"role": "boss", "content": "a"}]}, DataFormat.messages, "line 7: a turn has role"),
         ({"messages": TURNS[:1]}, DataFormat.messages, "line 7 has no assistant turn"),

@@ -118,7 +118,7 @@ def test_text_beside_other_files_is_not_read_and_told(tmp_path: Path) -> None:
     assert report.num_rows == len(rows)
     file = folder / "notes.txt"
     assert report.notes == [
-        f"is not read beside files of other kinds: data.train={file} does (1 time, first in {file})"
+        f"is not read beside files of other kinds, only where it is named itself (1 time, first in {file})"
     ]
     assert prepare(replace(config, train=str(file)), str(file), make_tokenizer()).report.num_rows == 1
 
@@ -136,6 +136,27 @@ def test_rows_of_several_formats_are_told_with_the_place_of_each(tmp_path: Path)
         prepare(config, str(folder), make_tokenizer())
     one = str(folder / "b.csv")
     assert prepare(replace(config, train=one), one, make_tokenizer()).report.format == "instruction"
+
+
+def test_row_of_no_format_is_told_with_the_row_that_says_the_format(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    write(folder / "a.jsonl", _jsonl([{"messages": turns}]))
+    write(folder / "b.csv", "question,answer\na,b\n")
+    config = DataConfig(train=str(folder), cache_dir=str(tmp_path / "cache"))
+    told = f"{folder}/b.csv line 2 has no messages, .* The format is that of the first row, {folder}/a.jsonl line 1"
+    with pytest.raises(DataError, match=told):
+        prepare(config, str(folder), make_tokenizer())
+
+
+def test_rows_of_one_format_by_mapped_names_are_not_told_as_several(tmp_path: Path) -> None:
+    """They have the keys of another one beside, and what is wrong is told."""
+    rows = [{"prompt": "a", "completion": "b", "words": "c"}, {"prompt": "a", "completion": "b", "words": 1}]
+    file = str(write(tmp_path / "a.jsonl", _jsonl(rows)))
+    config = DataConfig(train=file, columns={"text": "words"}, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match="line 2: text must be a text"):
+        prepare(config, file, make_tokenizer())
 
 
 def test_csv_cells_are_texts(tmp_path: Path) -> None:
@@ -199,6 +220,7 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
         ("a.csv", "text\na\nb,c\n", "a.csv line 3 has 2 cells, but the first line names 1 columns"),
         ("a.csv", 'text\na\n"b\n', "a.csv line 3 is not csv"),
         ("a.tsv", 'text\na\n"b\n', "a.tsv line 3 is not tsv"),
+        ("a.tsv", 'text\n"a" b\n', "a.tsv line 2 is not tsv.* quotes within it are doubled"),
         ("a.md", "words", "qdora reads .jsonl"),
     ],
 )
