@@ -6,7 +6,7 @@ from pathlib import Path
 from qdora import parallel
 from qdora.config import ReportConfig
 from qdora.errors import CheckpointError, ConfigError
-from qdora.files import write_durably
+from qdora.files import check_writable, write_durably
 from qdora.reporting.answers import sample_answers
 from qdora.reporting.curves import write_report
 from qdora.reporting.page import Page, render
@@ -26,9 +26,10 @@ def report(config: ReportConfig) -> int:
     """
     folder = Path(str(config.run or config.study))
     output = Path(config.output) if config.output else folder / REPORT
+    if config.output:
+        check_writable("output", config.output)  # before answers, which take a model
     try:
         page = study_page(folder, output.parent) if config.study else _of_run(folder, config.num_answers)
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_durably(output, render(page))
         if config.run and not config.output:
             write_run_figure(RunFolder(folder))
