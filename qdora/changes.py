@@ -4,12 +4,14 @@ Without torch, whose import takes seconds: a refusal shows before.
 """
 
 from collections.abc import Container, Iterable
+from pathlib import Path
 from typing import Any
 
 from qdora.checkpoint_folder import Change, Manifest
 from qdora.config import Attention, RunConfig
 from qdora.config.values import as_word, config_values, flatten, option, usual_options
 from qdora.errors import ConfigError
+from qdora.files import is_hub_id
 
 _IDENTITY = ("model", "quant", "adapter", "data", "seed")
 """Groups that make a run what it is: a checkpoint continues only under the same values."""
@@ -70,12 +72,22 @@ def check_identity(config: RunConfig, stored: dict[str, Any], where: str) -> Non
     unfit = _do_not_fit(ours, theirs)
     if not different or (config.allow_changes and not unfit):
         return
-    different += [name for name in ("data.train", "model.path") if ours[name] != theirs.get(name)]
+    # The way back names a place only where something is there: what was moved is compared by its content.
+    paths = [name for name in ("data.train", "model.path") if ours[name] != theirs.get(name)]
+    back = " ".join(
+        option(name, theirs.get(name))
+        for name in [*different, *(name for name in paths if _may_be_there(theirs.get(name)))]
+    )
+    different += paths
     pairs = ", ".join(f"{name}={as_word(theirs.get(name))} (now {as_word(ours[name])})" for name in different)
-    back = " ".join(option(name, theirs.get(name)) for name in different)
     useless = f", whose tensors do not fit ({', '.join(unfit)})" if config.allow_changes else ""
     forward = None if unfit else "goes on all the same"
     raise ConfigError(f"{where} belongs to another run: it has {pairs}{useless}. {ways_out(config, back, forward)}")
+
+
+def _may_be_there(path: Any) -> bool:
+    """Returns whether a model or data are at `path`, or may be on the hub."""
+    return Path(str(path)).expanduser().exists() or is_hub_id(str(path))
 
 
 def _do_not_fit(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

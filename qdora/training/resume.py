@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from qdora import checkpoint_folder
-from qdora.adapter.trained_over import check_adapter
+from qdora.adapter.trained_over import check_adapter, is_adapter
 from qdora.changes import ways_out
 from qdora.checkpoint_folder import Manifest
 from qdora.config import RunConfig
@@ -153,6 +153,9 @@ def check_fingerprints(config: RunConfig, path: Path, manifest: Manifest, finger
         why = ": other rows, another tokenizer or another chat template" if what == "data" else ""
         before, now = manifest.config[group][name], getattr(getattr(config, group), name)
         back = f"what {group}.{name}={now} held before, put back there," if before == now else ""
+        adapter = manifest.config["adapter"].get("path")
+        if back and what == "data" and adapter is not None and not is_adapter(adapter):
+            back = f"adapter.path={adapter}, whose tokenizer and chat template it had, put back there,"
         raise CheckpointError(
             f"the {what} is not that of {path} (fingerprint {fingerprints[what]}, then {stored[what]}){why}. "
             + ways_out(config, back or option(f"{group}.{name}", before))

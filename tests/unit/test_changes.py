@@ -25,10 +25,10 @@ from qdora.config import (
     TrainConfig,
 )
 from qdora.config.values import config_values
-from qdora.errors import ConfigError, QdoraError
+from qdora.errors import CheckpointError, ConfigError, QdoraError
 from qdora.planning.length import fitted
 from qdora.run_folder import RunFolder
-from qdora.training.resume import as_it_was, check_early, check_num_steps
+from qdora.training.resume import as_it_was, check_early, check_fingerprints, check_num_steps
 from tests.support import ROOT
 
 
@@ -182,9 +182,12 @@ def test_refusal_names_both_values_and_each_way_out(
             check_identity(allowed, stored, "RUN")
 
 
-def test_old_values_are_overrides_that_go_on() -> None:
+def test_old_values_are_overrides_that_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a shell hands it on, whatever is in a name."""
+    monkeypatch.chdir(tmp_path)
     path = "my data/a=b,c.jsonl"
+    Path(path).parent.mkdir()
+    Path(path).touch()
     stored = config_values(run_config(data=DataConfig(train=path, limit=3)))
     with pytest.raises(ConfigError) as refused:
         check_identity(run_config(), stored, "RUN")
@@ -194,6 +197,30 @@ def test_old_values_are_overrides_that_go_on() -> None:
     assert values is not None
     check_identity(typed(values, RunConfig), stored, "RUN")
     assert values.data.train == path
+
+
+def test_way_back_does_not_lead_to_what_was_moved() -> None:
+    stored = config_values(run_config(data=DataConfig(train="gone.jsonl"), model=ModelConfig(path="/gone")))
+    with pytest.raises(ConfigError) as refused:
+        check_identity(run_config(seed=1), stored, "RUN")
+    text = str(refused.value)
+    assert "it has seed=0 (now 1), data.train=gone.jsonl (now org/data), model.path=/gone (now org/model). " in text
+    assert ". seed=0 goes on with it; " in text
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_other_tokenizer_is_traced_to_an_adapter_that_is_gone(tmp_path: Path, is_there: bool) -> None:
+    """A run that began from an adapter with a template of its own, and whose data are as they were."""
+    adapter = tmp_path / "adapter"
+    if is_there:
+        adapter.mkdir()
+        (adapter / CONFIG).write_text("{}")
+    config = run_config(adapter=AdapterConfig(path=str(adapter)))
+    with pytest.raises(CheckpointError) as refused:
+        check_fingerprints(config, Path("STEP"), manifest_of(config, 4), {"data": "other", "model": "model"})
+    back = f"adapter.path={adapter}, whose tokenizer and chat template it had" if not is_there else "what data.train="
+    assert f"another chat template. {back}" in str(refused.value)
+    assert "put back there, goes on with it" in str(refused.value)
 
 
 @pytest.mark.parametrize(
