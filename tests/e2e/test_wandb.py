@@ -103,7 +103,7 @@ def test_adapter_is_recorded_as_an_artifact(folder: Path, records: list[dict[str
     (artifact,) = of_type(records, "artifact")
     assert artifact["type"] == "adapter"
     files = {Path(entry["local_path"]) for entry in artifact["manifest"]["contents"]}
-    names = ("adapter_config.json", "adapter_model.safetensors", "trained_over.json")
+    names = ("README.md", "adapter_config.json", "adapter_model.safetensors", "trained_over.json")
     assert files == {folder / "adapter" / name for name in names}
 
 
