@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def press_ctrl_c(process: "subprocess.Popen[str]") -> str:
 
 
 @pytest.fixture(scope="module")
-def grid(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+def trained(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
     """The folder of a sweep of 2 x 2 runs, the options it was started with, and what it printed."""
     folder = tmp_path_factory.mktemp("sweeps") / "grid"
     arguments = [
@@ -68,6 +69,15 @@ def grid(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     done = sweep(*arguments)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder, arguments, done.stdout
+
+
+@pytest.fixture
+def grid(trained: tuple[Path, list[str], str]) -> Iterator[tuple[Path, list[str], str]]:
+    """The same for each test: its table is put back, whatever other sweeps the test made there."""
+    file = trained[0] / "sweep.json"
+    table = file.read_bytes()
+    yield trained
+    file.write_bytes(table)
 
 
 @LONG
