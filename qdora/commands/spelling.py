@@ -46,8 +46,9 @@ def in_grammar(arguments: list[str], config_class: type, sweep: bool = False) ->
     Raises:
         ConfigError: texts by names are written otherwise, or a name comes twice.
     """
-    kinds = {option: kind for option, kind in option_kinds(config_class) if kind in (str, list, dict)}
-    values_by_name = {option for option, kind in option_kinds(config_class) if kind == dict[str, Any]}
+    kinds = dict(option_kinds(config_class))
+    values_by_name = {option for option, kind in kinds.items() if kind == dict[str, Any]}
+    kinds = {option: kind for option, kind in kinds.items() if kind in (str, list, dict)}
     lines = []
     named: dict[str, dict[str, str]] = {}
     whole: set[str] = set()

@@ -110,7 +110,7 @@ class Conversation:
     """Says whether each turn is: assistant turns that their row does not exclude and that say something."""
     tools: list[Any] | None = None
     variables: dict[str, Any] = field(default_factory=dict)
-    """Of the chat template, over those of the run."""
+    """Sets variables of the chat template, over those of the run."""
 
 
 def is_text(value: Any) -> TypeGuard[str]:

@@ -102,17 +102,23 @@ def folder_of(source: str) -> tuple[Path | None, str]:
     return (named, split) if name and named.is_dir() else (None, "")
 
 
-def _files_of(folder: Path, split: str, without: Collection[Path]) -> list[Path]:
-    files = [folder / str(entry.get("filename")) for entry in read_json(folder / "state.json").get("_data_files", [])]
-    for file in [] if files else sorted(folder.rglob("*")):
+def _found_in(folder: Path) -> list[Path]:
+    """Returns the files below a folder that can hold rows."""
+    files = []
+    for file in sorted(folder.rglob("*")):
         is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        is_about = file.name in _ABOUT or (_kind(file) == _TEXT and _NO_TEXT.match(file.name))
+        is_about = file.name in _ABOUT or (is_text(file) and _NO_TEXT.match(file.name))
         if not is_hidden and _kind(file) not in ("", _SAVED) and not is_about and file.is_file():
             files.append(file)
+    return files
+
+
+def _files_of(folder: Path, split: str, without: Collection[Path]) -> list[Path]:
+    saved = read_json(folder / "state.json").get("_data_files", [])
+    files = [folder / str(entry.get("filename")) for entry in saved] or _found_in(folder)
     if not files:
         raise DataError(f"the folder {folder} holds no {', '.join((*SUFFIXES, _TEXT))} (or .gz of one)")
-    if any(_kind(file) != _TEXT for file in files):
-        files = [file for file in files if _kind(file) != _TEXT]
+    files = [file for file in files if not is_text(file)] or files
     left = [file for file in files if not any(file.samefile(other) for other in without)]
     if not left:
         raise DataError(f"the folder {folder} holds nothing but what data.eval holds out")
@@ -124,10 +130,9 @@ def passed_over(source: str) -> list[Path]:
     folder, _ = folder_of(source)
     if folder is None or (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return []
-    texts = [file for file in sorted(folder.rglob(f"*{_TEXT}*")) if _kind(file) == _TEXT and file.is_file()]
-    texts = [file for file in texts if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    read = {*all_files(source)} if texts else {*texts}
-    return [file for file in texts if file not in read and not _NO_TEXT.match(file.name)]
+    files = _found_in(folder)
+    texts = [file for file in files if is_text(file)]
+    return texts if len(texts) < len(files) else []
 
 
 def fingerprint(source: str, without: Collection[Path] = ()) -> str:
