@@ -36,7 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qdora import nf4
 from qdora.adapter import operator
-from qdora.adapter.dora import AdaptedLinear, _round_factors, refresh
+from qdora.adapter.dora import AdaptedLinear
+from qdora.adapter.refresh import Refresher
 from qdora.config import OptimConfig
 from qdora.optim import build_optimizer
 
@@ -154,13 +155,24 @@ def ours(name: str) -> tuple[nn.Module, Callable[[], torch.optim.Optimizer]]:
             layers.append(layer)
     model = nn.Sequential(*layers)
 
+    refresh = Refresher([model], DTYPE)
+
+    @torch.no_grad()
+    def round_factors() -> None:
+        (batch,) = refresh._batches
+        made = batch._round([layer.trained_factors() for layer in layers])
+        made.scaled_b.mul_(SCALING)
+        made.inverse_m.copy_(operator.inverse(torch.cat([layer.magnitude for layer in layers])))
+        for layer in layers:
+            layer.mark_rounded(*layer.trained_factors())
+
     def optimizer() -> torch.optim.Optimizer:
         built = build_optimizer(model, OptimConfig())
-        after = _round_factors if kind is NormInForward else lambda *_: refresh([model], DEVICE, DTYPE, defer=True)
-        built.register_step_post_hook(torch.no_grad()(lambda *_: after(layers, DTYPE)))
+        norm_in_forward = kind is NormInForward
+        built.register_step_post_hook(lambda *_: round_factors() if norm_in_forward else refresh(DEVICE, defer=True))
         return built
 
-    refresh([model], DEVICE, DTYPE)
+    refresh(DEVICE)
     return model, optimizer
 
 

@@ -41,6 +41,9 @@ BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 """Scales that share one float32 under double quantisation."""
 
+STORED, NESTED = ("packed", "absmax"), ("absmax_scale", "absmax_mean")
+"""Names of an NF4 weight's parameters and of its buffers."""
+
 _GRID_CELLS = 4096
 """Far more than codes: no cell has two borders."""
 _QUANTISE_NUMEL = 2**18
@@ -73,16 +76,22 @@ class _Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        self._views: dict[tuple[torch.device, torch.dtype, int], dict[tuple[int, ...], Tensor]] = {}
 
-    def get(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        numel = shape[0] * shape[1]
+    def get(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         # A merge works in several threads. On a GPU, where a backward has a thread of its own, all share the stream.
         key = (device, dtype, threading.get_ident() if device.type == "cpu" else 0)
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < numel:
-            self._buffers.pop(key, None)
-            buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
-        return buffer[:numel].view(shape)
+        views = self._views.setdefault(key, {})
+        view = views.get(shape)
+        if view is None:
+            numel, buffer = shape[0] * shape[1], self._buffers.get(key)
+            with torch.inference_mode(False):  # what is made in it cannot be written outside
+                if buffer is None or buffer.numel() < numel:
+                    self._buffers.pop(key, None)
+                    views.clear()
+                    buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+                view = views[shape] = buffer[:numel].view(shape)
+        return view
 
     def buffers(self) -> list[Tensor]:
         """All that there are."""
@@ -186,9 +195,9 @@ def unnest(absmax: Tensor, absmax_scale: Tensor | None, absmax_mean: Tensor | No
     if absmax_scale is None or absmax_mean is None:
         return absmax.view(torch.float32)
     first, skipped = divmod(first_row * absmax.shape[1], NESTED_BLOCK_SIZE)
-    codes, code = absmax.flatten(), nested_code(absmax.device)
+    codes, code = absmax.contiguous(), nested_code(absmax.device)
     if skipped:  # the kernels want whole blocks in front
-        codes = torch.cat([codes.new_zeros(skipped), codes])
+        codes = torch.cat([codes.new_zeros(skipped), codes.flatten()])
     scales = absmax_scale[first:] if first else absmax_scale
     if absmax.device.type == "cpu":
         values = torch.empty(codes.shape, dtype=torch.float32)
@@ -196,7 +205,7 @@ def unnest(absmax: Tensor, absmax_scale: Tensor | None, absmax_mean: Tensor | No
         _cpu_kernel("cdequantize_blockwise_cpu_fp32", 4, 2)(*addresses, NESTED_BLOCK_SIZE, codes.numel())
     else:
         values = torch.ops.bitsandbytes.dequantize_blockwise(codes, scales, code, NESTED_BLOCK_SIZE, torch.float32)
-    return (values[skipped:] if skipped else values).add_(absmax_mean).view(absmax.shape)
+    return (values[skipped:].view(absmax.shape) if skipped else values).add_(absmax_mean)
 
 
 def dequantize(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -280,8 +289,8 @@ class NF4Weight(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """What `weight_from` needs, as they are now (gathered inside a forward, this rank's rows outside)."""
-        nested = (self.absmax_scale, self.absmax_mean)
-        return [self.packed, self.absmax, *(tensor for tensor in nested if tensor is not None)]
+        tensors = *map(self._parameters.get, STORED), *map(self._buffers.get, NESTED)
+        return [tensor for tensor in tensors if tensor is not None]
 
     def share(self, other: "NF4Weight") -> None:
         """Takes the very parameters of `other`: a head that is tied to its embedding."""

@@ -1,6 +1,7 @@
 """Fixtures of every test: the real model, and the path of the repository."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ os.environ |= {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 for _name in [name for name in os.environ if name.startswith("QDORA_") and name.endswith("_S")]:
     del os.environ[_name]  # a developer's own waits
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background: what tests start would not hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.support.tiers"]
 

@@ -27,27 +27,20 @@ transposed weight), and the norm of the *dequantised* weight starts m. LoRA (arX
 g = 1 and no m; VeRA and DVoRA (`vera.py`) are both with another A and B.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from qdora import nf4
-from qdora.adapter.operator import Factors, adapted_linear, inverse, scaled_factors
-from qdora.sharding import gather_rows, is_sharded, own_rows
+from qdora.adapter.operator import Factors, adapted_linear, scaled_factors
+from qdora.sharding import is_sharded, own_rows
 
 NORM_FLOOR = 1e-6
 """Smallest row norm: real checkpoints have rows of zeros, where m / n would be 0 / 0."""
-CANCELLATION = 1e-3
-"""Below this share of |W|^2 the expanded norm has lost half of float32's digits: the row is computed densely."""
 CHUNK_NUMEL = 2**24
 """Values of W dequantised to float32 at a time while norms are computed (64 MiB)."""
-REFRESHED_NUMEL = 2**22
-"""Values of A and of the own rows of B, of whole blocks, that a refresh computes with at a time."""
-REFRESHED_BYTES = 14
-"""Bytes that such a value takes at most: as it is, rounded, in float32, and for B its product with A."""
 
 
 class AdaptedLinear(nn.Module):
@@ -103,7 +96,8 @@ class AdaptedLinear(nn.Module):
 
     def trained_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """The parameters that A and B are made of, or what FSDP2 has gathered of them."""
-        return getattr(self, self.FACTORS[0]), getattr(self, self.FACTORS[1])
+        a, b = self.FACTORS
+        return self._parameters[a], self._parameters[b]  # type: ignore[return-value]
 
     def factors(self, a: Tensor, b: Tensor, dtype: torch.dtype, first: int = 0) -> tuple[Tensor, Tensor]:
         """A (rank, in) and rows of B (rows, rank) of the whole trained `a` and of `b`'s rows from `first` on.
@@ -138,12 +132,16 @@ class AdaptedLinear(nn.Module):
             (a, b), (made_of_a, version_a, made_of_b, version_b) = self.trained_factors(), self._rounded_from
             if a is not made_of_a or b is not made_of_b or a._version != version_a or b._version != version_b:
                 return None
-        made = Factors(self.lora_a_rounded, self.scaled_b, self.row_scale, self.inverse_m)
+        made = Factors(*[self._buffers[name] for name in Factors._fields])  # type: ignore[arg-type]
         return made if made.lora_a_rounded.dtype == dtype else None
 
-    def mark_rounded(self) -> None:
-        """Says that the buffers have been made of A and B as they are now."""
-        a, b = self.trained_factors()
+    def give_factors(self, factors: Factors) -> None:
+        """Takes the buffers that `mark_rounded` says to be written."""
+        for name, buffer in zip(Factors._fields, factors, strict=True):
+            setattr(self, name, buffer)
+
+    def mark_rounded(self, a: Tensor, b: Tensor) -> None:
+        """Says that the buffers have been made of A and B, the trained factors, as they are now."""
         self._rounded_from = (a, a._version, b, b._version)
 
     def base_tensors(self) -> list[Tensor]:
@@ -156,9 +154,7 @@ class AdaptedLinear(nn.Module):
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         if self.dropout > 0 and self.training:
             return self._forward_with_dropout(x, bias)
-        rows = x.reshape(-1, self.in_features)
-        y = adapted_linear(rows, self.base_tensors(), self.gain, *self._forward_factors(x.dtype), self.magnitude)
-        y = y.view(*x.shape[:-1], self.out_features)
+        y = adapted_linear(x, self.base_tensors(), self.gain, *self._forward_factors(x.dtype), self.magnitude)
         # Outside: dm wants y without it, and subtracting a large bias from a rounded y loses the rest.
         return y if bias is None else y + bias
 
@@ -197,11 +193,10 @@ class AdaptedLinear(nn.Module):
         own, first_row = own_rows(self.trained_factors()[1])
         return self.factors(trained_a, own.to(trained_a.device), trained_a.dtype, first_row)
 
-    @torch.no_grad()
     def project(self, a: Tensor, out: Tensor) -> None:
         """W A^T of the own rows into `out`, all float32."""
         for first, rows in self._own_weight(a.device):
-            torch.mm(rows, a.T, out=out[first : first + rows.shape[0]])
+            torch.mm(rows, a.t(), out=out if rows.shape[0] == out.shape[0] else out[first : first + rows.shape[0]])
 
     @torch.no_grad()
     def replace_lost(self, a: Tensor, b: Tensor, squared: Tensor, lost: Tensor) -> None:
@@ -214,15 +209,17 @@ class AdaptedLinear(nn.Module):
     def _own_weight(self, device: torch.device) -> Iterable[tuple[int, Tensor]]:
         """This rank's rows of W in float32, some at a time, each with its place among the own rows."""
         step = max(1, CHUNK_NUMEL // self.in_features)
-        if isinstance(self.base, nf4.NF4Linear):
-            packed, first_row = own_rows(self.base.packed)
-            absmax, _ = own_rows(self.base.absmax)
+        tensors = self.base_tensors()
+        if not is_sharded(tensors[0]) and tensors[0].shape[0] <= step:
+            yield 0, nf4.weight_from(tensors, torch.float32)
+        elif isinstance(self.base, nf4.NF4Linear):
+            (packed, first_row), (absmax, _) = map(own_rows, tensors[:2])
             for first in range(0, packed.shape[0], step):
                 some = slice(first, first + step)
-                own = [packed[some].to(device), absmax[some].to(device), *self.base.tensors()[2:]]
+                own = [packed[some].to(device), absmax[some].to(device), *tensors[2:]]
                 yield first, nf4.weight_from(own, torch.float32, first_row=first_row + first)
         else:
-            weight, _ = own_rows(self.base.weight)  # type: ignore[arg-type]
+            weight, _ = own_rows(tensors[0])
             for first in range(0, weight.shape[0], step):
                 yield first, weight[first : first + step].to(device, torch.float32)
 
@@ -243,166 +240,6 @@ def switched_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, was_off in before:
             layer.is_off = was_off
-
-
-@torch.no_grad()
-def refresh(
-    blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype, *, defer: bool = False
-) -> Tensor | None:
-    """Recomputes every DoRA layer's gain from its magnitude, A, B and W, on each rank's own rows. *Collective*.
-
-    Must follow every change of those: the optimiser's step, a load, a switch of adapters. One collective a block. Also
-    rounds A and B for the forwards until the next change, where they are whole on the rank.
-
-    Args:
-        blocks: the modules to go through, the same on all ranks.
-        dtype: compute dtype, to which the forward rounds A and B.
-        defer: whether a GPU is not waited for. Rows that have cancelled have a wrong gain until a refresh without.
-
-    Returns:
-        With `defer`, and if there is a DoRA layer, whether such a row is among the rank's own, () bool on `device`.
-    """
-    cancelled: list[Tensor] | None = [] if defer else None
-    adapted = [list(adapted_layers(block).values()) for block in blocks]
-    layers: list[AdaptedLinear] = []
-    trained: list[Tensor] = []
-    numel = 0
-    for own in adapted:
-        dora = [layer for layer in own if layer.gain is not None]
-        if dora:
-            layers += dora
-            trained += gather_rows([layer.trained_factors()[0] for layer in dora], dtype, device)
-            numel += sum(layer.factor_numel() for layer in dora)
-        if numel > REFRESHED_NUMEL:
-            _write_gains(layers, trained, device, cancelled)
-            layers, trained, numel = [], [], 0
-    if layers:
-        _write_gains(layers, trained, device, cancelled)
-    whole = [layer for own in adapted for layer in own if layer.is_whole and not layer.are_factors_computed]
-    if whole:
-        _round_factors(whole, dtype)
-    if not cancelled:
-        return None
-    return cancelled[0] if len(cancelled) == 1 else torch.stack(cancelled).any()
-
-
-def _write_gains(
-    layers: Sequence[AdaptedLinear],
-    trained: Sequence[Tensor],
-    device: torch.device,
-    cancelled: list[Tensor] | None,
-) -> None:
-    # Layers of a shape beside each other, for what is done for them together.
-    order = sorted(range(len(layers)), key=lambda index: _likeness(layers[index]))
-    layers, trained = [layers[index] for index in order], [trained[index] for index in order]
-    norms = row_norms(layers, trained, cancelled)
-    magnitudes = torch.cat([own_rows(layer.magnitude)[0] for layer in layers]).to(device)  # type: ignore[arg-type]
-    gains = [own_rows(layer.gain)[0].view(torch.float32)[:, 0] for layer in layers]  # type: ignore[arg-type]
-    torch._foreach_copy_(gains, (magnitudes / norms).split([gain.numel() for gain in gains]))
-
-
-def _likeness(layer: AdaptedLinear) -> tuple[float, ...]:
-    """The same of layers that have the same shapes, and the same scaling."""
-    return layer.in_features, layer.out_features, layer.scaling
-
-
-@torch.no_grad()
-def row_norms(
-    layers: Sequence[AdaptedLinear], trained: Sequence[Tensor], cancelled: list[Tensor] | None = None
-) -> Tensor:
-    """n of the own rows of each layer after the other, (own rows of all,) float32.
-
-    What can be is computed for all layers at once, or for those of a shape that follow each other. Waits for a GPU
-    once, unless rows have cancelled; with `cancelled` never.
-
-    Args:
-        layers: of one rank r.
-        trained: all that A is made of, of each layer, in the dtype to which the forward rounds A and B.
-        cancelled: gets whether a row has cancelled, () bool on the device; such rows are wrong then.
-    """
-    factors = [layer.own_factors(trained_a) for layer, trained_a in zip(layers, trained, strict=True)]
-    groups = [list(group) for _, group in groupby(range(len(layers)), lambda index: _likeness(layers[index]))]
-    # A of the layers of a group as one tensor, and their B beside each other.
-    every_a = [torch.stack([factors[index][0] for index in group]).float() for group in groups]
-    own_a = [a for of_group in every_a for a in of_group.unbind()]
-    every_b = torch.cat([b for _, b in factors]).to(trained[0].dtype).float()
-    sizes = [b.shape[0] for _, b in factors]
-    products, own_b = torch.empty_like(every_b), every_b.split(sizes)
-    for layer, a, out in zip(layers, own_a, products.split(sizes), strict=True):
-        layer.project(a, out)
-    rows = [sum(sizes[index] for index in group) for group in groups]
-    for group, a, b, out in zip(groups, every_a, every_b.split(rows), products.split(rows), strict=True):
-        # 2 s W A^T + s^2 B A A^T, which times B are the norm's sums.
-        shape, scaling = (len(group), -1, a.shape[1]), layers[group[0]].scaling
-        out.view(shape).baddbmm_(b.view(shape), a @ a.mT, beta=2 * scaling, alpha=scaling**2)
-    base = torch.cat([layer.base_norm_squared for layer in layers])  # type: ignore[misc]
-    squared = products.mul_(every_b).sum(1).add_(base)
-    lost = squared < CANCELLATION * base
-    if cancelled is not None:
-        cancelled.append(lost.any())
-    elif lost.any():
-        parts = zip(layers, own_a, own_b, squared.split(sizes), lost.split(sizes), strict=True)
-        for layer, a, b, own, of_own in parts:
-            if of_own.any():
-                layer.replace_lost(a, b, own, of_own)
-    return squared.clamp_(min=0).sqrt_().clamp_(min=NORM_FLOOR)
-
-
-def allocate_factors(layers: Sequence[AdaptedLinear], dtype: torch.dtype) -> None:
-    """Gives layers the buffers of `Factors`, empty: of each kind but A one tensor, of which every layer has its rows.
-
-    Args:
-        layers: of one rank r, and all of DoRA or all of LoRA.
-    """
-    device, sizes = layers[0].trained_factors()[1].device, [layer.out_features for layer in layers]
-    scaled_b = torch.empty(sum(sizes), layers[0].rank, dtype=dtype, device=device)
-    row_scale = torch.empty(sum(sizes), 1, device=device)
-    inverse_m = torch.empty(sum(sizes), device=device)
-    parts = zip(layers, *(tensor.split(sizes) for tensor in (scaled_b, row_scale, inverse_m)), strict=True)
-    for layer, b, scale, inverse_of_own in parts:
-        layer.lora_a_rounded = torch.empty(layer.rank, layer.in_features, dtype=dtype, device=device)
-        layer.scaled_b, layer.row_scale = b, scale
-        layer.inverse_m = None if layer.gain is None else inverse_of_own
-
-
-def _whole_of(rows: Sequence[Tensor | None]) -> Tensor | None:
-    """The tensor whose rows these are, one after the other; None if there is none."""
-    whole = None if rows[0] is None else rows[0]._base
-    first = 0
-    for part in rows:
-        if whole is None or part is None or part._base is not whole or part.storage_offset() != first:
-            return None
-        first += part.numel()
-    return whole if whole is not None and whole.numel() == first else None
-
-
-def _round_factors(layers: Sequence[AdaptedLinear], dtype: torch.dtype) -> None:
-    """Writes the buffers of `Factors` of layers that are whole, in few launches for all; `scaled_factors` is of one."""
-    a, b = ([layer.trained_factors()[index].detach() for layer in layers] for index in (0, 1))
-    for layer in layers:
-        layer._rounded_from = None
-    scaled_b = _whole_of([layer.scaled_b for layer in layers])
-    if scaled_b is None or scaled_b.dtype != dtype or scaled_b.device != b[0].device:
-        with torch.inference_mode(False):  # tensors made in it cannot be saved for a backward
-            allocate_factors(layers, dtype)
-    scaled_b, row_scale = (_whole_of([getattr(layer, name) for layer in layers]) for name in ("scaled_b", "row_scale"))
-    assert scaled_b is not None
-    assert row_scale is not None
-    scales = [layer.row_scale for layer in layers]
-    torch._foreach_copy_([layer.lora_a_rounded for layer in layers], a)
-    torch._foreach_copy_([layer.scaled_b for layer in layers], b)
-    gains = [layer.gain.view(torch.float32) for layer in layers if layer.gain is not None]
-    if gains:
-        torch._foreach_copy_(scales, gains)
-        inverses = inverse(torch.cat([layer.magnitude for layer in layers]))  # type: ignore[misc]
-        for_layers: list[Tensor] = [layer.inverse_m for layer in layers]  # type: ignore[misc]
-        torch._foreach_copy_(for_layers, inverses.split([scale.numel() for scale in scales]))
-    else:
-        row_scale.fill_(1.0)
-    torch._foreach_mul_(scales, [layer.scaling for layer in layers])
-    scaled_b.mul_(row_scale)
-    for layer in layers:
-        layer.mark_rounded()
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def adapted_linear(
     lora_b: Tensor,
     magnitude: Tensor | None,
 ) -> Tensor:
-    """y before the bias (tokens, out) of x (tokens, in); see dora.py's docstring.
+    """y before the bias (..., out) of x (..., in); see dora.py's docstring.
 
     Args:
         base: the frozen weight's tensors, as `nf4.weight_from` takes them.
@@ -86,14 +86,17 @@ def _padded(base: list[Tensor]) -> list[Tensor | None]:
 
 
 def _forward(x: Tensor, base: list[Tensor], gain: Tensor | None, factors: Factors) -> tuple[Tensor, Tensor]:
-    """y (tokens, out) and A x (tokens, rank)."""
+    """y (..., out) and A x (tokens, rank) of x (..., in)."""
     quantised = len(base) > 1
     g = None if gain is None else gain.view(torch.float32)
-    xa = torch.mm(x, factors.lora_a_rounded.t())
-    y = torch.mm(x, nf4.weight_from(base, x.dtype, g if quantised else None).t())
+    y = x.new_empty(*x.shape[:-1], factors.scaled_b.shape[0])  # itself no view: models may write to it in place
+    rows, y_rows = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    xa = torch.mm(rows, factors.lora_a_rounded.t())
+    torch.mm(rows, nf4.weight_from(base, x.dtype, g if quantised else None).t(), out=y_rows)
     if g is not None and not quantised:
-        y.mul_(g.t())
-    return y.addmm_(xa, factors.scaled_b.t()), xa
+        y_rows.mul_(g.t())
+    y_rows.addmm_(xa, factors.scaled_b.t())
+    return y, xa
 
 
 def _backward(
@@ -107,10 +110,14 @@ def _backward(
     dtype: torch.dtype,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """dx, dA and dB in `dtype`, and dm in float32; None for dx or dm where it is not wanted."""
-    dx, dm = None, None
+    """dx, dA and dB in `dtype`, and dm in float32; None for dx or dm where it is not wanted.
+
+    dy, x, y and dx as in `_forward`, A x (tokens, rank).
+    """
+    dx, dm, shape = None, None, x.shape
+    dy, x = dy.reshape(-1, dy.shape[-1]).contiguous(), x.reshape(-1, x.shape[-1])
     if factors.inverse_m is not None and y is not None:
-        dm = magnitude_gradient(dy, y, factors.inverse_m)
+        dm = magnitude_gradient(dy, y.view(dy.shape), factors.inverse_m)
     dxa = torch.mm(dy, factors.scaled_b)
     da = _product(dxa.t(), x, dtype).to(dtype)
     db = _product(dy.t(), xa, dtype)
@@ -121,7 +128,7 @@ def _backward(
             dx = torch.mm(torch.mul(dy, g.t(), out=torch.empty_like(dy)), nf4.weight_from(base, dy.dtype))
         else:
             dx = torch.mm(dy, nf4.weight_from(base, dy.dtype, g))
-        dx.addmm_(dxa, factors.lora_a_rounded)
+        dx = dx.addmm_(dxa, factors.lora_a_rounded).view(shape)
     return dx, da, db, dm
 
 
@@ -203,7 +210,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def, override]
         x, xa, y, *factors = ctx.saved_tensors
-        dy, need_dx = dy.contiguous(), ctx.needs_input_grad[0]
+        need_dx = ctx.needs_input_grad[0]
         dx: Tensor | None
         dm: Tensor | None
         if nf4.is_opaque():
@@ -245,7 +252,8 @@ def _without_none(*tensors: Tensor | None) -> list[Tensor]:
 
 @opaque_adapted_linear.register_fake
 def _(x, lora_a, lora_b, *_):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], lora_b.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
+    tokens = x.numel() // x.shape[-1]
+    return x.new_empty(*x.shape[:-1], lora_b.shape[0]), x.new_empty(tokens, lora_a.shape[0])
 
 
 @torch.library.custom_op("qdora::adapted_linear_backward", mutates_args=())
@@ -277,7 +285,7 @@ def opaque_adapted_linear_backward(
 @opaque_adapted_linear_backward.register_fake
 def _(dy, x, xa, y, weight, absmax, scale, mean, gain, lora_a, scaled_b, row_scale, inverse_m, dtype, need_dx):  # type: ignore[no-untyped-def]
     dx = x.new_empty(x.shape) if need_dx else dy.new_empty(0)
-    dm = dy.new_empty(0) if y is None else dy.new_empty(dy.shape[1], dtype=torch.float32)
+    dm = dy.new_empty(0) if y is None else dy.new_empty(dy.shape[-1], dtype=torch.float32)
     return dx, torch.empty_like(lora_a, dtype=dtype), torch.empty_like(scaled_b, dtype=dtype), dm
 
 
@@ -291,7 +299,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _operator_backward(ctx, dy, _):  # type: ignore[no-untyped-def]
     saved, need_dx = ctx.saved_tensors, ctx.needs_input_grad[0]
-    dx, da, db, dm = opaque_adapted_linear_backward(dy.contiguous(), *saved, ctx.dtype, need_dx)
+    dx, da, db, dm = opaque_adapted_linear_backward(dy, *saved, ctx.dtype, need_dx)
     dm = None if ctx.dtype_m is None else dm.to(ctx.dtype_m)
     return dx if need_dx else None, da, db, dm, *[None] * 9
 

@@ -5,7 +5,7 @@ Each rank reads only its own rows of each tensor (QLoRA's weights, arXiv:2305.14
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qdora.adapter import dora, peft_format
 from qdora.adapter.dora import AdaptedLinear
+from qdora.adapter.refresh import Refresher
 from qdora.config import (
     ActivationCheckpointing,
     AdapterConfig,
@@ -51,6 +52,10 @@ class LoadedModel:
     parallel: ParallelConfig
     load_s: float
     recomputation: ActivationCheckpointing = ActivationCheckpointing.none
+    _refresher: Refresher = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._refresher = Refresher(self.blocks, self.dtype)
 
     def recompute(self, kind: ActivationCheckpointing, keep_random_state: bool = True) -> None:
         """Makes the blocks keep less for their backward; once, and before they are compiled."""
@@ -62,9 +67,9 @@ class LoadedModel:
     def refresh(self, device: torch.device, *, defer: bool = False) -> Tensor | None:
         """Recomputes DoRA's row norms and what forwards take of A and B; must follow every change of the adapters.
 
-        *Collective*. `defer` and what is returned are those of `dora.refresh`.
+        *Collective*. `defer` and what is returned are those of `Refresher`.
         """
-        return dora.refresh(self.blocks, device, self.dtype, defer=defer)
+        return self._refresher(device, defer=defer)
 
 
 def load_model(

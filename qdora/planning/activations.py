@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qdora.adapter.dora import adapted_layers, allocate_factors
+from qdora.adapter.dora import adapted_layers
+from qdora.adapter.refresh import allocate_factors
 from qdora.adapter.vera import vera_layers
 from qdora.config import ActivationCheckpointing, Attention
 from qdora.model.activations import checkpoint_activations
@@ -190,8 +191,8 @@ def _fake(module: nn.Module, dtype: torch.dtype, wrapped: bool) -> None:
             parameter.data = parameter.data.to(dtype)
     for adapted in () if wrapped else adapted_layers(module).values():
         if not adapted.are_factors_computed:
-            allocate_factors([adapted], dtype)
-            adapted.mark_rounded()
+            allocate_factors([[adapted]], dtype)
+            adapted.mark_rounded(*adapted.trained_factors())
 
 
 def _count(block: nn.Module, hidden: Tensor, others: Any, kwargs: Any) -> tuple[BlockBytes, bool]:

@@ -10,7 +10,7 @@ them.
 from dataclasses import dataclass
 
 from qdora.adapter.dora import CHUNK_NUMEL as NORM_NUMEL
-from qdora.adapter.dora import REFRESHED_BYTES, REFRESHED_NUMEL
+from qdora.adapter.refresh import REFRESHED_BYTES, REFRESHED_NUMEL
 from qdora.config import Gather
 from qdora.model.loss import CHUNK_NUMEL
 from qdora.nf4 import PART_NUMEL

@@ -163,8 +163,7 @@ def _until(is_so: Callable[[], bool]) -> bool:
 
 
 PYTEST = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where the tests run in the background
+import sys
 from tests.distributed import misbehaviour
 from tests.support.ranks import RankPool
 RankPool().run(misbehaviour.hang, sys.argv[1], nproc=2)

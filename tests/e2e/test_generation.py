@@ -433,7 +433,6 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_chat(smollm2: Path) -
     process, terminal = pty.fork()
     if not process:
         os.environ |= {"TERM": "dumb", "PYTHONPATH": str(ROOT)}
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background shell's children would ignore it
         arguments = ["chat", f"model.path={smollm2}", "max_new_tokens=2000"]
         os.execv(sys.executable, [sys.executable, "-m", "qdora", *arguments])
     try:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from qdora import nf4, parallel
 from qdora.adapter import operator
-from qdora.adapter.dora import AdaptedLinear, refresh
+from qdora.adapter.dora import AdaptedLinear
+from qdora.adapter.refresh import Refresher
 from qdora.config import (
     ActivationCheckpointing,
     AdapterConfig,
@@ -53,7 +54,7 @@ def _layer(device: torch.device) -> AdaptedLinear:
     assert layer.magnitude is not None
     assert layer.base_norm_squared is not None
     layer.magnitude.data.copy_(layer.base_norm_squared.sqrt() * 1.05)
-    refresh([nn.Sequential(layer)], device, torch.bfloat16)
+    Refresher([nn.Sequential(layer)], torch.bfloat16)(device)
     return layer
 
 

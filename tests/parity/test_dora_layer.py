@@ -1,6 +1,7 @@
 """The DoRA and LoRA layer against PEFT's, in outputs and every gradient, and against float64 arithmetic."""
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qdora import nf4
-from qdora.adapter.dora import AdaptedLinear, refresh, row_norms
+from qdora.adapter import dora
+from qdora.adapter.dora import AdaptedLinear
 from qdora.adapter.operator import scaled_factors
+from qdora.adapter.refresh import Refresher, row_norms
 from qdora.config import (
     ActivationCheckpointing,
     AdapterConfig,
@@ -93,7 +96,7 @@ def make_layer(case: Case, weight: Tensor, bias: Tensor | None) -> AdaptedLinear
     if layer.magnitude is not None:
         assert layer.base_norm_squared is not None
         layer.magnitude.data = layer.base_norm_squared.sqrt() * (0.9 + 0.2 * torch.rand(OUT))
-    refresh([nn.Sequential(layer)], CPU, case.dtype)
+    Refresher([nn.Sequential(layer)], case.dtype)(CPU)
     return layer
 
 
@@ -117,6 +120,11 @@ def make_peft(case: Case, layer: AdaptedLinear) -> nn.Module:
     if layer.magnitude is not None:
         theirs.lora_magnitude_vector["default"].weight.data = layer.magnitude.data.clone()
     return theirs  # type: ignore[no-any-return]
+
+
+def norm_of(layer: AdaptedLinear) -> Tensor:
+    """Returns the row norms, (out,) float64."""
+    return row_norms([[layer]], [layer.lora_a.detach()[None]], layer.lora_b.detach()).double()
 
 
 def _difference(ours: Tensor | None, theirs: Tensor | None) -> float:
@@ -161,15 +169,15 @@ def test_layer_gradient_reaches_only_the_adapter() -> None:
     assert trained == {"lora_a", "lora_b", "magnitude"}
 
 
+@pytest.mark.parametrize("rows_at_a_time", [OUT, 7])
 @pytest.mark.parametrize("quantised", [True, False])
-def test_norm_agrees_with_float64(quantised: bool) -> None:
+def test_norm_agrees_with_float64(quantised: bool, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dora, "CHUNK_NUMEL", rows_at_a_time * IN)
     torch.manual_seed(0)
     layer = make_layer(Case(quantised=quantised), torch.randn(OUT, IN), None)
     weight = nf4.weight_from(layer.base_tensors(), torch.float32).double()
     dense = weight + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
-    torch.testing.assert_close(
-        row_norms([layer], [layer.lora_a.detach()]).double(), dense.norm(dim=1), rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(norm_of(layer), dense.norm(dim=1), rtol=1e-6, atol=0)
 
 
 def test_norm_of_rows_that_cancel_is_exact() -> None:
@@ -181,7 +189,7 @@ def test_norm_of_rows_that_cancel_is_exact() -> None:
     weight.data[:10] = -update[:10] * (1 + 1e-4 * torch.randn(10, IN))
     layer.measure(CPU)
     dense = weight.double() + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
-    norm = row_norms([layer], [layer.lora_a.detach()]).double()
+    norm = norm_of(layer)
     # What is left is 1e-4 of W, itself rounded to float32's 6e-8: 3 to 4 digits of it are there at all.
     torch.testing.assert_close(norm[:10], dense.norm(dim=1)[:10], rtol=2e-3, atol=0)
     torch.testing.assert_close(norm[10:], dense.norm(dim=1)[10:], rtol=1e-6, atol=0)
@@ -193,7 +201,7 @@ def test_refresh_recomputes_rows_that_cancel_in_one_layer_of_several() -> None:
     weight: nn.Parameter = layers[1].base.weight  # type: ignore[assignment]
     weight.data[:10] = -(1 + 1e-4) * layers[1].scaling * layers[1].lora_b.data[:10] @ layers[1].lora_a.data
     layers[1].measure(CPU)
-    refresh([nn.Sequential(*layers[:2]), nn.Sequential(layers[2])], CPU, torch.float32)
+    Refresher([nn.Sequential(*layers[:2]), nn.Sequential(layers[2])], torch.float32)(CPU)
     for layer in layers:
         assert layer.gain is not None
         assert layer.magnitude is not None
@@ -217,7 +225,7 @@ def test_layers_of_several_shapes_and_scalings_are_refreshed_as_each_alone() -> 
         assert layer.magnitude is not None
         layer.magnitude.data = torch.rand(rows) + 0.5
         layers.append(layer)
-    refresh([nn.Sequential(*layers)], CPU, torch.float32)
+    Refresher([nn.Sequential(*layers)], torch.float32)(CPU)
     for layer in layers:
         assert layer.gain is not None
         assert layer.magnitude is not None
@@ -232,7 +240,7 @@ def test_rows_of_zeros_give_zeros_and_no_nan() -> None:
     weight[5] = 0
     layer = make_layer(Case(quantised=True), weight, None)
     layer.lora_b.data[5] = 0
-    refresh([nn.Sequential(layer)], CPU, torch.float32)
+    Refresher([nn.Sequential(layer)], torch.float32)(CPU)
     y = layer(torch.randn(4, IN))
     y.sum().backward()
     assert not y[:, 5].any()
@@ -247,7 +255,7 @@ def test_refresh_follows_every_change(changed: str) -> None:
     x = torch.randn(4, IN)
     before = layer(x)
     getattr(layer, changed).data.mul_(1.5)
-    refresh([nn.Sequential(layer)], CPU, case.dtype)
+    Refresher([nn.Sequential(layer)], case.dtype)(CPU)
     theirs = make_peft(case, layer)
     assert not torch.allclose(layer(x), before, rtol=1e-2)
     assert _difference(layer(x), theirs(x)) <= FLOAT32_TOLERANCE
@@ -259,11 +267,12 @@ def test_refresh_makes_what_a_call_would(dora: bool, dtype: torch.dtype) -> None
     """For several layers at once, also after a part of them was refreshed alone."""
     torch.manual_seed(0)
     layers = [make_layer(Case(dtype=dtype, dora=dora), torch.randn(OUT, IN), None) for _ in range(3)]
-    for some in (layers, layers[1:], layers):
+    every, some_of_them = (Refresher([nn.Sequential(*some)], dtype) for some in (layers, layers[1:]))
+    for refresh, some in ((every, layers), (some_of_them, layers[1:]), (every, layers)):
         with torch.no_grad():
             for layer in layers:
                 layer.lora_b.add_(0.01 * torch.randn(OUT, RANK))
-        refresh([nn.Sequential(*some)], CPU, dtype)
+        refresh(CPU)
         for layer in some:
             a, b = layer.trained_factors()
             called = scaled_factors(a, b, layer.gain, layer.magnitude, layer.scaling, dtype)
@@ -299,13 +308,31 @@ def test_magnitudes_of_zero_have_a_gradient_of_zero() -> None:
     layer = make_layer(Case(quantised=True), torch.randn(OUT, IN), None)
     assert layer.magnitude is not None
     layer.magnitude.data[7] = 0
-    refresh([nn.Sequential(layer)], CPU, torch.float32)
+    Refresher([nn.Sequential(layer)], torch.float32)(CPU)
     y = layer(torch.randn(4, IN))
     y.square().sum().backward()
     assert layer.magnitude.grad is not None
     assert layer.magnitude.grad[7] == 0
     assert layer.magnitude.grad.isfinite().all()
     assert (layer.magnitude.grad[:7] != 0).all()
+
+
+@pytest.mark.parametrize("context", [nullcontext, nf4.opaque_layers])
+def test_output_can_be_written_in_place(context: Callable[[], AbstractContextManager[None]]) -> None:
+    """As some models do with queries; of DoRA torch says that its backward would want the output as it was."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, IN, requires_grad=True)
+    for is_dora in (False, True):
+        layer = make_layer(Case(quantised=True, dora=is_dora), torch.randn(OUT, IN), None)
+        with context():
+            (expected,) = torch.autograd.grad((layer(x) * 3).sum(), x)
+            y = layer(x)
+            y *= 3
+            if is_dora:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    y.sum().backward()
+            else:
+                torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
 
 
 @pytest.mark.parametrize("quantised", [True, False])

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from qdora import nf4
 from qdora.adapter import peft_format
-from qdora.adapter.dora import adapted_layers, refresh, reset
+from qdora.adapter.dora import adapted_layers, reset
 from qdora.adapter.inject import inject
+from qdora.adapter.refresh import Refresher
 from qdora.adapter.vera import VeraLinear, projections, vera_layers
 from qdora.config import AdapterConfig, AdapterMethod
 from qdora.errors import AdapterError
@@ -79,7 +80,7 @@ def make_ours(case: Case, method: AdapterMethod) -> nn.Sequential:
     for layer in vera_layers(model):  # values that bfloat16 holds exactly: both sides start from the same ones
         for parameter in layer.trained_factors():
             parameter.data = parameter.data.bfloat16().float()
-    refresh([model], CPU, case.dtype)
+    Refresher([model], case.dtype)(CPU)
     return model
 
 
@@ -224,7 +225,7 @@ def test_refresh_follows_every_change(changed: str) -> None:
     (first, _), x = vera_layers(model), torch.randn(4, WIDTHS[0])
     before = first(x)
     getattr(first, changed).data.mul_(1.5)
-    refresh([model], CPU, torch.float32)
+    Refresher([model], torch.float32)(CPU)
     assert difference(first(x), before) > 1e-2
     assert difference(first(x), plain_dvora(first, x, x)) <= FLOAT32_TOLERANCE
 
