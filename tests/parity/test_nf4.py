@@ -80,3 +80,21 @@ def test_nf4_frozen_linear_has_the_gradient_of_the_dequantised_weight() -> None:
     nf4.frozen_linear(x, stored).backward(upstream)
     assert x.grad is not None
     torch.testing.assert_close(x.grad, upstream @ weight)
+
+
+def test_all_weights_share_one_buffer_also_once_it_has_grown() -> None:
+    scratch, shapes = nf4._Scratch(), [(2, 64), (4, 64), (3, 128), (2, 64), (4, 64)]
+    for dtype in (torch.float32, torch.bfloat16):
+        found = [scratch.get(shape, dtype, torch.device("cpu")) for shape in shapes]
+        assert [tuple(tensor.shape) for tensor in found] == shapes
+        assert len({tensor.data_ptr() for tensor in found[2:]}) == 1
+        assert {tensor.dtype for tensor in found} == {dtype}
+    assert sorted(buffer.numel() for buffer in scratch.buffers()) == [3 * 128] * 2
+
+
+def test_buffer_that_inference_made_serves_training() -> None:
+    scratch = nf4._Scratch()
+    with torch.inference_mode():
+        made = scratch.get((2, 64), torch.float32, torch.device("cpu"))
+    made.fill_(1.0)  # torch refuses that of what inference made
+    assert not made.is_inference()
