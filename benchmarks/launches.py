@@ -45,7 +45,7 @@ ARMS = ("peft-qlora", "peft-qdora", "qlora", "qdora", "qdora-norm-in-forward")
 LAYERS, WIDTH, TOKENS, RANK, SCALING = 16, 256, 64, 16, 2.0
 MOST = {
     "qlora": {"forward": 4, "backward": 7, "optimiser and refresh": 0.5, "waits a step": 0},
-    "qdora": {"forward": 4, "backward": 8, "optimiser and refresh": 4.5, "waits a step": 0},
+    "qdora": {"forward": 4, "backward": 8, "optimiser and refresh": 4.1, "waits a step": 0},
 }
 """Launches a layer, and waits a step; what is done once for all layers is a fraction of a launch."""
 DTYPE = torch.bfloat16
