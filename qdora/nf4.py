@@ -44,6 +44,8 @@ NESTED_BLOCK_SIZE = 256
 STORED, NESTED = ("packed", "absmax"), ("absmax_scale", "absmax_mean")
 """Names of an NF4 weight's parameters and of its buffers."""
 
+MOST_VIEWS = 64
+"""Shapes whose view of the buffer is kept: layers have a few, embeddings one for each number of tokens."""
 _GRID_CELLS = 4096
 """Far more than codes: no cell has two borders."""
 _QUANTISE_NUMEL = 2**18
@@ -84,13 +86,15 @@ class _Scratch:
         views = self._views.setdefault(key, {})
         view = views.get(shape)
         if view is None:
-            numel, buffer = shape[0] * shape[1], self._buffers.get(key)
+            numel = shape[0] * shape[1]
+            is_large_enough = key in self._buffers and self._buffers[key].numel() >= numel
+            if not is_large_enough or len(views) == MOST_VIEWS:
+                views.clear()
             with torch.inference_mode(False):  # what is made in it cannot be written outside
-                if buffer is None or buffer.numel() < numel:
-                    self._buffers.pop(key, None)
-                    views.clear()
-                    buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
-                view = views[shape] = buffer[:numel].view(shape)
+                if not is_large_enough:
+                    self._buffers.pop(key, None)  # first: there is no room for both
+                    self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+                view = views[shape] = self._buffers[key][:numel].view(shape)
         return view
 
     def buffers(self) -> list[Tensor]:

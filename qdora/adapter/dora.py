@@ -46,8 +46,8 @@ CHUNK_NUMEL = 2**24
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with a DoRA or LoRA adapter; replaces an `nn.Linear`, same input and output dtype.
 
-    Built on the current default device (usually meta). `reset` starts the adapter; `refresh` must follow any change of
-    `lora_a`, `lora_b` or `magnitude` (the optimiser's post-step hook does it in training).
+    Built on the current default device (usually meta). `reset` starts the adapter; `refresh.Refresher` must be called
+    after any change of `lora_a`, `lora_b` or `magnitude` (the optimiser's post-step hook does it in training).
     """
 
     FACTORS: tuple[str, str] = ("lora_a", "lora_b")

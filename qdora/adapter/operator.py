@@ -7,6 +7,7 @@ own, which takes longer: a compiler must not see, and move, reads of the buffer 
 
 from collections.abc import Callable
 from functools import cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -252,8 +253,7 @@ def _without_none(*tensors: Tensor | None) -> list[Tensor]:
 
 @opaque_adapted_linear.register_fake
 def _(x, lora_a, lora_b, *_):  # type: ignore[no-untyped-def]
-    tokens = x.numel() // x.shape[-1]
-    return x.new_empty(*x.shape[:-1], lora_b.shape[0]), x.new_empty(tokens, lora_a.shape[0])
+    return x.new_empty(*x.shape[:-1], lora_b.shape[0]), x.new_empty(prod(x.shape[:-1]), lora_a.shape[0])
 
 
 @torch.library.custom_op("qdora::adapted_linear_backward", mutates_args=())

@@ -331,7 +331,7 @@ def check(model: nn.Module, folder: Path, base: str) -> None:
 def load(model: nn.Module, folder: Path) -> None:
     """Loads `folder`, which `check` has seen, into the model's adapters, each rank its own rows; mutates `model`.
 
-    `refresh` must follow.
+    `LoadedModel.refresh` must follow.
     """
     load_projections(model, folder)
     with opened(folder) as file:

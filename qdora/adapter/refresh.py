@@ -18,9 +18,9 @@ from qdora.sharding import gather_rows, own_rows
 CANCELLATION = 1e-3
 """Below this share of |W|^2 the expanded norm has lost half of float32's digits: the row is computed densely."""
 REFRESHED_NUMEL = 2**22
-"""Values of A and of the own rows of B, of whole blocks, that a refresh computes with at a time."""
-REFRESHED_BYTES = 14
-"""Bytes that such a value takes at most: as it is, rounded, in float32, and for B its product with A."""
+"""Values of A and of the own rows of B of DoRA's layers, of whole blocks, that a refresh computes with at a time."""
+REFRESHED_BYTES = 10
+"""Bytes that such a value takes at most: rounded, in float32, and for B its product with W or A."""
 
 
 class Refresher:
@@ -37,21 +37,20 @@ class Refresher:
             dtype: compute dtype, to which the forward rounds A and B.
         """
         self._batches: list[_Batch] = []
-        some: list[list[AdaptedLinear]] = []
+        of_rank: dict[int, list[list[AdaptedLinear]]] = {}
         numel = 0
-        for block in blocks:
-            if layers := list(adapted_layers(block).values()):
-                some.append(layers)
-            numel += sum(layer.factor_numel() for layer in layers)
-            if numel > REFRESHED_NUMEL:
-                self._batches.append(_Batch(some, dtype))
-                some, numel = [], 0
-        if some:
-            self._batches.append(_Batch(some, dtype))
+        for block in [*blocks, None]:
+            if numel > REFRESHED_NUMEL or block is None:
+                self._batches += [_Batch(some, dtype) for some in of_rank.values()]
+                of_rank, numel = {}, 0
+            layers = [] if block is None else adapted_layers(block).values()
+            for rank in dict.fromkeys(layer.rank for layer in layers):
+                of_rank.setdefault(rank, []).append([layer for layer in layers if layer.rank == rank])
+            numel += sum(layer.factor_numel() for layer in layers if layer.gain is not None)
 
     @torch.no_grad()
     def __call__(self, device: torch.device, *, defer: bool = False) -> Tensor | None:
-        """*Collective*, once a block.
+        """*Collective*: once a block, and each rank r that its layers have.
 
         Args:
             device: where it is computed.
@@ -89,6 +88,7 @@ class _Batch:
         self.blocks, self.dtype = blocks, dtype
         self.groups = alike(list(chain.from_iterable(blocks)))
         self.layers = list(chain.from_iterable(self.groups))
+        assert all(layer.base_norm_squared is not None for layer in self.layers), "not measured"
         self.is_whole = all(layer.is_whole and not layer.are_factors_computed for layer in self.layers)
         self.made: Together | None = None
 
@@ -99,6 +99,8 @@ class _Batch:
             if has_gain:
                 self._write_gains(*self._gather(device), device, cancelled)
             return
+        for layer in self.layers:
+            layer._rounded_from = None  # until all is written
         trained = [layer.trained_factors() for layer in self.layers]
         made = self._round(trained)
         if has_gain:

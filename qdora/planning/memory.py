@@ -15,7 +15,7 @@ from qdora.config import Gather
 from qdora.model.loss import CHUNK_NUMEL
 from qdora.nf4 import PART_NUMEL
 from qdora.planning.activations import Activations
-from qdora.planning.tensors import Group, Tensors
+from qdora.planning.tensors import Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ def _own_gradients(tensors: Tensors, sharing: Sharing) -> int:
 def _refresh(tensors: Tensors, sharing: Sharing) -> dict[str, int]:
     """While row norms are computed after the update: its gradients are still there."""
     own = 0 if sharing.on_host else _own_gradients(tensors, sharing)
-    at_a_time = min(tensors.factor_numel, REFRESHED_NUMEL + max(map(Group.trained, tensors.blocks)))
+    at_a_time = min(tensors.factor_numel, REFRESHED_NUMEL + tensors.block_factor_numel)
     factors = REFRESHED_BYTES * at_a_time if tensors.base_norms else 0
     return {"gathered": 0, "gradients": own, "activations": factors, "loss": 0}
 

@@ -72,6 +72,8 @@ class Tensors:
     """Bytes of what adapters whose A and B are whole on a rank keep for the forwards of a step."""
     factor_numel: int
     """Values of A and B of all adapters, however they are made."""
+    block_factor_numel: int
+    """Of the block that has most."""
     base_norms: list[tuple[int, int]]
     """Rows, and how many layers have so many: float32 |W|^2 that each rank keeps of its own rows of a DoRA layer."""
     linear_numel: int
@@ -130,7 +132,8 @@ def tensors_of(empty: EmptyModel) -> Tensors:
         replicated,
         projections,
         sum(_rounded(layer, compute) for layer in layers),
-        sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers),
+        _factor_numel(model),
+        max(map(_factor_numel, empty.blocks), default=0),
         _counted([layer.out_features for layer in layers]),
         sum(part.in_features * part.out_features for part in linears),
         sum(part.in_features * part.out_features for part in linears if isinstance(part, NF4Linear)),
@@ -143,6 +146,10 @@ def tensors_of(empty: EmptyModel) -> Tensors:
         text.hidden_size,
         empty.dtype,
     )
+
+
+def _factor_numel(module: nn.Module) -> int:
+    return sum(layer.rank * (layer.in_features + layer.out_features) for layer in adapted_layers(module).values())
 
 
 def _rounded(layer: AdaptedLinear, compute: int) -> int:

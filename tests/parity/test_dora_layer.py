@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qdora import nf4
 from qdora.adapter import dora
+from qdora.adapter import refresh as refresh_module
 from qdora.adapter.dora import AdaptedLinear
 from qdora.adapter.operator import scaled_factors
 from qdora.adapter.refresh import Refresher, row_norms
@@ -72,7 +74,7 @@ CASES = {
 }
 
 
-def make_layer(case: Case, weight: Tensor, bias: Tensor | None) -> AdaptedLinear:
+def make_layer(case: Case, weight: Tensor, bias: Tensor | None, rank: int = RANK) -> AdaptedLinear:
     """Our layer over `weight`, with random A, B and magnitude, its norm fresh."""
     base: nn.Module
     if case.quantised:
@@ -85,13 +87,13 @@ def make_layer(case: Case, weight: Tensor, bias: Tensor | None) -> AdaptedLinear
         base.weight.data.copy_(weight)
     if bias is not None:
         base.bias.data.copy_(bias)  # type: ignore[union-attr,operator]
-    scaling = AdapterConfig(rank=RANK, alpha=ALPHA, rank_stabilized=case.rank_stabilized).scaling
+    scaling = AdapterConfig(rank=rank, alpha=ALPHA, rank_stabilized=case.rank_stabilized).scaling
     layer = AdaptedLinear(
-        base, in_features=IN, out_features=OUT, rank=RANK, scaling=scaling, dropout=case.dropout, dora=case.dora
+        base, in_features=IN, out_features=OUT, rank=rank, scaling=scaling, dropout=case.dropout, dora=case.dora
     )
     # Values that bfloat16 holds exactly, so that both sides start from the same ones.
-    layer.lora_a.data = (torch.randn(RANK, IN) * 0.1).bfloat16().float()
-    layer.lora_b.data = (torch.randn(OUT, RANK) * 0.1).bfloat16().float()
+    layer.lora_a.data = (torch.randn(rank, IN) * 0.1).bfloat16().float()
+    layer.lora_b.data = (torch.randn(OUT, rank) * 0.1).bfloat16().float()
     layer.measure(CPU)
     if layer.magnitude is not None:
         assert layer.base_norm_squared is not None
@@ -261,6 +263,20 @@ def test_refresh_follows_every_change(changed: str) -> None:
     assert _difference(layer(x), theirs(x)) <= FLOAT32_TOLERANCE
 
 
+def assert_made_is_what_a_call_would_make(layers: list[AdaptedLinear], dtype: torch.dtype) -> None:
+    """Asserts that what a refresh has made of A and B is there, and right."""
+    for layer in layers:
+        a, b = layer.trained_factors()
+        called = scaled_factors(a, b, layer.gain, layer.magnitude, layer.scaling, dtype)
+        made = layer.rounded(dtype)
+        assert made is not None
+        for ours, theirs in zip(made, called, strict=True):
+            if theirs is None:
+                assert ours is None
+            else:
+                assert torch.equal(ours, theirs.expand_as(ours))
+
+
 @pytest.mark.parametrize("dora", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_refresh_makes_what_a_call_would(dora: bool, dtype: torch.dtype) -> None:
@@ -273,19 +289,52 @@ def test_refresh_makes_what_a_call_would(dora: bool, dtype: torch.dtype) -> None
             for layer in layers:
                 layer.lora_b.add_(0.01 * torch.randn(OUT, RANK))
         refresh(CPU)
-        for layer in some:
-            a, b = layer.trained_factors()
-            called = scaled_factors(a, b, layer.gain, layer.magnitude, layer.scaling, dtype)
-            made = layer.rounded(dtype)
-            assert made is not None
-            for ours, theirs in zip(made, called, strict=True):
-                if theirs is None:
-                    assert ours is None
-                else:
-                    assert torch.equal(ours, theirs.expand_as(ours))
+        assert_made_is_what_a_call_would_make(some, dtype)
     assert layers[0].rounded(torch.float16) is None
     layers[0].lora_a = nn.Parameter(layers[0].lora_a.detach().clone())
     assert layers[0].rounded(dtype) is None
+
+
+@pytest.mark.parametrize("numel", [1, 2**22], ids=["a block at a time", "all at once"])
+@pytest.mark.parametrize("dora", [True, False])
+def test_layers_of_several_ranks_are_refreshed_some_blocks_at_a_time(
+    dora: bool, numel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PEFT's `rank_pattern` makes them; one block has no adapter, and only the last one's rows have cancelled."""
+    monkeypatch.setattr(refresh_module, "REFRESHED_NUMEL", numel)
+    torch.manual_seed(0)
+    layers = [make_layer(Case(dora=dora), torch.randn(OUT, IN), None, rank) for rank in (8, 4, 8, 2)]
+    blocks = [nn.Sequential(*layers[:3]), nn.Linear(4, 4), nn.Sequential(layers[3])]
+    refresh = Refresher(blocks, torch.float32)
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_b.mul_(1.5)
+    assert bool(refresh(CPU, defer=True)) is False
+    weight: nn.Parameter = layers[3].base.weight  # type: ignore[assignment]
+    weight.data[:10] = -(1 + 1e-4) * layers[3].scaling * layers[3].lora_b.data[:10] @ layers[3].lora_a.data
+    layers[3].measure(CPU)
+    assert bool(refresh(CPU, defer=True)) is dora
+    assert refresh(CPU) is None
+    assert_made_is_what_a_call_would_make(layers, torch.float32)
+    for layer in layers if dora else []:
+        assert layer.magnitude is not None
+        assert layer.gain is not None
+        norm = layer.magnitude / layer.gain.view(torch.float32).squeeze(1)
+        base: nn.Parameter = layer.base.weight  # type: ignore[assignment]
+        dense = base.double() + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
+        torch.testing.assert_close(norm.double(), dense.norm(dim=1), rtol=2e-3, atol=0)
+
+
+def test_refresh_that_fails_leaves_nothing_that_a_forward_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = make_layer(Case(), torch.randn(OUT, IN), None)
+    refresh, x = Refresher([nn.Sequential(layer)], torch.float32), torch.randn(4, IN)
+    refresh(CPU)
+    expected = layer(x)
+    monkeypatch.setattr(AdaptedLinear, "project", Mock(side_effect=torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        refresh(CPU)
+    torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("dora", [True, False])

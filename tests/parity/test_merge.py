@@ -92,6 +92,7 @@ def test_merge_gives_the_weights_of_pefts_merge(dora: bool, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("dora", [True, False])
 def test_ranks_and_alphas_by_pattern_are_those_of_peft(dora: bool, tmp_path: Path) -> None:
+    """In the merged weights, and in the model that these are compared with."""
     folder = make_model(tmp_path / "model", "llama", dtype=torch.float32)
     config = LoraConfig(
         r=8,
@@ -105,7 +106,7 @@ def test_ranks_and_alphas_by_pattern_are_those_of_peft(dora: bool, tmp_path: Pat
     )
     theirs: PeftModel = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
     theirs.save_pretrained(tmp_path / "adapter")
-    merge(merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.none))
+    merge(merge_config(folder, tmp_path / "adapter", tmp_path / "merged", QuantMethod.none, verify=True))
     weights = load_file(tmp_path / "merged" / "model.safetensors")
     for name, weight in theirs.merge_and_unload().state_dict().items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,7 @@
 """NF4 storage against bitsandbytes' own functional interface, bit for bit."""
 
+from typing import Any
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -82,14 +84,26 @@ def test_nf4_frozen_linear_has_the_gradient_of_the_dequantised_weight() -> None:
     torch.testing.assert_close(x.grad, upstream @ weight)
 
 
-def test_all_weights_share_one_buffer_also_once_it_has_grown() -> None:
+def test_all_weights_share_one_buffer_also_once_it_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
     scratch, shapes = nf4._Scratch(), [(2, 64), (4, 64), (3, 128), (2, 64), (4, 64)]
-    for dtype in (torch.float32, torch.bfloat16):
-        found = [scratch.get(shape, dtype, torch.device("cpu")) for shape in shapes]
-        assert [tuple(tensor.shape) for tensor in found] == shapes
-        assert len({tensor.data_ptr() for tensor in found[2:]}) == 1
-        assert {tensor.dtype for tensor in found} == {dtype}
-    assert sorted(buffer.numel() for buffer in scratch.buffers()) == [3 * 128] * 2
+    cpu, made = torch.device("cpu"), torch.empty
+
+    def nothing_else_is_there(*args: Any, **options: Any) -> Tensor:
+        assert scratch.buffers() == []
+        assert not any(map(len, scratch._views.values()))
+        return made(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", nothing_else_is_there)
+    for shape in shapes:
+        found = scratch.get(shape, torch.float32, cpu)
+        assert (tuple(found.shape), found.dtype) == (shape, torch.float32)
+        assert found.data_ptr() == scratch.buffers()[0].data_ptr()
+    assert [buffer.numel() for buffer in scratch.buffers()] == [3 * 128]
+    for rows in range(1, 300):  # as an embedding asks
+        scratch.get((rows, 1), torch.float32, cpu)
+    assert sum(map(len, scratch._views.values())) <= nf4.MOST_VIEWS
+    monkeypatch.undo()
+    assert scratch.get((2, 64), torch.bfloat16, cpu).dtype == torch.bfloat16
 
 
 def test_buffer_that_inference_made_serves_training() -> None:
