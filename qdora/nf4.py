@@ -40,12 +40,11 @@ BLOCK_SIZE = 64
 """Values a block; bitsandbytes' CPU kernels are wrong for rows that do not hold whole blocks."""
 NESTED_BLOCK_SIZE = 256
 """Scales that share one float32 under double quantisation."""
-
 STORED, NESTED = ("packed", "absmax"), ("absmax_scale", "absmax_mean")
 """Names of an NF4 weight's parameters and of its buffers."""
-
 MOST_VIEWS = 64
 """Shapes whose view of the buffer is kept: layers have a few, embeddings one for each number of tokens."""
+
 _GRID_CELLS = 4096
 """Far more than codes: no cell has two borders."""
 _QUANTISE_NUMEL = 2**18

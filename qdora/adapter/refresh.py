@@ -71,7 +71,7 @@ class Together(NamedTuple):
     """Buffers of several layers' `Factors`: of each kind one tensor, or for A one a group, that holds all layers'."""
 
     a: list[Tensor]
-    """Of the layers of a group (layers, rank, in), in the compute dtype."""
+    """Holds A of the layers of a group, (layers, rank, in), in the compute dtype."""
     scaled_b: Tensor
     """(out of all, rank), in the compute dtype."""
     row_scale: Tensor

@@ -73,7 +73,7 @@ class Tensors:
     factor_numel: int
     """Values of A and B of all adapters, however they are made."""
     block_factor_numel: int
-    """Of the block that has most."""
+    """Counts those of the block that has most."""
     base_norms: list[tuple[int, int]]
     """Rows, and how many layers have so many: float32 |W|^2 that each rank keeps of its own rows of a DoRA layer."""
     linear_numel: int
